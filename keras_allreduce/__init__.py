@@ -1,0 +1,17 @@
+"""Data-parallel Keras training that shows what its all-reduce costs."""
+
+from keras_allreduce.batch_all_reduce import BatchAllReduce
+from keras_allreduce.checks import host_devices
+from keras_allreduce.fit_log import AllReduceLogger
+from keras_allreduce.stats import ReduceStats
+from keras_allreduce.strategy import AllReduceStrategy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AllReduceLogger",
+    "AllReduceStrategy",
+    "BatchAllReduce",
+    "ReduceStats",
+    "host_devices",
+]

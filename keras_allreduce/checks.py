@@ -1,0 +1,148 @@
+"""Bad input ends here: the rule, what was received, what to do."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def check_devices(devices: Sequence[str]) -> list[str]:
+    """Returns `devices` as a list if a strategy can train on them.
+
+    Raises:
+        TypeError: If it is not a sequence of device names.
+        ValueError: If it is empty, mixes GPUs and host devices, names a
+            device twice, or one that is not there.
+    """
+    if isinstance(devices, str) or not all(
+        isinstance(device, str) for device in devices
+    ):
+        raise TypeError(
+            "`devices` must be a list of device names, such as "
+            f"['/gpu:0', '/gpu:1']. Received: devices={devices!r}"
+        )
+    devices = list(devices)
+    if not devices:
+        raise ValueError(
+            "`devices` must name at least one device. Received: devices=[]. "
+            "Leave it out to use all GPUs."
+        )
+    kinds_and_indices = [_parse(device) for device in devices]
+    if len({kind for kind, _ in kinds_and_indices}) > 1:
+        raise ValueError(
+            "All devices must be of one kind, GPU or CPU. Received: "
+            f"devices={devices}. Pass those of one kind."
+        )
+    if len(set(kinds_and_indices)) < len(devices):
+        raise ValueError(
+            "Every device can hold one replica only. Received: "
+            f"devices={devices}, which names one twice."
+        )
+    for device, (kind, index) in zip(devices, kinds_and_indices, strict=True):
+        there = len(tf.config.list_logical_devices(kind))
+        if index >= there:
+            hint = (
+                f"keras_allreduce.host_devices({index + 1}) makes host devices."
+                if kind == "CPU"
+                else "tf.config.list_logical_devices('GPU') lists them."
+            )
+            raise ValueError(
+                f"Every device must be there. Received: {device!r}, but "
+                f"TensorFlow sees {there} of kind {kind}. {hint}"
+            )
+    return devices
+
+
+def _parse(device: str) -> tuple[str, int]:
+    try:
+        spec = tf.DeviceSpec.from_string(device)
+    except ValueError:
+        spec = tf.DeviceSpec()
+    if spec.device_type not in ("CPU", "GPU"):
+        raise ValueError(
+            "A device name says GPU or CPU and a number, such as '/gpu:0'. "
+            f"Received: {device!r}"
+        )
+    return spec.device_type, spec.device_index or 0
+
+
+def host_devices(count: int) -> list[str]:
+    """Makes `count` host devices, to try data parallelism on any machine.
+
+    They share the cores of the machine: what they show is right, not fast.
+
+    Args:
+        count: Number of host devices.
+
+    Returns:
+        Their names, for `AllReduceStrategy(devices=...)`.
+
+    Raises:
+        ValueError: If `count` is not a positive integer.
+        RuntimeError: If TensorFlow has started with fewer; devices can only
+            be made before its first use.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(
+            "The number of host devices must be a positive integer. "
+            f"Received: count={count!r}"
+        )
+    host = tf.config.list_physical_devices("CPU")[0]
+    configured = tf.config.get_logical_device_configuration(host) or ()
+    if len(configured) < count:
+        try:
+            tf.config.set_logical_device_configuration(
+                host, [tf.config.LogicalDeviceConfiguration()] * count
+            )
+        except RuntimeError:
+            there = len(tf.config.list_logical_devices("CPU"))
+            raise RuntimeError(
+                "Host devices must be made before TensorFlow is first used. "
+                f"Received: host_devices({count}), but TensorFlow has already "
+                f"started with {there}. Call it right after the imports."
+            ) from None
+    return [f"/cpu:{index}" for index in range(count)]
+
+
+def check_model(model: keras.Model, strategy: Any) -> None:
+    """Raises if `model` cannot be trained under `strategy`.
+
+    Raises:
+        ValueError: If the model or its optimizer was made outside the scope
+            of the strategy, or if it is compiled with `jit_compile=True`
+            while the strategy runs on several host devices.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    for what, variables in (
+        ("model", model.variables),
+        ("optimizer", getattr(optimizer, "variables", ())),
+    ):
+        for variable in variables:
+            if not _made_in_scope(variable, strategy):
+                raise ValueError(
+                    "A model must be made and compiled inside the scope of "
+                    "the strategy that trains it. Received: variable "
+                    f"{variable.path!r} of the {what}, made outside. Put "
+                    "`with strategy.scope():` around both the making of the "
+                    "model and `compile`."
+                )
+    devices = strategy.extended.worker_devices
+    if (
+        getattr(model, "jit_compile", False) is True
+        and len(devices) > 1
+        and "CPU" in devices[0].upper()
+    ):
+        raise ValueError(
+            "XLA cannot compile a step that runs on several host devices. "
+            f"Received: jit_compile=True, devices={list(devices)}. Leave "
+            "`jit_compile` out of `compile`."
+        )
+
+
+def _made_in_scope(variable: Any, strategy: Any) -> bool:
+    value = getattr(variable, "value", None)
+    if not isinstance(value, tf.distribute.DistributedValues):
+        # One device, or a variable that is not built yet.
+        return value is None or strategy.num_replicas_in_sync == 1
+    return strategy.extended.variable_created_in_scope(value)

@@ -1,0 +1,58 @@
+"""The only importer of private TensorFlow and Keras names, and why of each.
+
+Everything else in the package uses public API. A name moves out of this file
+as soon as there is a public way.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+# `CrossDeviceOps` is public, but the two classes its values come in and its
+# results go out in are not.
+from tensorflow.python.distribute import cross_device_ops as _cross_device_ops
+
+# Turns "/gpu:0" into the full name TensorFlow gives tensors on it.
+from tensorflow.python.distribute import device_util as _device_util
+
+# The half of MirroredStrategy that decides how values are reduced. A strategy
+# that subclasses the public half alone cannot change it.
+from tensorflow.python.distribute.mirrored_strategy import (
+    MirroredExtended as MirroredExtended,
+)
+from tensorflow.python.distribute.values import Mirrored as _Mirrored
+from tensorflow.python.distribute.values import PerReplica as PerReplica
+
+# Which kernels this build of TensorFlow has: a build without NCCL has no
+# kernel for NcclAllReduce, and says so only when the op runs.
+from tensorflow.python.framework import kernels as _kernels
+
+# Inside `strategy.scope()` the public `tf.Variable` makes one variable per
+# replica; this is a variable on one device wherever it is made.
+from tensorflow.python.ops.resource_variable_ops import (
+    ResourceVariable as ResourceVariable,
+)
+
+
+def mirrored(values: Sequence[Any]) -> Any:
+    """Wraps one value per replica, all equal, as cross-device ops return."""
+    return _Mirrored(tuple(values))
+
+
+def devices_of(value: Any) -> tuple[str, ...]:
+    """Full device names of a distributed value, a tensor or a device name."""
+    return tuple(_cross_device_ops.get_devices_from(value))
+
+
+def resolve_device(device: str) -> str:
+    """Full name of the device that `device`, such as `"/gpu:0"`, stands for.
+
+    An empty name is the device of the enclosing `tf.device`.
+    """
+    return _device_util.resolve(device)
+
+
+def has_nccl() -> bool:
+    """Whether this build of TensorFlow can run NCCL at all."""
+    return bool(
+        _kernels.get_registered_kernels_for_op("NcclAllReduce").kernel
+    )

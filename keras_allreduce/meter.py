@@ -1,0 +1,129 @@
+"""The step functions of a strategy, their clocks, and how to read them."""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from keras_allreduce.clocks import EagerClocks, GraphClocks
+from keras_allreduce.records import BatchRecord, ReducePlan
+from keras_allreduce.stats import ReduceStats, measure, merge
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One traced (or eager) step function that reduces gradients.
+
+    Attributes:
+        plan: What it sends.
+        clocks: Its clocks. A traced step owns them, so this is a weak
+            reference there.
+        model: Weak reference to the model whose `train_step` it is, or to
+            nothing in a custom training loop.
+    """
+
+    plan: ReducePlan
+    clocks: Any
+    model: Any
+
+
+class StepLog:
+    """All step functions of one strategy, in the order they were first run."""
+
+    def __init__(self) -> None:
+        self._steps: list[Step] = []
+        self._told: weakref.WeakKeyDictionary[Any, set[str]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def add(self, record: BatchRecord, model: Any | None) -> None:
+        """Notes a step that was just traced, or has just run eagerly."""
+        owner = _nothing if model is None else weakref.ref(model)
+        if tf.executing_eagerly():
+            self._eager_clocks(record, owner).add(record.started, record.ended)
+            return
+        tensor = tf.nest.flatten(
+            record.packs[0].results[0], expand_composites=True
+        )[0]
+        if tensor.graph is not tf.compat.v1.get_default_graph():
+            return  # Traced inside a function of its own: out of our reach.
+        clocks = GraphClocks(record.packs, record.devices)
+        self._steps.append(Step(record.plan, weakref.ref(clocks), owner))
+
+    def _eager_clocks(self, record: BatchRecord, owner: Any) -> EagerClocks:
+        for step in self._steps:
+            clocks = step.clocks()
+            if (
+                isinstance(clocks, EagerClocks)
+                and step.plan == record.plan
+                and step.model() is owner()
+            ):
+                return clocks
+        clocks = EagerClocks(record.plan.num_packs)
+        self._steps.append(Step(record.plan, lambda: clocks, owner))
+        return clocks
+
+    def steps(self, model: Any | None = None) -> list[Step]:
+        """Steps that can still run; only those of `model`, if given."""
+        self._steps = [
+            step
+            for step in self._steps
+            if step.clocks() is not None
+            and (step.model is _nothing or step.model() is not None)
+        ]
+        return [
+            step
+            for step in self._steps
+            if model is None or step.model() is model
+        ]
+
+    def untold_plans(self, model: Any) -> list[str]:
+        """Plans of `model` that this has not returned before."""
+        told = self._told.setdefault(model, set())
+        new = []
+        for step in self.steps(model):
+            line = str(step.plan)
+            if line not in told:
+                told.add(line)
+                new.append(line)
+        return new
+
+
+def _nothing() -> None:
+    return None
+
+
+class Meter:
+    """Reads the clocks of a `StepLog`, each step once.
+
+    Args:
+        log: The steps to read.
+        model: Only the steps of this model. `None`: all.
+    """
+
+    def __init__(self, log: StepLog, model: Any | None = None):
+        self._log = log
+        self._model = model
+        self._seen: weakref.WeakKeyDictionary[Any, int] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def read(self) -> ReduceStats | None:
+        """Means over the steps since the last call, `None` without any."""
+        stats: ReduceStats | None = None
+        for step in self._log.steps(self._model):
+            clocks = step.clocks()
+            seen = self._seen.get(clocks, 0)
+            if clocks.steps == seen:
+                continue
+            times = clocks.read(seen)
+            self._seen[clocks] = times.steps
+            new = measure(
+                times.ready,
+                times.done,
+                step.plan.nbytes,
+                step.plan.num_replicas,
+            )
+            stats = merge(stats, new)
+        return stats if stats is not None and stats.steps else None

@@ -1,0 +1,52 @@
+"""Sparse gradients (`tf.IndexedSlices`): gathered, never bucketed.
+
+The sum of sparse gradients is all their rows one after another: rows of the
+same index stay separate, as TensorFlow leaves them, and the optimizer adds
+them up.
+"""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from keras_allreduce.shared_memory import share
+
+
+def all_reduce(
+    gradients: Sequence[tf.IndexedSlices],
+    devices: Sequence[str],
+    owner: str,
+) -> list[tf.IndexedSlices]:
+    """Sums one sparse gradient over the replicas by gathering its rows.
+
+    Args:
+        gradients: One `tf.IndexedSlices` per replica; numbers of rows may
+            differ.
+        devices: Device of each replica.
+        owner: Device that does the gathering.
+
+    Returns:
+        One `tf.IndexedSlices` per replica, with the rows of replica 0 first.
+    """
+    gathered = gather(gradients, owner)
+    values = share(gathered.values, devices)
+    indices = share(gathered.indices, devices)
+    shapes: Sequence[tf.Tensor | None] = [None] * len(devices)
+    if gathered.dense_shape is not None:
+        shapes = share(gathered.dense_shape, devices)
+    return [
+        tf.IndexedSlices(*parts)
+        for parts in zip(values, indices, shapes, strict=True)
+    ]
+
+
+def gather(
+    gradients: Sequence[tf.IndexedSlices], device: str
+) -> tf.IndexedSlices:
+    """All rows of all `gradients`, one after another, on `device`."""
+    with tf.device(device):
+        return tf.IndexedSlices(
+            tf.concat([g.values for g in gradients], axis=0),
+            tf.concat([g.indices for g in gradients], axis=0),
+            gradients[0].dense_shape,
+        )
