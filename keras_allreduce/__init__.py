@@ -5,8 +5,7 @@ from keras_allreduce.checks import host_devices
 from keras_allreduce.fit_log import AllReduceLogger
 from keras_allreduce.stats import ReduceStats
 from keras_allreduce.strategy import AllReduceStrategy
-
-__version__ = "0.1.0"
+from keras_allreduce.version import __version__ as __version__
 
 __all__ = [
     "AllReduceLogger",

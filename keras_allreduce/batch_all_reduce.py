@@ -164,7 +164,8 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
         Returns:
             List of Mirrored values, in the order of the pairs.
         """
-        together, apart = [], []
+        together: list[int] = []
+        apart: list[int] = []
         for index, (value, destination) in enumerate(value_destination_pairs):
             stays = set(internals.devices_of(destination)) == set(
                 internals.devices_of(value)
@@ -232,7 +233,8 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
         if self.sparse_as_dense:
             gradients = [_densify(replicas, devices) for replicas in gradients]
         algorithm, reason = self.choose(devices)
-        dense, rows = [], []
+        dense: list[int] = []
+        rows: list[int] = []
         for index, replicas in enumerate(gradients):
             is_sparse = isinstance(replicas[0], tf.IndexedSlices)
             (rows if is_sparse else dense).append(index)
@@ -260,9 +262,7 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
             ]
             packs.append(PackTensors(inputs, sums))
             outputs = []
-            for device, summed, like in zip(
-                devices, sums, inputs, strict=True
-            ):
+            for device, summed, like in zip(devices, sums, inputs, strict=True):
                 with tf.device(device):
                     finished = _finish(summed, reduce_op, len(devices))
                     outputs.append(packing.unpack(finished, like))
@@ -271,9 +271,7 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
         for number, index in enumerate(reversed(rows)):
             owner = devices[number % len(devices)]
             sums = sparse.all_reduce(gradients[index], devices, owner)
-            packs.append(
-                PackTensors([[g] for g in gradients[index]], sums)
-            )
+            packs.append(PackTensors([[g] for g in gradients[index]], sums))
             results[index] = [
                 _finish(total, reduce_op, len(devices)) for total in sums
             ]
@@ -368,9 +366,7 @@ def _plan(
         reason=reason,
         num_packs=num_packs,
         # The rows of sparse gradients are counted only as the step runs.
-        nbytes=(
-            None if num_sparse or len(known) < len(sizes) else sum(known)
-        ),
+        nbytes=(None if num_sparse or len(known) < len(sizes) else sum(known)),
         dtypes=tuple(sorted({spec.dtype for spec in specs})),
         num_replicas=len(devices),
     )

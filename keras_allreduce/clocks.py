@@ -49,6 +49,7 @@ class GraphClocks:
         self._num_packs = len(packs)
         self._rows: list[tf.Variable] = []
         self._counts: list[tf.Variable] = []
+        self._nows: list[Any] = []
         for replica, device in enumerate(devices):
             with tf.device(_host_of(device)):
                 self._take_times(
@@ -71,10 +72,12 @@ class GraphClocks:
             count = internals.ResourceVariable(
                 np.int64(0), trainable=False, dtype=tf.int64
             )
+            now = _free_running_clock(count)
         self._rows.append(rows)
         self._counts.append(count)
-        times = [_time_after(tensors) for tensors in gradients]
-        times += [_time_after([result]) for result in results]
+        self._nows.append(now)
+        times = [_time_after(tensors, now) for tensors in gradients]
+        times += [_time_after([result], now) for result in results]
         steps = count.assign_add(1, read_value=True)
         rows.scatter_nd_update(
             tf.reshape((steps - 1) % ROWS, [1, 1]), tf.stack(times)[tf.newaxis]
@@ -129,8 +132,26 @@ def _host_of(device: str) -> str:
     return spec.replace(device_type="CPU", device_index=0).to_string()
 
 
-def _time_after(tensors: Sequence[Any]) -> tf.Tensor:
+def _free_running_clock(variable: tf.Variable) -> Any:
+    """A function that returns the time, to be called in a graph.
+
+    TensorFlow runs ops with side effects in program order, each after the one
+    before it, and the clock counts as one: times taken in plain
+    `tf.timestamp()` ops would all be those of the slowest. Ops that read a
+    variable are only ordered with those that write it. So the clock pretends
+    to read one.
+    """
+
+    @tf.function
+    def now() -> tf.Tensor:
+        variable.read_value()
+        return tf.timestamp()
+
+    return now.get_concrete_function()
+
+
+def _time_after(tensors: Sequence[Any], now: Any) -> tf.Tensor:
     """Seconds since the epoch when the last of `tensors` is ready."""
     flat = tf.nest.flatten(list(tensors), expand_composites=True)
     with tf.control_dependencies(flat):
-        return tf.timestamp()
+        return now()

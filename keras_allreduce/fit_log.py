@@ -11,8 +11,10 @@ from keras_allreduce.clocks import ROWS
 from keras_allreduce.meter import Meter, StepLog
 from keras_allreduce.stats import ReduceStats, merge
 
-REFRESH_SECONDS = 0.25
+REFRESH_SECONDS = 0.5
 """Least time between two readings of the clocks for the progress bar."""
+
+NEVER = float("inf")
 
 
 class EpochMeter:
@@ -32,21 +34,24 @@ class EpochMeter:
         """Forgets the epoch before."""
         self.stats: ReduceStats | None = None
         self._steps_at_read = 0
-        self._time_of_read = time.monotonic()
+        self._time_of_read = float("-inf")
 
     def refresh(self, steps: int, seconds: float) -> None:
-        """Reads if the last reading is `seconds` old.
+        """Reads if the last reading is old.
 
         Args:
             steps: Steps of the epoch so far. The clocks are also read before
                 they begin to forget.
             seconds: Least time between two readings.
         """
-        if (
-            time.monotonic() - self._time_of_read < seconds
-            and steps - self._steps_at_read < ROWS // 2
-        ):
-            return
+        unread = steps - self._steps_at_read
+        waited = time.monotonic() - self._time_of_read
+        # The first step of all is not counted: wait for the second.
+        if unread > 1 and (waited >= seconds or unread >= ROWS // 2):
+            self.read(steps)
+
+    def read(self, steps: int) -> None:
+        """Reads now, after `steps` steps of the epoch."""
         self._steps_at_read = steps
         new = self._meter.read()
         if new is not None:
@@ -91,24 +96,31 @@ class FitProgbar(keras.callbacks.ProgbarLogger):
             self._tell_plans()
         if self._epoch:
             live = self.verbose == 1
-            self._epoch.refresh(
-                batch + 1, REFRESH_SECONDS if live else float("inf")
-            )
+            self._epoch.refresh(batch + 1, REFRESH_SECONDS if live else NEVER)
         super().on_train_batch_end(batch, self._with_cost(logs))
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         if self._epoch:
-            self._epoch.refresh(self.seen, 0)
+            self._epoch.read(self.seen)
         super().on_epoch_end(epoch, self._with_cost(logs))
 
     def _with_cost(self, logs: dict[str, Any] | None) -> dict[str, Any]:
-        shown = dict(logs or {})
-        if self._epoch and self._epoch.stats:
-            shown["all_reduce_ms"] = self._epoch.stats.all_reduce_ms
-            shown["overlap"] = self._epoch.stats.overlap
-        return shown
+        logs = logs or {}
+        if not self._epoch or not self._epoch.stats:
+            return logs
+        cost = {
+            "all_reduce_ms": self._epoch.stats.all_reduce_ms,
+            "overlap": self._epoch.stats.overlap,
+        }
+        validation = {k: v for k, v in logs.items() if k.startswith("val_")}
+        # In the place where the live bar has them, before the validation.
+        return {
+            **{k: v for k, v in logs.items() if k not in validation},
+            **cost,
+            **validation,
+        }
 
     def _tell_plans(self) -> None:
         for line in self._log.untold_plans(self.model):
@@ -148,7 +160,6 @@ class AllReduceLogger(keras.callbacks.Callback):
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        self._epoch.refresh(0, 0)
         self._epoch.begin()
         self._steps = 0
 
@@ -156,12 +167,12 @@ class AllReduceLogger(keras.callbacks.Callback):
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         self._steps = batch + 1
-        self._epoch.refresh(self._steps, float("inf"))
+        self._epoch.refresh(self._steps, NEVER)
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        self._epoch.refresh(self._steps, 0)
+        self._epoch.read(self._steps)
         stats = self._epoch.stats
         if stats is not None and logs is not None:
             logs["all_reduce_ms"] = stats.all_reduce_ms

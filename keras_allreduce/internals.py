@@ -53,6 +53,4 @@ def resolve_device(device: str) -> str:
 
 def has_nccl() -> bool:
     """Whether this build of TensorFlow can run NCCL at all."""
-    return bool(
-        _kernels.get_registered_kernels_for_op("NcclAllReduce").kernel
-    )
+    return bool(_kernels.get_registered_kernels_for_op("NcclAllReduce").kernel)

@@ -1,11 +1,11 @@
 """What the all-reduce costs, computed from the times of its packs.
 
-    one step   ready[0]      done[0]
-               |---- pack 0 ----|
-                      ready[1]        done[1]
-                      |----- pack 1 ------|
-    all_reduce |==========================|    some pack is under way
-    exposed           |===================|    ... and backprop is over
+one step   ready[0]      done[0]
+           |---- pack 0 ----|
+                  ready[1]        done[1]
+                  |----- pack 1 ------|
+all_reduce |==========================|    some pack is under way
+exposed           |===================|    ... and backprop is over
 """
 
 from dataclasses import dataclass, replace
