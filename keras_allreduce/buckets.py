@@ -48,8 +48,9 @@ def plan_buckets(
     """Groups gradients so that each bucket travels as one tensor.
 
     Backprop finishes the last layer first, so buckets are filled from the end
-    of the list. A bucket is complete when the next gradient of its kind no
-    longer fits; complete buckets come first in the result.
+    of the list. A bucket takes no more when the next gradient of its kind no
+    longer fits; buckets whose last gradient exists first come first in the
+    result, whatever dtype opened first.
 
     Args:
         gradients: One `GradientSpec` per gradient, in variable order.
@@ -98,7 +99,7 @@ def plan_buckets(
         filled[dtype] = filled.get(dtype, 0) + nbytes
     for dtype in list(filling):
         close(dtype)
-    return buckets
+    return sorted(buckets, key=lambda bucket: -bucket.indices[-1])
 
 
 def balance(nbytes: Sequence[int | None], num_owners: int) -> list[int]:
