@@ -16,4 +16,4 @@ DEVICES = keras_allreduce.host_devices(5)
 def _same_start():
     keras.utils.set_random_seed(7)
     yield
-    keras.backend.clear_session()
+    keras.utils.clear_session(free_memory=False)
