@@ -1,0 +1,107 @@
+"""`unpack(pack(x)) == x`, whatever x is."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_allreduce.packing import pack, unpack
+
+DTYPES = [
+    tf.float16,
+    tf.bfloat16,
+    tf.float32,
+    tf.float64,
+    tf.int32,
+    tf.int64,
+    tf.complex64,
+]
+SHAPES = {
+    "one": [[2, 3]],
+    "one scalar": [[]],
+    "one empty": [[0]],
+    "two": [[2, 3], [4]],
+    "scalars": [[], [], []],
+    "empty among others": [[2], [0, 5], [3, 0], [1]],
+    "all empty": [[0], [0, 2]],
+    "many": [[], [7], [2, 1, 3], [0], [1, 1, 1, 1]],
+}
+
+
+def values(shapes, dtype):
+    count = 0
+    tensors = []
+    for shape in shapes:
+        size = int(np.prod(shape))
+        numbers = np.arange(count, count + size).reshape(shape)
+        tensors.append(tf.cast(tf.constant(numbers), dtype))
+        count += size
+    return tensors
+
+
+def assert_same(got, expected):
+    assert len(got) == len(expected)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
+def test_unpack_is_the_inverse_of_pack(shapes, dtype):
+    gradients = values(shapes, dtype)
+    assert_same(unpack(pack(gradients), gradients), gradients)
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
+def test_unpack_is_the_inverse_of_pack_in_a_graph(shapes):
+    gradients = values(shapes, tf.float32)
+
+    @tf.function
+    def there_and_back(gradients):
+        return unpack(pack(gradients), gradients)
+
+    assert_same(there_and_back(gradients), gradients)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize(
+    "specs",
+    [[[None], [2, None]], [[None, 3], [2], []], [None, [None]]],
+    ids=["some dimensions", "with known ones", "rank"],
+)
+def test_shapes_unknown_while_tracing_are_restored(specs, dtype):
+    signature = [tf.TensorSpec(spec, dtype) for spec in specs]
+
+    @tf.function(input_signature=[signature])
+    def there_and_back(gradients):
+        restored = unpack(pack(gradients), gradients)
+        for ours, theirs in zip(restored, gradients, strict=True):
+            assert str(ours.shape) == str(theirs.shape)
+        return restored
+
+    for size in (0, 1, 4):
+        shapes = [
+            [size if length is None else length for length in spec]
+            for spec in ([None] if spec is None else spec for spec in specs)
+        ]
+        gradients = values(shapes, dtype)
+        assert_same(there_and_back(gradients), gradients)
+
+
+def test_a_pack_is_the_gradients_one_after_another():
+    packed = pack([tf.constant([[1, 2], [3, 4]]), tf.constant(5)])
+    assert packed.numpy().tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_lone_gradient_is_not_copied():
+    gradient = tf.ones([2, 3])
+    packed = pack([gradient])
+    assert packed is gradient
+    assert unpack(packed, [gradient])[0] is gradient
+
+
+def test_a_pack_may_come_back_in_another_dtype():
+    gradients = [tf.constant([1, 2]), tf.constant(4)]
+    halves = unpack(pack(gradients) / 2, gradients)
+    assert [half.numpy().tolist() for half in halves] == [[0.5, 1.0], 2.0]
