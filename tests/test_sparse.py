@@ -1,0 +1,85 @@
+"""IndexedSlices are gathered and stay sparse."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import DEVICES
+
+from keras_allreduce import sparse
+
+
+def slices(rows, width=2, table=5):
+    """Rows of ones at the indices `rows`, times 1, 2, 3 ..."""
+    values = [[float(n)] * width for n in range(1, len(rows) + 1)]
+    return tf.IndexedSlices(
+        tf.reshape(tf.constant(values, tf.float32), [-1, width]),
+        tf.constant(rows, tf.int64),
+        tf.constant([table, width], tf.int64),
+    )
+
+
+def dense(gradient):
+    return tf.convert_to_tensor(gradient).numpy()
+
+
+CASES = {
+    "one row each": [[1], [3]],
+    "the same row": [[1], [1]],
+    "a row twice on one replica": [[2, 2], [0]],
+    "unequal lengths": [[0, 1, 4], [3]],
+    "an empty replica": [[], [1, 2]],
+    "all empty": [[], []],
+    "three replicas": [[0], [0, 1], [0, 1, 2]],
+    "one replica": [[4, 4]],
+}
+
+
+@pytest.mark.parametrize("rows", CASES.values(), ids=CASES.keys())
+def test_the_result_is_the_sum_of_the_dense_gradients(rows):
+    gradients = [slices(r) for r in rows]
+    reduced = sparse.all_reduce(gradients, DEVICES[: len(rows)], DEVICES[0])
+    expected = sum(dense(gradient) for gradient in gradients)
+    assert len(reduced) == len(rows)
+    for replica in reduced:
+        assert isinstance(replica, tf.IndexedSlices)
+        np.testing.assert_array_equal(dense(replica), expected)
+
+
+def test_rows_stay_separate_with_those_of_replica_0_first():
+    reduced = sparse.all_reduce(
+        [slices([3, 1]), slices([1])], DEVICES[:2], DEVICES[1]
+    )
+    for replica in reduced:
+        assert replica.indices.numpy().tolist() == [3, 1, 1]
+        assert replica.values.numpy()[:, 0].tolist() == [1.0, 2.0, 1.0]
+        assert replica.dense_shape.numpy().tolist() == [5, 2]
+
+
+def test_a_table_of_unknown_shape_stays_unknown():
+    gradient = tf.IndexedSlices(tf.ones([1, 2]), tf.constant([0]))
+    reduced = sparse.all_reduce([gradient] * 2, DEVICES[:2], DEVICES[0])
+    for replica in reduced:
+        assert replica.dense_shape is None
+        assert replica.indices.numpy().tolist() == [0, 0]
+
+
+def test_each_replica_gets_its_result_on_its_own_device():
+    reduced = sparse.all_reduce([slices([1])] * 2, DEVICES[:2], DEVICES[1])
+    for index, replica in enumerate(reduced):
+        for tensor in (replica.values, replica.indices, replica.dense_shape):
+            assert tensor.device.endswith(f"CPU:{index}")
+
+
+def test_the_owner_does_the_gathering():
+    devices = ["/device:CPU:0", "/device:CPU:1"]
+    with tf.Graph().as_default() as graph:
+        sparse.all_reduce([slices([1])] * 2, devices, devices[1])
+    gathers = [op for op in graph.get_operations() if op.type == "ConcatV2"]
+    assert [op.device for op in gathers] == ["/device:CPU:1"] * 2
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.float32, tf.int32])
+def test_values_keep_their_dtype(dtype):
+    gradient = tf.IndexedSlices(tf.ones([1, 2], dtype), tf.constant([0]))
+    for replica in sparse.all_reduce([gradient] * 2, DEVICES[:2], DEVICES[0]):
+        assert replica.values.dtype == dtype
