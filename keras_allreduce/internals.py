@@ -54,3 +54,34 @@ def resolve_device(device: str) -> str:
 def has_nccl() -> bool:
     """Whether this build of TensorFlow can run NCCL at all."""
     return bool(_kernels.get_registered_kernels_for_op("NcclAllReduce").kernel)
+
+
+def seed_generators(model: Any) -> list[Any]:
+    """All `keras.random.SeedGenerator` objects in the layers of a model.
+
+    Keras tracks them for each layer but lists only their variables.
+    """
+    found: dict[int, Any] = {}
+    for layer in model._flatten_layers():
+        for generator in getattr(layer, "_seed_generators", ()):
+            found[id(generator)] = generator
+    return list(found.values())
+
+
+def gradient_accumulators(
+    optimizer: Any, variables: Sequence[Any]
+) -> list[Any] | None:
+    """The variables in which `optimizer` adds up gradients of `variables`.
+
+    Keras has no public name for them. `None` if it does not accumulate, or
+    has not made them yet.
+    """
+    if not getattr(optimizer, "gradient_accumulation_steps", None):
+        return None
+    if not optimizer.built:
+        return None
+    accumulators = [
+        optimizer._accumulated_gradients[optimizer._get_variable_index(v)]
+        for v in variables
+    ]
+    return None if any(a is None for a in accumulators) else accumulators

@@ -1,6 +1,7 @@
 """The step functions of a strategy, their clocks, and how to read them."""
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,21 @@ class StepLog:
             weakref.WeakKeyDictionary()
         )
 
-    def add(self, record: BatchRecord, model: Any | None) -> None:
-        """Notes a step that was just traced, or has just run eagerly."""
+    def add(self, records: Sequence[BatchRecord], model: Any | None) -> None:
+        """Notes a step that was just traced, or has just run eagerly.
+
+        Args:
+            records: All it reduces.
+            model: The model whose `train_step` it is, if it is one.
+        """
+        if not records:
+            return
+        # Gradients are the largest batch. Others are the statistics of
+        # synchronized layers and what the user's own code reduces.
+        record = max(
+            records,
+            key=lambda record: (record.plan.nbytes or 0, len(record.packs)),
+        )
         owner = _nothing if model is None else weakref.ref(model)
         if tf.executing_eagerly():
             self._eager_clocks(record, owner).add(record.started, record.ended)

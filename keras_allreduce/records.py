@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
@@ -21,6 +21,7 @@ class ReducePlan:
     nbytes: int | None
     dtypes: tuple[str, ...]
     num_replicas: int
+    every: int = 1
 
     def __str__(self) -> str:
         size = "size not known" if self.nbytes is None else _mib(self.nbytes)
@@ -32,6 +33,11 @@ class ReducePlan:
         )
         if self.num_sparse:
             line += f", {self.num_sparse} sparse gathered"
+        if self.every > 1:
+            line += (
+                f", sent once in {self.every} steps (gradients accumulate on "
+                "their replica in between)"
+            )
         return f"{line}; {self.reason}" if self.reason else line
 
 
@@ -66,6 +72,10 @@ class BatchRecord:
     devices: Sequence[str]
     started: float
     ended: float
+
+    def every(self, steps: int) -> "BatchRecord":
+        """The same, sent once in `steps` steps."""
+        return replace(self, plan=replace(self.plan, every=steps))
 
 
 _observed: contextvars.ContextVar[list[BatchRecord] | None] = (

@@ -11,7 +11,8 @@ from keras_allreduce import fit_hook, internals
 from keras_allreduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.checks import check_devices, check_model
 from keras_allreduce.meter import Meter, StepLog
-from keras_allreduce.records import BatchRecord, observe
+from keras_allreduce.one_device import Step, already_reduced
+from keras_allreduce.records import observe
 from keras_allreduce.stats import ReduceStats
 
 
@@ -40,6 +41,11 @@ class AllReduceStrategy(tf.distribute.MirroredStrategy):
         algorithm: See `BatchAllReduce`.
         bytes_per_pack: See `BatchAllReduce`.
         sparse_as_dense: See `BatchAllReduce`.
+        weigh_samples: Whether the loss of each replica is weighed by its part
+            of the batch, which makes batches of any size come out as on one
+            device. `None`: where that is known to be right, which is where
+            Keras computes a loss that is a mean. `True` and `False` decide,
+            for a `train_step` or a loss of your own.
         fit_log: Whether the output of `model.fit` shows the plan and the cost
             of the all-reduce.
 
@@ -59,6 +65,7 @@ class AllReduceStrategy(tf.distribute.MirroredStrategy):
         algorithm: str = "auto",
         bytes_per_pack: int = 0,
         sparse_as_dense: bool = False,
+        weigh_samples: bool | None = None,
         fit_log: bool = True,
     ):
         if keras.backend.backend() != "tensorflow":
@@ -91,6 +98,7 @@ class AllReduceStrategy(tf.distribute.MirroredStrategy):
             cross_device_ops.choose(self.extended.worker_devices)
         self.step_log = StepLog()
         self._meter = Meter(self.step_log)
+        self.weigh_samples = weigh_samples
         self._fit_log = bool(fit_log)
         if fit_log:
             fit_hook.install()
@@ -99,6 +107,23 @@ class AllReduceStrategy(tf.distribute.MirroredStrategy):
     def fit_log(self) -> StepLog | None:
         """What the fit output shows, or `None` if it was switched off."""
         return self.step_log if self._fit_log else None
+
+    def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
+        """Reduces `value` across replicas, as `tf.distribute.Strategy` does.
+
+        Args:
+            reduce_op: `"SUM"`, `"MEAN"` or a `tf.distribute.ReduceOp`.
+            value: Distributed value, or a nested structure of such.
+            axis: Axis to reduce along within each replica too, or `None`.
+
+        Returns:
+            A tensor, or a structure of tensors like `value`.
+        """
+        if _is_batch_for_its_shapes(reduce_op, value, axis):
+            return keras.tree.map_structure(
+                lambda leaf: self.experimental_local_results(leaf)[0], value
+            )
+        return super().reduce(reduce_op, value, axis)
 
     def all_reduce_stats(self) -> ReduceStats | None:
         """Cost of the all-reduce in the steps run since the last call.
@@ -115,43 +140,89 @@ class AllReduceStrategy(tf.distribute.MirroredStrategy):
 class AllReduceExtended(internals.MirroredExtended):
     """The half of the strategy that decides how values are reduced."""
 
+    def _use_merge_call(self) -> bool:
+        # Once gradients are reduced, each replica can update on its own, also
+        # inside a conditional, where no merge_call can be.
+        return not already_reduced() and super()._use_merge_call()
+
+    def _replica_ctx_all_reduce(
+        self, reduce_op: Any, value: Any, options: Any = None
+    ) -> Any:
+        if already_reduced():
+            return value
+        return super()._replica_ctx_all_reduce(reduce_op, value, options)
+
     def _get_cross_device_ops(self, value: Any) -> Any:
         # Stock takes a new ReductionToOneDevice for each int32 value, and
         # then finds that a batch of two does not agree on its ops.
-        if self._use_merge_call():
+        if super()._use_merge_call():
             return self._cross_device_ops
         return super()._get_cross_device_ops(value)
 
     def _call_for_each_replica(
         self, fn: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        model = _model_of(fn)
         strategy = self._container_strategy()
-        if model is not None:
-            check_model(model, strategy)
+        model, step_name = _keras_step(fn)
+        run = super()._call_for_each_replica
+        if model is None:
+            with observe() as records:
+                result = run(fn, args, kwargs)
+            strategy.step_log.add(records, None)
+            return result
+        check_model(model, strategy)
+        trains = step_name == "train_step"
         with observe() as records:
-            result = super()._call_for_each_replica(fn, args, kwargs)
-        if records:
-            strategy.step_log.add(_gradients_among(records), model)
+            if strategy.num_replicas_in_sync == 1:
+                result = run(fn, args, kwargs)
+            else:
+                step = Step(
+                    model,
+                    step_name,
+                    strategy,
+                    strategy.weigh_samples,
+                    note=lambda found: strategy.step_log.add(found, model),
+                )
+                result = step.run(run, fn, args, kwargs)
+        if trains:
+            strategy.step_log.add(records, model)
         return result
 
 
-def _model_of(fn: Callable[..., Any]) -> keras.Model | None:
-    """The model whose `train_step` this is, if it is one."""
+def _keras_step(fn: Callable[..., Any]) -> tuple[keras.Model | None, str]:
+    """The model whose step this is, and which step, if it is one."""
     fn = inspect.unwrap(fn)
     model = getattr(fn, "__self__", None)
-    if isinstance(model, keras.Model) and fn.__name__ == "train_step":
-        return model
-    return None
+    name = getattr(fn, "__name__", "")
+    if isinstance(model, keras.Model) and name in ("train_step", "test_step"):
+        return model, name
+    return None, ""
 
 
-def _gradients_among(records: Sequence[BatchRecord]) -> BatchRecord:
-    """The batch that carries the gradients of a step: its largest.
+def _is_batch_for_its_shapes(reduce_op: Any, value: Any, axis: Any) -> bool:
+    """Whether this is Keras, asking for a batch only to see its shapes.
 
-    Others are the statistics of synchronized layers and what the user's own
-    code reduces.
+    Before the first step Keras takes the "mean" of a whole nested batch over
+    the replicas. Where there is none (text, ragged or sparse inputs, parts of
+    different sizes), one replica's part shows the shapes as well.
     """
-    return max(
-        records,
-        key=lambda record: (record.plan.nbytes or 0, len(record.packs)),
+    if (
+        not tf.executing_eagerly()
+        or axis is not None
+        or str(getattr(reduce_op, "value", reduce_op)).upper() != "MEAN"
+        or not keras.tree.is_nested(value)
+    ):
+        return False
+    return any(_has_no_mean(leaf) for leaf in keras.tree.flatten(value))
+
+
+def _has_no_mean(value: Any) -> bool:
+    if not isinstance(value, tf.distribute.DistributedValues):
+        return False
+    parts = value.values
+    return any(
+        not isinstance(part, tf.Tensor)
+        or not (part.dtype.is_floating or part.dtype.is_integer)
+        or part.shape != parts[0].shape
+        for part in parts
     )

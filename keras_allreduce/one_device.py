@@ -1,0 +1,409 @@
+"""What makes N replicas equal one device under Keras's own steps.
+
+A mean over a batch is not the mean of the means over its parts unless the
+parts are equal; clipping the parts does not clip the sum; and a seed that all
+replicas share gives all of them the same dropout mask. Keras leaves all three
+to the strategy, and a strategy sees neither loss nor optimizer. So while a
+step of Keras runs (or is traced), the methods of this model's objects that
+decide about them are shadowed by those below. Afterwards the objects are as
+they were; no class is touched.
+
+    Keras's step                 shadowed by
+    model.compute_loss           Step.compute_loss   empty replica: 0, not NaN
+    optimizer.scale_loss         Step.scale_loss     times share of the batch
+    optimizer.apply              Step.apply          all-reduce, then Keras's:
+                                                     finite check, accumulate,
+                                                     clip, update
+    seed_generator.next          Step.next_seed      another one per replica
+"""
+
+import contextlib
+import functools
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_allreduce import internals, summing, weighing
+
+_thread = threading.local()
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def already_reduced() -> bool:
+    """Whether this thread is in an update with reduced gradients."""
+    return getattr(_thread, "reduced", False)
+
+
+class Step:
+    """One run (or trace) of a step of Keras on all replicas.
+
+    Args:
+        model: The model whose step it is.
+        name: `"train_step"` or `"test_step"`.
+        strategy: Its strategy.
+        weigh_samples: See `weighing.find_rule`.
+        note: Called with the records of accumulated gradients.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        name: str,
+        strategy: Any,
+        weigh_samples: bool | None,
+        note: Callable[..., None],
+    ):
+        self._model = model
+        self._strategy = strategy
+        self._note = note
+        self._rule = weighing.find_rule(model, name, weigh_samples)
+        self._weigh_gradients = weigh_samples is True
+        self._uneven = False
+        if self._rule.doubt and name == "train_step":
+            self._warn(self._rule.doubt)
+
+    def run(
+        self,
+        call_for_each_replica: Callable[..., Any],
+        fn: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
+        """Runs `fn` on every replica, as `call_for_each_replica` does."""
+        shares, corrections = self._shares(args[0])
+
+        @tf.autograph.experimental.do_not_convert
+        def on_replica(share: Any, correction: Any, *args: Any, **kw: Any):
+            _thread.share, _thread.correction = share, correction
+            _thread.scaled = False
+            try:
+                with self._keep_state_of_empty_replica(share):
+                    outputs = fn(*args, **kw)
+                return outputs, self._samples_seen(outputs)
+            finally:
+                _thread.share = _thread.correction = None
+
+        with contextlib.ExitStack() as stack:
+            for owner, methods in self._shadows():
+                stack.enter_context(_shadowed(owner, methods))
+            outputs, seen = call_for_each_replica(
+                on_replica, (shares, corrections, *args), kwargs
+            )
+        return self._weigh_logs(outputs, seen)
+
+    # The shares ----------------------------------------------------------
+
+    def _shares(self, data: Any) -> tuple[Any, Any]:
+        """Per replica: its share of the batch, and the correction to it.
+
+        `None` stands for 1 on every replica.
+        """
+        inputs, sample_weight = weighing.parts(data)
+        replicas = self._values(inputs)
+        if not replicas:
+            return None, None
+        devices = self._strategy.extended.worker_devices
+        with tf.device("/cpu:0"):
+            sizes = weighing.sizes(replicas)
+            self._uneven = sizes is not None
+            by_weight = self._rule.kind == "sample_weights"
+            weights = self._values(sample_weight) if by_weight else None
+            by_size = None if sizes is None else weighing.shares(sizes)
+            if not weights:
+                return _per_replica(by_size, devices), None
+            by_weight_sum = weighing.shares(
+                [tf.reduce_sum(tf.cast(w, tf.float32)) for w in weights]
+            )
+            if by_size is None:
+                return None, _per_replica(by_weight_sum, devices)
+            # Keras weighs each replica's loss by its samples in the mean it
+            # shows, and `scale_loss` does in the gradients: what is missing
+            # to the weights is common to both.
+            missing = [
+                tf.math.divide_no_nan(ours, its)
+                for ours, its in zip(by_weight_sum, by_size, strict=True)
+            ]
+            return _per_replica(by_size, devices), _per_replica(
+                missing, devices
+            )
+
+    def _values(self, value: Any) -> Sequence[Any]:
+        if isinstance(value, tf.distribute.DistributedValues):
+            return self._strategy.experimental_local_results(value)
+        return ()
+
+    # What is shadowed ----------------------------------------------------
+
+    def _shadows(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        model = self._model
+        yield model, {"compute_loss": self._bind(self.compute_loss, model)}
+        for optimizer in _optimizers_of(model):
+            yield (
+                optimizer,
+                {
+                    "scale_loss": functools.partial(
+                        self.scale_loss, optimizer.scale_loss
+                    ),
+                    "apply": functools.partial(self.apply, optimizer),
+                },
+            )
+            inner = getattr(optimizer, "inner_optimizer", None)
+            if inner is not None:
+                yield inner, {"apply": functools.partial(_update, inner.apply)}
+        for generator in internals.seed_generators(model):
+            yield (
+                generator,
+                {"next": functools.partial(self.next_seed, generator.next)},
+            )
+
+    @staticmethod
+    def _bind(method: Callable[..., Any], model: keras.Model) -> Any:
+        return functools.partial(method, model.compute_loss)
+
+    def compute_loss(
+        self,
+        keras_compute_loss: Callable[..., Any],
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        **training: Any,
+    ) -> Any:
+        """The loss of this replica; 0 on an empty one."""
+        loss = keras_compute_loss(x, y, y_pred, sample_weight, **training)
+        if self._rule.kind == "as_is":
+            return loss
+        scalar = weighing.returns_one_value(self._rule.suspects, y, y_pred)
+        if scalar is not None:
+            self._warn(weighing.doubt_of_scalar(scalar))
+            _thread.share = _thread.correction = None
+            return loss
+        if len(loss.shape):
+            loss = tf.reduce_sum(loss)  # Keras on an empty batch, eagerly.
+        if _thread.share is not None:
+            some = tf.cast(_thread.share > 0, loss.dtype)
+            loss = tf.math.multiply_no_nan(loss, some)
+        return _times(loss, _thread.correction)
+
+    def scale_loss(
+        self, keras_scale_loss: Callable[..., Any], loss: Any
+    ) -> Any:
+        """The loss that is differentiated: weighed by the share of the batch.
+
+        Weighing the loss weighs all gradients, at the price of one product,
+        and also what flows between replicas in synchronized layers.
+        """
+        if self._rule.kind != "as_is":
+            loss = _times(loss, _thread.share)
+            _thread.scaled = True
+        return keras_scale_loss(loss)
+
+    def apply(
+        self, optimizer: Any, grads: Any, trainable_variables: Any = None
+    ) -> Any:
+        """Reduces first, so that all that Keras does sees the sum."""
+        keras_apply = type(optimizer).apply.__get__(optimizer)
+        grads = list(grads)
+        if self._weigh_gradients and not _thread.scaled:
+            grads = [
+                g if g is None else _times(g, _thread.share) for g in grads
+            ]
+        if not already_reduced():
+            variables = trainable_variables
+            if variables is not None:
+                trainable_variables = variables = list(variables)
+            grads = _all_reduce(optimizer, grads, variables, self._note)
+        if hasattr(optimizer, "inner_optimizer"):
+            # Checks all replicas' gradients at once, in a merge_call; its
+            # inner optimizer then updates as below.
+            return keras_apply(grads, trainable_variables)
+        return _update(keras_apply, grads, trainable_variables)
+
+    def next_seed(
+        self, keras_next: Callable[..., Any], ordered: bool = True
+    ) -> Any:
+        """A seed of this replica's own; replica 0 has Keras's."""
+        seed = keras_next(ordered)
+        context = tf.distribute.get_replica_context()
+        if context is None:
+            return seed
+        replica = tf.cast(context.replica_id_in_sync_group, seed.dtype)
+        # Far apart, whatever seeds the layers of the model were given.
+        return seed + replica * tf.constant([1_000_003, 0], seed.dtype)
+
+    # Around the step -----------------------------------------------------
+
+    @contextlib.contextmanager
+    def _keep_state_of_empty_replica(self, share: Any) -> Iterator[None]:
+        """Lets an empty replica forget statistics over no samples."""
+        variables = []
+        if share is not None:
+            variables = [
+                variable.value
+                for variable in self._model.non_trainable_variables
+                if _is_per_replica(variable.value)
+            ]
+        before = [tf.identity(variable) for variable in variables]
+        yield
+
+        def restore() -> None:
+            for variable, value in zip(variables, before, strict=True):
+                variable.assign(value)
+
+        if variables:
+            tf.cond(share > 0, lambda: None, restore)
+
+    def _samples_seen(self, outputs: Any) -> Any:
+        """Samples of this replica behind the values in `outputs`."""
+        if not self._uneven or self._rule.kind == "as_is":
+            return None
+        for metric in self._model.metrics:
+            if metric.name == "loss" and isinstance(metric, keras.metrics.Mean):
+                return tf.convert_to_tensor(metric.count.value)
+        return None
+
+    def _weigh_logs(self, outputs: Any, seen: Any) -> Any:
+        """Makes Keras's plain mean over replicas one over samples."""
+        if seen is None:
+            return outputs
+        devices = self._strategy.extended.worker_devices
+        with tf.device("/cpu:0"):
+            shares = weighing.shares(self._values(seen))
+
+        def weigh(value: Any) -> Any:
+            replicas = self._values(value)
+            if not replicas or not replicas[0].dtype.is_floating:
+                return value
+            weighed = []
+            for device, replica, share in zip(
+                devices, replicas, shares, strict=True
+            ):
+                with tf.device(device):
+                    weighed.append(_times(replica, share))
+            return internals.PerReplica(tuple(weighed))
+
+        return keras.tree.map_structure(weigh, outputs)
+
+    def _warn(self, doubt: str) -> None:
+        if self._model in _warned:
+            return
+        _warned.add(self._model)
+        warnings.warn(
+            "When a batch does not divide evenly between the replicas, the "
+            f"result may differ from that of one device: {doubt}. Pass "
+            "weigh_samples=True to AllReduceStrategy if the loss is a mean "
+            "over samples divided by the number of replicas, False if it is "
+            "right as it is.",
+            stacklevel=2,
+        )
+
+
+@contextlib.contextmanager
+def _shadowed(owner: Any, methods: dict[str, Any]) -> Iterator[None]:
+    """Gives one object other methods inside the block."""
+    # Past __setattr__, in which Keras tracks what is assigned.
+    vars(owner).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del vars(owner)[name]
+
+
+def _update(
+    keras_apply: Callable[..., Any],
+    grads: Any,
+    trainable_variables: Any = None,
+) -> Any:
+    """Updates variables where each replica is, from reduced gradients."""
+    before = already_reduced()
+    _thread.reduced = True
+    try:
+        return keras_apply(grads, trainable_variables)
+    finally:
+        _thread.reduced = before
+
+
+def _all_reduce(
+    optimizer: Any,
+    grads: list[Any],
+    variables: list[Any] | None,
+    note: Callable[..., None],
+) -> list[Any]:
+    """The sums over all replicas; `None` stays `None`."""
+    moving = [
+        index
+        for index, gradient in enumerate(grads)
+        if gradient is not None
+        and not (
+            variables is not None
+            and getattr(variables[index], "overwrite_with_gradient", False)
+        )
+    ]
+    if not moving:
+        return grads
+    context = tf.distribute.get_replica_context()
+    gradients = [grads[index] for index in moving]
+    accumulators = variables and internals.gradient_accumulators(
+        optimizer, [variables[index] for index in moving]
+    )
+    if accumulators:
+        gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
+        sums = context.merge_call(
+            summing.sum_when_applied,
+            args=(gradients, optimizer, accumulators, note),
+        )
+    else:
+        sums = context.merge_call(summing.sum_now, args=(gradients,))
+    reduced = list(grads)
+    for index, total in zip(moving, sums, strict=True):
+        reduced[index] = total
+    return reduced
+
+
+def _optimizers_of(model: keras.Model) -> list[Any]:
+    """All optimizers that a step of the model may use."""
+    candidates = [getattr(model, "optimizer", None), *vars(model).values()]
+    found: list[Any] = []
+    for candidate in candidates:
+        if isinstance(candidate, keras.optimizers.Optimizer) and not any(
+            candidate is other for other in found
+        ):
+            found.append(candidate)
+    return found
+
+
+def _is_per_replica(value: Any) -> bool:
+    return (
+        isinstance(value, tf.distribute.DistributedValues)
+        and value.synchronization == tf.VariableSynchronization.ON_READ
+        and value.dtype.is_floating
+    )
+
+
+def _per_replica(
+    values: Sequence[Any] | None, devices: Sequence[str]
+) -> Any | None:
+    if values is None:
+        return None
+    placed = []
+    for value, device in zip(values, devices, strict=True):
+        with tf.device(device):
+            placed.append(tf.identity(value))
+    return internals.PerReplica(tuple(placed))
+
+
+def _times(value: Any, weight: Any) -> Any:
+    """`value * weight`, 0 where the weight is 0 even if the value is NaN."""
+    if weight is None:
+        return value
+    if isinstance(value, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            _times(value.values, weight), value.indices, value.dense_shape
+        )
+    return tf.math.multiply_no_nan(value, tf.cast(weight, value.dtype))

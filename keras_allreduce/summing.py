@@ -1,0 +1,80 @@
+"""Summing gradients over the replicas: at once, or when they are applied.
+
+With gradient accumulation nothing has to be sent between two updates: each
+replica adds up its own gradients in Keras's accumulators. When Keras is about
+to apply, what the replicas have accumulated is reduced together with the last
+gradients, and the accumulators start again from zero. Keras then adds its
+(zero) accumulators and goes on as on one device.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from keras_allreduce import internals
+from keras_allreduce.records import observe
+
+
+def sum_now(strategy: Any, gradients: Sequence[Any]) -> list[Any]:
+    """Sums distributed gradients; to be called in cross-replica context."""
+    return strategy.extended.batch_reduce_to(
+        tf.distribute.ReduceOp.SUM,
+        [(gradient, gradient) for gradient in gradients],
+    )
+
+
+def sum_when_applied(
+    strategy: Any,
+    gradients: Sequence[Any],
+    optimizer: Any,
+    accumulators: Sequence[Any],
+    note: Callable[..., None],
+) -> list[Any]:
+    """Sums accumulated gradients if this step applies them.
+
+    To be called in cross-replica context.
+
+    Args:
+        strategy: The strategy.
+        gradients: Distributed dense gradients, one per variable.
+        optimizer: Optimizer with `gradient_accumulation_steps`.
+        accumulators: Its accumulator of each gradient.
+        note: Called with the records of what is reduced, inside the branch
+            that does it.
+
+    Returns:
+        One distributed value per gradient: on a step that applies, the sum of
+        all that was accumulated on all replicas; on others the gradient as it
+        was.
+    """
+    steps = optimizer.gradient_accumulation_steps
+    replicas = [strategy.experimental_local_results(g) for g in gradients]
+    accumulated = [
+        strategy.experimental_local_results(a.value) for a in accumulators
+    ]
+
+    def communicate() -> list[tuple[Any, ...]]:
+        totals = [
+            internals.PerReplica(tuple(map(_take, parts, variables)))
+            for parts, variables in zip(replicas, accumulated, strict=True)
+        ]
+        with observe() as records:
+            sums = sum_now(strategy, totals)
+        note([record.every(steps) for record in records])
+        return [strategy.experimental_local_results(total) for total in sums]
+
+    def keep() -> list[tuple[Any, ...]]:
+        return [tuple(parts) for parts in replicas]
+
+    applies = tf.equal((optimizer.iterations.value + 1) % steps, 0)
+    kept = tf.cond(applies, communicate, keep)
+    return [internals.PerReplica(tuple(parts)) for parts in kept]
+
+
+def _take(gradient: tf.Tensor, accumulator: tf.Variable) -> tf.Tensor:
+    """The gradient and all that was accumulated, which starts again."""
+    with tf.device(accumulator.device):
+        total = gradient + accumulator
+        accumulator.assign(tf.zeros_like(accumulator))
+    return total

@@ -1,0 +1,162 @@
+"""Each replica's share of a batch, and when to weigh its loss by it.
+
+Keras gives every replica the mean loss over its part of the batch, divided by
+the number of replicas R. The sum of these is the mean over the whole batch
+only if all parts are equal. With n_r of N samples on replica r, the loss times
+n_r R / N gives the right one whatever the parts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+MEANS = frozenset({"sum_over_batch_size", "mean"})
+WEIGHTED_MEAN = "mean_with_sample_weight"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the loss of a replica goes into that of the batch.
+
+    Attributes:
+        kind: `"samples"`: by its number of samples. `"sample_weights"`: by
+            the sum of its sample weights. `"as_is"`: it is added up as it is.
+        doubt: Why it cannot be known that this is right, for a warning.
+        suspects: Losses of the user's own; they are means only if they return
+            one value per sample.
+    """
+
+    kind: str
+    doubt: str = ""
+    suspects: tuple[Callable[..., Any], ...] = ()
+
+
+def find_rule(
+    model: keras.Model, step: str, weigh_samples: bool | None
+) -> Rule:
+    """The rule for a step of `model`.
+
+    Args:
+        model: A compiled model.
+        step: `"train_step"` or `"test_step"`.
+        weigh_samples: `True` and `False` decide; `None` looks at the model.
+    """
+    if weigh_samples is not None:
+        return Rule("samples" if weigh_samples else "as_is")
+    if getattr(type(model), step) is not getattr(keras.Model, step):
+        return Rule("as_is", f"the model has a `{step}` of its own")
+    if type(model).compute_loss is not keras.Model.compute_loss:
+        return Rule("as_is", "the model has a `compute_loss` of its own")
+    losses = [loss for loss in keras.tree.flatten(model.loss) if loss]
+    strange = [
+        loss
+        for loss in losses
+        if isinstance(loss, keras.losses.Loss)
+        and type(loss).__call__ is not keras.losses.Loss.__call__
+    ]
+    if strange:
+        return Rule("as_is", f"{_name(strange[0])} has its own `__call__`")
+    reductions = {_reduction(loss) for loss in losses}
+    suspects = tuple(loss for loss in losses if _is_users_own(loss))
+    if reductions <= MEANS:
+        return Rule("samples", suspects=suspects)
+    if reductions == {"sum"}:
+        return Rule("as_is")
+    if reductions == {WEIGHTED_MEAN} and len(losses) == 1:
+        return Rule("sample_weights", suspects=suspects)
+    return Rule(
+        "as_is",
+        "its losses are reduced in ways that do not go together "
+        f"({', '.join(sorted(str(name) for name in reductions))})",
+    )
+
+
+def returns_one_value(
+    losses: Sequence[Callable[..., Any]], y: Any, y_pred: Any
+) -> Callable[..., Any] | None:
+    """The first of `losses` that does not keep the samples apart, if any."""
+    for loss in losses:
+        function = getattr(loss, "call", loss)
+        for true, predicted in zip(
+            keras.tree.flatten(y), keras.tree.flatten(y_pred), strict=False
+        ):
+            value = function(true, predicted)
+            if len(value.shape) == 0:
+                return loss
+    return None
+
+
+def doubt_of_scalar(loss: Callable[..., Any]) -> str:
+    """Why a loss that returns one value for all samples is left alone."""
+    return (
+        f"the loss {_name(loss)} returns one value for all samples, which "
+        "Keras does not divide by the number of replicas; return one value "
+        "per sample"
+    )
+
+
+def parts(data: Any) -> tuple[Any, Any]:
+    """The first input and the sample weights of a batch, or `None`s."""
+    x, _, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    inputs = [leaf for leaf in keras.tree.flatten(x) if leaf is not None]
+    weights = keras.tree.flatten(sample_weight)
+    return (
+        inputs[0] if inputs else None,
+        weights[0] if len(weights) == 1 else None,
+    )
+
+
+def sizes(replicas: Sequence[Any]) -> list[tf.Tensor] | None:
+    """Number of samples of each replica, or `None` if all are surely equal.
+
+    Args:
+        replicas: The first input of each replica, batch first.
+    """
+    static = {
+        value.shape[0] if value.shape.rank else None for value in replicas
+    }
+    if len(static) == 1 and static != {None}:
+        return None
+    return [
+        tf.cast(tf.shape(value, out_type=tf.int64)[0], tf.float32)
+        for value in replicas
+    ]
+
+
+def shares(amounts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Share of each replica in the batch, times the number of replicas.
+
+    Args:
+        amounts: float32 scalars, one per replica.
+
+    Returns:
+        float32 scalars whose mean is 1, or all 0 if all amounts are.
+    """
+    total = tf.add_n(list(amounts))
+    return [
+        tf.math.divide_no_nan(amount * float(len(amounts)), total)
+        for amount in amounts
+    ]
+
+
+def _reduction(loss: Any) -> Any:
+    if isinstance(loss, keras.losses.Loss):
+        return loss.reduction
+    return "sum_over_batch_size"
+
+
+def _is_users_own(loss: Any) -> bool:
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    named = loss if hasattr(loss, "__name__") else type(loss)
+    if isinstance(loss, keras.losses.Loss):
+        function = getattr(loss, "fn", None)
+        named = function if function is not None else type(loss)
+    return not getattr(named, "__module__", "").startswith("keras.")
+
+
+def _name(loss: Any) -> str:
+    return f"`{getattr(loss, '__name__', type(loss).__name__)}`"
