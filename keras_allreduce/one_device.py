@@ -9,7 +9,7 @@ decide about them are shadowed by those below. Afterwards the objects are as
 they were; no class is touched.
 
     Keras's step                 shadowed by
-    model.compute_loss           Step.compute_loss   empty replica: 0, not NaN
+    model.compute_loss           Step.compute_loss   empty replica: 0
     optimizer.scale_loss         Step.scale_loss     times share of the batch
     optimizer.apply              Step.apply          all-reduce, then Keras's:
                                                      finite check, accumulate,
@@ -63,7 +63,7 @@ class Step:
         self._note = note
         self._rule = weighing.find_rule(model, name, weigh_samples)
         self._weigh_gradients = weigh_samples is True
-        self._uneven = False
+        self._share_of_replica: Any = None
         if self._rule.doubt and name == "train_step":
             self._warn(self._rule.doubt)
 
@@ -75,16 +75,25 @@ class Step:
         kwargs: Any,
     ) -> Any:
         """Runs `fn` on every replica, as `call_for_each_replica` does."""
-        shares, corrections = self._shares(args[0])
+        data, *rest = args
+        shares, corrections = self._shares(data)
+        self._share_of_replica = shares
+        spare = self._first_sample(data) if shares is not None else None
 
         @tf.autograph.experimental.do_not_convert
-        def on_replica(share: Any, correction: Any, *args: Any, **kw: Any):
+        def on_replica(
+            share: Any, correction: Any, data: Any, *args: Any, **kw: Any
+        ) -> tuple[Any, Any]:
             _thread.share, _thread.correction = share, correction
             _thread.scaled = False
             try:
-                with self._keep_state_of_empty_replica(share):
-                    outputs = fn(*args, **kw)
-                return outputs, self._samples_seen(outputs)
+                if share is None or self._rule.kind == "as_is":
+                    return fn(data, *args, **kw), None
+                before = self._state()
+                data = _with_a_sample(data, share, spare)
+                outputs = fn(data, *args, **kw)
+                _restore_if_empty(share, before)
+                return self._logs(outputs), self._samples_seen()
             finally:
                 _thread.share = _thread.correction = None
 
@@ -92,7 +101,7 @@ class Step:
             for owner, methods in self._shadows():
                 stack.enter_context(_shadowed(owner, methods))
             outputs, seen = call_for_each_replica(
-                on_replica, (shares, corrections, *args), kwargs
+                on_replica, (shares, corrections, data, *rest), kwargs
             )
         return self._weigh_logs(outputs, seen)
 
@@ -107,30 +116,47 @@ class Step:
         replicas = self._values(inputs)
         if not replicas:
             return None, None
-        devices = self._strategy.extended.worker_devices
         with tf.device("/cpu:0"):
             sizes = weighing.sizes(replicas)
-            self._uneven = sizes is not None
-            by_weight = self._rule.kind == "sample_weights"
-            weights = self._values(sample_weight) if by_weight else None
-            by_size = None if sizes is None else weighing.shares(sizes)
-            if not weights:
-                return _per_replica(by_size, devices), None
-            by_weight_sum = weighing.shares(
-                [tf.reduce_sum(tf.cast(w, tf.float32)) for w in weights]
-            )
-            if by_size is None:
-                return None, _per_replica(by_weight_sum, devices)
-            # Keras weighs each replica's loss by its samples in the mean it
-            # shows, and `scale_loss` does in the gradients: what is missing
-            # to the weights is common to both.
-            missing = [
-                tf.math.divide_no_nan(ours, its)
-                for ours, its in zip(by_weight_sum, by_size, strict=True)
-            ]
-            return _per_replica(by_size, devices), _per_replica(
-                missing, devices
-            )
+            shares = None if sizes is None else weighing.shares(sizes)
+            goal = self._goal(sample_weight, shares)
+            return self._place(shares), self._place(goal)
+
+    def _goal(
+        self, sample_weight: Any, shares: list[tf.Tensor] | None
+    ) -> list[tf.Tensor] | None:
+        """What the loss is times beside the share, per replica.
+
+        Keras weighs each replica's loss by its samples in the mean it shows,
+        and `scale_loss` does in the gradients. Where something else than the
+        number of samples counts, the correction is common to both.
+        """
+        goal: list[tf.Tensor] | None = None
+        if self._rule.kind == "sum" and shares is not None:
+            goal = [tf.ones([]) for _ in shares]
+        elif self._rule.kind == "sample_weights":
+            weights = self._values(sample_weight)
+            if weights:
+                goal = weighing.shares(
+                    [tf.reduce_sum(tf.cast(w, tf.float32)) for w in weights]
+                )
+        if goal is None or shares is None:
+            return goal
+        return [
+            tf.math.divide_no_nan(wanted, share)
+            for wanted, share in zip(goal, shares, strict=True)
+        ]
+
+    def _place(self, values: Sequence[tf.Tensor] | None) -> Any:
+        """One value on the device of each replica; `None` stays `None`."""
+        if values is None:
+            return None
+        placed = []
+        devices = self._strategy.extended.worker_devices
+        for value, device in zip(values, devices, strict=True):
+            with tf.device(device):
+                placed.append(tf.identity(value))
+        return internals.PerReplica(tuple(placed))
 
     def _values(self, value: Any) -> Sequence[Any]:
         if isinstance(value, tf.distribute.DistributedValues):
@@ -183,8 +209,6 @@ class Step:
             self._warn(weighing.doubt_of_scalar(scalar))
             _thread.share = _thread.correction = None
             return loss
-        if len(loss.shape):
-            loss = tf.reduce_sum(loss)  # Keras on an empty batch, eagerly.
         if _thread.share is not None:
             some = tf.cast(_thread.share > 0, loss.dtype)
             loss = tf.math.multiply_no_nan(loss, some)
@@ -238,34 +262,59 @@ class Step:
 
     # Around the step -----------------------------------------------------
 
-    @contextlib.contextmanager
-    def _keep_state_of_empty_replica(self, share: Any) -> Iterator[None]:
-        """Lets an empty replica forget statistics over no samples."""
-        variables = []
-        if share is not None:
-            variables = [
-                variable.value
-                for variable in self._model.non_trainable_variables
-                if _is_per_replica(variable.value)
-            ]
-        before = [tf.identity(variable) for variable in variables]
-        yield
+    def _first_sample(self, data: Any) -> Any:
+        """A sample of the batch, for replicas that have none."""
+        return keras.tree.map_structure(
+            lambda value: (
+                _first(self._values(value)[0]) if self._values(value) else value
+            ),
+            data,
+        )
 
-        def restore() -> None:
-            for variable, value in zip(variables, before, strict=True):
-                variable.assign(value)
+    def _state(self) -> list[tuple[Any, tf.Tensor]]:
+        """What the replica will have gathered on its own, before the step."""
+        variables = [
+            variable.value
+            for variable in (
+                *self._model.non_trainable_variables,
+                *self._model.metrics_variables,
+            )
+        ]
+        return [
+            (variable, tf.identity(variable))
+            for variable in variables
+            if isinstance(variable, tf.distribute.DistributedValues)
+            and variable.synchronization == tf.VariableSynchronization.ON_READ
+        ]
 
-        if variables:
-            tf.cond(share > 0, lambda: None, restore)
+    def _logs(self, outputs: Any) -> Any:
+        """The logs of the step, without what an empty replica has seen."""
+        logs = self._model.get_metrics_result()
+        same = isinstance(outputs, dict) and logs.keys() == outputs.keys()
+        return logs if same else outputs
 
-    def _samples_seen(self, outputs: Any) -> Any:
-        """Samples of this replica behind the values in `outputs`."""
-        if not self._uneven or self._rule.kind == "as_is":
-            return None
+    def _samples_seen(self) -> Any:
+        """Samples of this replica that the logs are means over."""
         for metric in self._model.metrics:
             if metric.name == "loss" and isinstance(metric, keras.metrics.Mean):
                 return tf.convert_to_tensor(metric.count.value)
         return None
+
+    def contribution(self, value: Any) -> Any:
+        """A value that layers add up over replicas: 0 of an empty replica.
+
+        Args:
+            value: Distributed value, in cross-replica context.
+        """
+        if self._share_of_replica is None or self._rule.kind == "as_is":
+            return value
+        parts = []
+        for part, share in zip(
+            self._values(value), self._share_of_replica.values, strict=True
+        ):
+            with tf.device(share.device):
+                parts.append(_times(part, share > 0))
+        return internals.PerReplica(tuple(parts))
 
     def _weigh_logs(self, outputs: Any, seen: Any) -> Any:
         """Makes Keras's plain mean over replicas one over samples."""
@@ -378,24 +427,35 @@ def _optimizers_of(model: keras.Model) -> list[Any]:
     return found
 
 
-def _is_per_replica(value: Any) -> bool:
-    return (
-        isinstance(value, tf.distribute.DistributedValues)
-        and value.synchronization == tf.VariableSynchronization.ON_READ
-        and value.dtype.is_floating
-    )
+def _with_a_sample(data: Any, share: Any, spare: Any) -> Any:
+    """The replica's part of the batch, or `spare` if it is empty.
+
+    Some kernels of TensorFlow end the process on an empty batch, and some
+    layers make NaNs of it. With one sample all run as ever; its loss counts
+    nothing, and the replica forgets what it has seen.
+    """
+    filled = keras.tree.flatten(data)
+    others = keras.tree.flatten(spare)
+    chosen = tf.cond(share > 0, lambda: filled, lambda: others)
+    return keras.tree.pack_sequence_as(data, chosen)
 
 
-def _per_replica(
-    values: Sequence[Any] | None, devices: Sequence[str]
-) -> Any | None:
-    if values is None:
-        return None
-    placed = []
-    for value, device in zip(values, devices, strict=True):
-        with tf.device(device):
-            placed.append(tf.identity(value))
-    return internals.PerReplica(tuple(placed))
+def _restore_if_empty(
+    share: Any, before: Sequence[tuple[Any, tf.Tensor]]
+) -> None:
+    def restore() -> None:
+        for variable, value in before:
+            variable.assign(value)
+
+    tf.cond(share > 0, lambda: None, restore)
+
+
+def _first(value: Any) -> Any:
+    """The first sample of a batch, as a batch of one."""
+    if isinstance(value, tf.SparseTensor):
+        size = tf.concat([[1], value.dense_shape[1:]], axis=0)
+        return tf.sparse.slice(value, tf.zeros_like(size), size)
+    return value[:1]
 
 
 def _times(value: Any, weight: Any) -> Any:

@@ -140,6 +140,9 @@ class AllReduceStrategy(tf.distribute.MirroredStrategy):
 class AllReduceExtended(internals.MirroredExtended):
     """The half of the strategy that decides how values are reduced."""
 
+    # The step of Keras that is being run or traced.
+    _step: Step | None = None
+
     def _use_merge_call(self) -> bool:
         # Once gradients are reduced, each replica can update on its own, also
         # inside a conditional, where no merge_call can be.
@@ -151,6 +154,26 @@ class AllReduceExtended(internals.MirroredExtended):
         if already_reduced():
             return value
         return super()._replica_ctx_all_reduce(reduce_op, value, options)
+
+    def _batch_reduce_to(
+        self, reduce_op: Any, value_destination_pairs: Any, options: Any
+    ) -> Any:
+        if self._step and reduce_op == tf.distribute.ReduceOp.SUM:
+            value_destination_pairs = [
+                (self._step.contribution(value), destination)
+                for value, destination in value_destination_pairs
+            ]
+        return super()._batch_reduce_to(
+            reduce_op, value_destination_pairs, options
+        )
+
+    def sum_gradients(self, gradients: Sequence[Any]) -> list[Any]:
+        """Sums distributed gradients; those of an empty replica are 0."""
+        return super()._batch_reduce_to(
+            tf.distribute.ReduceOp.SUM,
+            [(gradient, gradient) for gradient in gradients],
+            tf.distribute.experimental.CommunicationOptions(),
+        )
 
     def _get_cross_device_ops(self, value: Any) -> Any:
         # Stock takes a new ReductionToOneDevice for each int32 value, and
@@ -183,7 +206,11 @@ class AllReduceExtended(internals.MirroredExtended):
                     strategy.weigh_samples,
                     note=lambda found: strategy.step_log.add(found, model),
                 )
-                result = step.run(run, fn, args, kwargs)
+                self._step = step
+                try:
+                    result = step.run(run, fn, args, kwargs)
+                finally:
+                    self._step = None
         if trains:
             strategy.step_log.add(records, model)
         return result

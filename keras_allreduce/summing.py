@@ -18,10 +18,7 @@ from keras_allreduce.records import observe
 
 def sum_now(strategy: Any, gradients: Sequence[Any]) -> list[Any]:
     """Sums distributed gradients; to be called in cross-replica context."""
-    return strategy.extended.batch_reduce_to(
-        tf.distribute.ReduceOp.SUM,
-        [(gradient, gradient) for gradient in gradients],
-    )
+    return strategy.extended.sum_gradients(gradients)
 
 
 def sum_when_applied(

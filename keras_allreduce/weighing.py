@@ -23,7 +23,8 @@ class Rule:
 
     Attributes:
         kind: `"samples"`: by its number of samples. `"sample_weights"`: by
-            the sum of its sample weights. `"as_is"`: it is added up as it is.
+            the sum of its sample weights. `"sum"`: it is added up. `"as_is"`:
+            not known, so nothing is done to it.
         doubt: Why it cannot be known that this is right, for a warning.
         suspects: Losses of the user's own; they are means only if they return
             one value per sample.
@@ -64,7 +65,7 @@ def find_rule(
     if reductions <= MEANS:
         return Rule("samples", suspects=suspects)
     if reductions == {"sum"}:
-        return Rule("as_is")
+        return Rule("sum", suspects=suspects)
     if reductions == {WEIGHTED_MEAN} and len(losses) == 1:
         return Rule("sample_weights", suspects=suspects)
     return Rule(
