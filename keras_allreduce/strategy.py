@@ -35,7 +35,7 @@ class AllReduceStrategy(tf.distribute.MirroredStrategy):
     Args:
         devices: Device names, such as `["/gpu:0", "/gpu:1"]`, all GPUs or all
             host devices; `host_devices(n)` makes host devices to try it on
-            any machine. `None`: all GPUs, or `["/cpu:0"]` without one.
+            any machine. `None`: all GPUs, or all host devices without one.
         cross_device_ops: A `tf.distribute.CrossDeviceOps` to use instead of
             the `BatchAllReduce` that the next three arguments describe.
         algorithm: See `BatchAllReduce`.
