@@ -85,3 +85,20 @@ def gradient_accumulators(
         for v in variables
     ]
     return None if any(a is None for a in accumulators) else accumulators
+
+
+def iterations(optimizer: Any) -> Any:
+    """Variable that counts the gradients `optimizer` was given.
+
+    The public `iterations` counts updates, which are fewer if it accumulates.
+    """
+    return optimizer._iterations.value
+
+
+def loss_metrics(model: Any) -> list[Any]:
+    """Metrics of the losses of a model's outputs, if it has several.
+
+    In `model.metrics` nothing tells them from other metrics.
+    """
+    compiled = getattr(model, "_compile_loss", None)
+    return list(compiled.metrics) if compiled is not None else []

@@ -11,6 +11,8 @@ from keras_allreduce.clocks import EagerClocks, GraphClocks
 from keras_allreduce.records import BatchRecord, ReducePlan
 from keras_allreduce.stats import ReduceStats, measure, merge
 
+ONE_REPLICA = "batch_all_reduce: nothing to reduce, num_replicas = 1"
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -95,9 +97,11 @@ class StepLog:
     def untold_plans(self, model: Any) -> list[str]:
         """Plans of `model` that this has not returned before."""
         told = self._told.setdefault(model, set())
+        plans = [str(step.plan) for step in self.steps(model)]
+        if model.distribute_strategy.num_replicas_in_sync == 1:
+            plans = [ONE_REPLICA]
         new = []
-        for step in self.steps(model):
-            line = str(step.plan)
+        for line in plans:
             if line not in told:
                 told.add(line)
                 new.append(line)

@@ -10,6 +10,7 @@ they were; no class is touched.
 
     Keras's step                 shadowed by
     model.compute_loss           Step.compute_loss   empty replica: 0
+    loss_metric.update_state     Step.update_loss_metric
     optimizer.scale_loss         Step.scale_loss     times share of the batch
     optimizer.apply              Step.apply          all-reduce, then Keras's:
                                                      finite check, accumulate,
@@ -168,6 +169,15 @@ class Step:
     def _shadows(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         model = self._model
         yield model, {"compute_loss": self._bind(self.compute_loss, model)}
+        for metric in internals.loss_metrics(model):
+            yield (
+                metric,
+                {
+                    "update_state": functools.partial(
+                        self.update_loss_metric, metric.update_state
+                    )
+                },
+            )
         for optimizer in _optimizers_of(model):
             yield (
                 optimizer,
@@ -213,6 +223,18 @@ class Step:
             some = tf.cast(_thread.share > 0, loss.dtype)
             loss = tf.math.multiply_no_nan(loss, some)
         return _times(loss, _thread.correction)
+
+    def update_loss_metric(
+        self, keras_update: Callable[..., Any], value: Any, sample_weight: Any
+    ) -> Any:
+        """The loss of one output among several, in the mean that is shown.
+
+        Keras takes the mean over batches where it does not know their size
+        in advance; then every replica counts once, with its share.
+        """
+        if sample_weight is None and self._rule.kind == "samples":
+            value = _times(value, _thread.share)
+        return keras_update(value, sample_weight=sample_weight)
 
     def scale_loss(
         self, keras_scale_loss: Callable[..., Any], loss: Any
@@ -273,12 +295,18 @@ class Step:
 
     def _state(self) -> list[tuple[Any, tf.Tensor]]:
         """What the replica will have gathered on its own, before the step."""
+        counted = {
+            id(variable)
+            for metric in internals.loss_metrics(self._model)
+            for variable in metric.variables
+        }
         variables = [
             variable.value
             for variable in (
                 *self._model.non_trainable_variables,
                 *self._model.metrics_variables,
             )
+            if id(variable) not in counted
         ]
         return [
             (variable, tf.identity(variable))
@@ -356,12 +384,15 @@ class Step:
 def _shadowed(owner: Any, methods: dict[str, Any]) -> Iterator[None]:
     """Gives one object other methods inside the block."""
     # Past __setattr__, in which Keras tracks what is assigned.
-    vars(owner).update(methods)
+    own = vars(owner)
+    before = {name: own[name] for name in methods if name in own}
+    own.update(methods)
     try:
         yield
     finally:
         for name in methods:
-            del vars(owner)[name]
+            del own[name]
+        own.update(before)
 
 
 def _update(

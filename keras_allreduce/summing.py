@@ -64,7 +64,7 @@ def sum_when_applied(
     def keep() -> list[tuple[Any, ...]]:
         return [tuple(parts) for parts in replicas]
 
-    applies = tf.equal((optimizer.iterations.value + 1) % steps, 0)
+    applies = tf.equal((internals.iterations(optimizer) + 1) % steps, 0)
     kept = tf.cond(applies, communicate, keep)
     return [internals.PerReplica(tuple(parts)) for parts in kept]
 

@@ -476,7 +476,13 @@ def mixed_float16():
         model = dense()
     finally:
         keras.config.set_dtype_policy("float32")
-    return fit(model, batch_size=13)
+    return fit(
+        model,
+        optimizer=keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.SGD(0.05), initial_scale=2.0**8
+        ),
+        batch_size=13,
+    )
 
 
 # Optimizers ---------------------------------------------------------------
@@ -633,19 +639,23 @@ def text_inputs():
 def ragged_inputs():
     rows = tf.ragged.constant([[1, 2], [3], [4, 5, 6], [7]] * 8 + [[1]])
 
-    class Average(keras.layers.Layer):
+    class Sum(keras.layers.Layer):
         def __init__(self):
             super().__init__()
             self.embedding = keras.layers.Embedding(10, 3)
 
         def call(self, x):
-            return self.embedding(x.to_tensor(shape=[None, 3]))
+            if isinstance(x, tf.RaggedTensor):
+                x = x.to_tensor(shape=[None, 3])
+            return keras.ops.sum(self.embedding(x), axis=1)
+
+        def compute_output_spec(self, x):
+            return keras.KerasTensor([x.shape[0], 3])
 
     model = keras.Sequential(
         [
             keras.Input([None], ragged=True, dtype="int32"),
-            Average(),
-            keras.layers.Flatten(),
+            Sum(),
             keras.layers.Dense(1),
         ]
     )
@@ -677,10 +687,10 @@ def classification_metrics():
         loss="binary_crossentropy",
         metrics=[
             "accuracy",
-            keras.metrics.AUC(),
-            keras.metrics.F1Score(threshold=0.5),
-            keras.metrics.Precision(),
-            keras.metrics.Recall(),
+            keras.metrics.AUC(name="auc"),
+            keras.metrics.F1Score(threshold=0.5, name="f1"),
+            keras.metrics.Precision(name="precision"),
+            keras.metrics.Recall(name="recall"),
         ],
         batch_size=13,
     )
@@ -694,7 +704,7 @@ def mean_iou():
         y=Y,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[
-            keras.metrics.MeanIoU(2, sparse_y_pred=False, axis=-1),
+            keras.metrics.MeanIoU(2, sparse_y_pred=False, axis=-1, name="iou"),
         ],
         batch_size=13,
     )
@@ -705,9 +715,9 @@ def regression_metrics():
     return fit(
         dense(),
         metrics=[
-            keras.metrics.R2Score(),
+            keras.metrics.R2Score(name="r2"),
             "mae",
-            keras.metrics.RootMeanSquaredError(),
+            keras.metrics.RootMeanSquaredError(name="rmse"),
         ],
         batch_size=13,
     )
@@ -732,7 +742,7 @@ def metric_per_class():
         model,
         y=np.stack([Y, 1 - Y], axis=1),
         loss="binary_crossentropy",
-        metrics=[keras.metrics.F1Score(average=None, threshold=0.5)],
+        metrics=[keras.metrics.F1Score(average=None, threshold=0.5, name="f1")],
         batch_size=13,
     )
 
@@ -833,7 +843,7 @@ def custom_train_step_that_weighs_itself():
                 loss = self.compute_loss(x, y, self(x, training=True))
             gradients = tape.gradient(loss, self.trainable_variables)
             self.optimizer.apply(gradients, self.trainable_variables)
-            return {}
+            return {"loss": loss}
 
     model, _ = fit(
         Model(),
@@ -879,7 +889,7 @@ def replica_counts():
             yield pytest.param(name, replicas, id=f"{name}-{replicas}")
 
 
-@pytest.mark.parametrize(("name", "replicas"), replica_counts())
+@pytest.mark.parametrize(("name", "replicas"), list(replica_counts()))
 def test_replicas_train_as_one_device_does(name, replicas):
     tolerance = CASES[name][1].get("tolerance", 1e-6)
     weights, history = run(name, replicas)
