@@ -7,18 +7,17 @@ as soon as there is a public way.
 from collections.abc import Sequence
 from typing import Any
 
-# `CrossDeviceOps` is public, but the two classes its values come in and its
-# results go out in are not.
+# Which devices a value is on, by TensorFlow's own rule.
 from tensorflow.python.distribute import cross_device_ops as _cross_device_ops
-
-# Turns "/gpu:0" into the full name TensorFlow gives tensors on it.
-from tensorflow.python.distribute import device_util as _device_util
 
 # The half of MirroredStrategy that decides how values are reduced. A strategy
 # that subclasses the public half alone cannot change it.
 from tensorflow.python.distribute.mirrored_strategy import (
     MirroredExtended as MirroredExtended,
 )
+
+# `CrossDeviceOps` is public, but the two classes its values come in and its
+# results go out in are not.
 from tensorflow.python.distribute.values import Mirrored as _Mirrored
 from tensorflow.python.distribute.values import PerReplica as PerReplica
 
@@ -41,14 +40,6 @@ def mirrored(values: Sequence[Any]) -> Any:
 def devices_of(value: Any) -> tuple[str, ...]:
     """Full device names of a distributed value, a tensor or a device name."""
     return tuple(_cross_device_ops.get_devices_from(value))
-
-
-def resolve_device(device: str) -> str:
-    """Full name of the device that `device`, such as `"/gpu:0"`, stands for.
-
-    An empty name is the device of the enclosing `tf.device`.
-    """
-    return _device_util.resolve(device)
 
 
 def has_nccl() -> bool:
