@@ -65,6 +65,12 @@ class Step:
         self._rule = weighing.find_rule(model, name, weigh_samples)
         self._weigh_gradients = weigh_samples is True
         self._share_of_replica: Any = None
+        # Where the logs are the results of the metrics, as Keras has it, they
+        # can be taken again without what an empty replica has seen.
+        self._keras_logs = all(
+            getattr(type(model), method) is getattr(keras.Model, method)
+            for method in (name, "compute_metrics")
+        )
         if self._rule.doubt and name == "train_step":
             self._warn(self._rule.doubt)
 
@@ -94,7 +100,9 @@ class Step:
                 data = _with_a_sample(data, share, spare)
                 outputs = fn(data, *args, **kw)
                 _restore_if_empty(share, before)
-                return self._logs(outputs), self._samples_seen()
+                if not self._keras_logs:
+                    return outputs, None
+                return self._model.get_metrics_result(), self._samples_seen()
             finally:
                 _thread.share = _thread.correction = None
 
@@ -300,26 +308,21 @@ class Step:
             for metric in internals.loss_metrics(self._model)
             for variable in metric.variables
         }
-        variables = [
-            variable.value
-            for variable in (
-                *self._model.non_trainable_variables,
-                *self._model.metrics_variables,
-            )
+        statistics = [
+            variable
+            for variable in self._model.non_trainable_variables
+            if tf.as_dtype(variable.dtype).is_floating
+        ]
+        results = [
+            variable
+            for variable in self._model.metrics_variables
             if id(variable) not in counted
         ]
         return [
-            (variable, tf.identity(variable))
-            for variable in variables
-            if isinstance(variable, tf.distribute.DistributedValues)
-            and variable.synchronization == tf.VariableSynchronization.ON_READ
+            (variable.value, tf.identity(variable.value))
+            for variable in (*statistics, *results)
+            if _is_replicas_own(variable.value)
         ]
-
-    def _logs(self, outputs: Any) -> Any:
-        """The logs of the step, without what an empty replica has seen."""
-        logs = self._model.get_metrics_result()
-        same = isinstance(outputs, dict) and logs.keys() == outputs.keys()
-        return logs if same else outputs
 
     def _samples_seen(self) -> Any:
         """Samples of this replica that the logs are means over."""
@@ -386,7 +389,13 @@ def _shadowed(owner: Any, methods: dict[str, Any]) -> Iterator[None]:
     # Past __setattr__, in which Keras tracks what is assigned.
     own = vars(owner)
     before = {name: own[name] for name in methods if name in own}
-    own.update(methods)
+    own.update(
+        {
+            # Plain Python, also inside a tf.function of the user's.
+            name: tf.autograph.experimental.do_not_convert(method)
+            for name, method in methods.items()
+        }
+    )
     try:
         yield
     finally:
@@ -456,6 +465,14 @@ def _optimizers_of(model: keras.Model) -> list[Any]:
         ):
             found.append(candidate)
     return found
+
+
+def _is_replicas_own(variable: Any) -> bool:
+    """Whether a replica updates its part of `variable` on its own."""
+    return isinstance(variable, tf.distribute.DistributedValues) and (
+        variable.synchronization == tf.VariableSynchronization.ON_READ
+        or variable.aggregation == tf.VariableAggregation.NONE
+    )
 
 
 def _with_a_sample(data: Any, share: Any, spare: Any) -> Any:

@@ -16,11 +16,13 @@ from keras_allreduce import internals
 from keras_allreduce.records import observe
 
 
+@tf.autograph.experimental.do_not_convert
 def sum_now(strategy: Any, gradients: Sequence[Any]) -> list[Any]:
     """Sums distributed gradients; to be called in cross-replica context."""
     return strategy.extended.sum_gradients(gradients)
 
 
+@tf.autograph.experimental.do_not_convert
 def sum_when_applied(
     strategy: Any,
     gradients: Sequence[Any],

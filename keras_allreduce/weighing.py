@@ -116,9 +116,8 @@ def sizes(replicas: Sequence[Any]) -> list[tf.Tensor] | None:
     Args:
         replicas: The first input of each replica, batch first.
     """
-    static = {
-        value.shape[0] if value.shape.rank else None for value in replicas
-    }
+    shapes = [tf.TensorShape(value.shape) for value in replicas]
+    static = {shape[0] if shape.rank else None for shape in shapes}
     if len(static) == 1 and static != {None}:
         return None
     return [
