@@ -2,7 +2,6 @@
 
 import csv
 import re
-import warnings
 
 import keras
 import numpy as np
@@ -10,8 +9,9 @@ import pytest
 import tensorflow as tf
 from absl import logging
 from conftest import DEVICES
+from small_model import X, Y, fit, make_model, stock
 
-from keras_allreduce import AllReduceLogger, AllReduceStrategy, fit_hook
+from keras_allreduce import AllReduceLogger, AllReduceStrategy
 
 # 3 x 4 + 4 + 4 + 1 parameters, 84 bytes.
 PLAN = (
@@ -19,33 +19,6 @@ PLAN = (
     "num_packs = 1 (0.1 KiB float32), num_replicas = 2"
 )
 COST = r"all_reduce_ms: \d\S* - overlap: (\d\S*|nan)"
-
-rng = np.random.default_rng(0)
-X = rng.normal(size=[24, 3]).astype("float32")
-Y = (X.sum(axis=1, keepdims=True) > 0).astype("float32")
-
-
-def make_model(strategy, **arguments):
-    """A compiled model that is the same for every strategy."""
-    keras.utils.set_random_seed(3)
-    with strategy.scope():
-        model = keras.Sequential(
-            [
-                keras.Input([3]),
-                keras.layers.Dense(4, "relu"),
-                keras.layers.Dense(1, "sigmoid"),
-            ]
-        )
-        model.compile(
-            "adam", "binary_crossentropy", metrics=["accuracy"], **arguments
-        )
-    return model
-
-
-def fit(model, **arguments):
-    """Two epochs of three steps."""
-    arguments = {"batch_size": 8, "epochs": 2, "verbose": 1} | arguments
-    return model.fit(X, Y, **arguments)
 
 
 @pytest.fixture
@@ -69,12 +42,6 @@ def trained():
 @pytest.fixture(scope="module")
 def history_of_stock():
     return fit(make_model(stock()), validation_data=(X, Y)).history
-
-
-def stock():
-    return tf.distribute.MirroredStrategy(
-        DEVICES[:2], tf.distribute.ReductionToOneDevice()
-    )
 
 
 def lines(output):
@@ -361,54 +328,6 @@ class TestAllReduceLogger:
             r"MirroredStrategy\. Make the model inside its scope\.",
         ):
             fit(model, callbacks=[AllReduceLogger()])
-
-
-class TestTheHook:
-    @pytest.fixture
-    def uninstalled(self, monkeypatch):
-        state = {"installed": False, "warned": False}
-        monkeypatch.setattr(fit_hook, "_state", state)
-
-    def test_without_its_hook_point_it_warns_once_and_training_goes_on(
-        self, uninstalled, monkeypatch, capsys
-    ):
-        monkeypatch.delattr(keras.callbacks, "CallbackList")
-        with pytest.warns(UserWarning, match="Keras") as caught:
-            strategies = [AllReduceStrategy(DEVICES[:2]) for _ in range(3)]
-        (warning,) = caught
-        assert re.match(
-            r"The fit output cannot show the all-reduce with this version of "
-            rf"Keras \({re.escape(keras.__version__)}\): .*CallbackList.*\. "
-            r"Training goes on; keras_allreduce\.AllReduceLogger\(\) still "
-            r"reports per epoch\.",
-            str(warning.message),
-        )
-        history = fit(
-            make_model(strategies[0]), callbacks=[AllReduceLogger()]
-        ).history
-        assert len(history["all_reduce_ms"]) == 2
-
-    def test_a_callback_list_it_does_not_know_is_left_as_it_is(
-        self, uninstalled, monkeypatch
-    ):
-        built = []
-        monkeypatch.setattr(
-            keras.callbacks.CallbackList,
-            "__init__",
-            lambda self, *args, **kwargs: built.append(args),
-        )
-        AllReduceStrategy(DEVICES[:2])
-        with pytest.warns(UserWarning, match="cannot show the all-reduce"):
-            keras.callbacks.CallbackList(1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            keras.callbacks.CallbackList(2)
-        assert built == [(1,), (2,)]
-
-    def test_two_strategies_install_it_once(self, strategy):
-        construct = keras.callbacks.CallbackList.__init__
-        AllReduceStrategy(DEVICES[:3])
-        assert keras.callbacks.CallbackList.__init__ is construct
 
 
 def test_one_device_says_that_nothing_is_reduced(capsys):
