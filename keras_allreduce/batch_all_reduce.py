@@ -150,7 +150,7 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
         else:
             total = shared_memory.add(values, devices[0])
         with tf.device(devices[0]):
-            total = _finish(total, reduce_op, len(values))
+            total = self._finish(total, reduce_op, values)
         return self.broadcast(total, destinations)
 
     def batch_reduce_implementation(
@@ -232,7 +232,7 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
         started = time.time()
         if self.sparse_as_dense:
             gradients = [_densify(replicas, devices) for replicas in gradients]
-        algorithm, reason = self.choose(devices)
+        algorithm, _ = self.choose(devices)
         dense: list[int] = []
         rows: list[int] = []
         for index, replicas in enumerate(gradients):
@@ -250,34 +250,107 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
             )
         ]
         results: dict[int, list[Any]] = {}
-        packs = []
-        for bucket, sums in zip(
-            buckets,
-            _sum_packs(algorithm, _pack(gradients, buckets, devices), devices),
-            strict=True,
-        ):
+        packs = _pack(gradients, buckets, devices)
+        sums = self._sum_packs(algorithm, packs, devices)
+        sent = []
+        for bucket, pack_sums in zip(buckets, sums, strict=True):
             inputs = [
                 [gradients[index][replica] for index in bucket]
                 for replica in range(len(devices))
             ]
-            packs.append(PackTensors(inputs, sums))
+            sent.append(PackTensors(inputs, pack_sums))
             outputs = []
-            for device, summed, like in zip(devices, sums, inputs, strict=True):
+            for device, total, like in zip(
+                devices, pack_sums, inputs, strict=True
+            ):
                 with tf.device(device):
-                    finished = _finish(summed, reduce_op, len(devices))
+                    finished = self._finish(total, reduce_op, devices)
                     outputs.append(packing.unpack(finished, like))
             for position, index in enumerate(bucket):
                 results[index] = [replica[position] for replica in outputs]
         for number, index in enumerate(reversed(rows)):
             owner = devices[number % len(devices)]
-            sums = sparse.all_reduce(gradients[index], devices, owner)
-            packs.append(PackTensors([[g] for g in gradients[index]], sums))
+            totals = self._sum_rows(gradients[index], devices, owner)
+            sent.append(PackTensors([[g] for g in gradients[index]], totals))
             results[index] = [
-                _finish(total, reduce_op, len(devices)) for total in sums
+                self._finish(total, reduce_op, devices) for total in totals
             ]
-        plan = _plan(specs, len(rows), len(buckets), algorithm, reason, devices)
-        report(BatchRecord(plan, packs, devices, started, time.time()))
+        plan = self._plan(specs, len(rows), len(buckets), devices)
+        report(BatchRecord(plan, sent, devices, started, time.time()))
         return [results[index] for index in range(len(gradients))]
+
+    def _sum_packs(
+        self,
+        algorithm: str,
+        packs: list[list[tf.Tensor]],
+        devices: Sequence[str],
+    ) -> list[list[tf.Tensor]]:
+        """Sums packs with `algorithm`, and those it cannot sum in memory."""
+        if algorithm != "nccl":
+            return _TRANSPORTS[algorithm](packs, devices)
+        able = [pack[0].dtype in nccl.DTYPES for pack in packs]
+        by_nccl = iter(
+            nccl.all_reduce(
+                [p for p, yes in zip(packs, able, strict=True) if yes], devices
+            )
+        )
+        others = iter(
+            shared_memory.all_reduce(
+                [p for p, yes in zip(packs, able, strict=True) if not yes],
+                devices,
+            )
+        )
+        return [next(by_nccl) if yes else next(others) for yes in able]
+
+    def _sum_rows(
+        self, replicas: list[Any], devices: Sequence[str], owner: str
+    ) -> list[Any]:
+        """Sums one sparse gradient."""
+        return sparse.all_reduce(replicas, devices, owner)
+
+    def _finish(
+        self,
+        total: Any,
+        reduce_op: tf.distribute.ReduceOp,
+        devices: Sequence[str],
+    ) -> Any:
+        """The sum itself, or the mean over all replicas."""
+        if reduce_op == tf.distribute.ReduceOp.SUM:
+            return total
+        count = self._count(devices)
+        if isinstance(total, tf.IndexedSlices):
+            return tf.IndexedSlices(
+                total.values / count, total.indices, total.dense_shape
+            )
+        return total / count
+
+    def _count(self, devices: Sequence[str]) -> int:
+        """Number of replicas that values on `devices` are reduced over."""
+        return len(devices)
+
+    def _plan(
+        self,
+        specs: Sequence[GradientSpec],
+        num_sparse: int,
+        num_packs: int,
+        devices: Sequence[str],
+    ) -> ReducePlan:
+        algorithm, reason = self.choose(devices)
+        sizes = [spec.nbytes for spec in specs]
+        known = [size for size in sizes if size is not None]
+        return ReducePlan(
+            num_gradients=len(specs),
+            num_sparse=num_sparse,
+            algorithm=algorithm,
+            reason=reason,
+            num_packs=num_packs,
+            # The rows of sparse gradients are counted only as the step runs.
+            nbytes=(
+                None if num_sparse or len(known) < len(sizes) else sum(known)
+            ),
+            dtypes=tuple(sorted({spec.dtype for spec in specs})),
+            num_replicas=self._count(devices),
+        )
 
     def _pack_size(self, algorithm: str, options: Any) -> PackSize:
         asked = getattr(options, "bytes_per_pack", 0) or self.bytes_per_pack
@@ -302,37 +375,6 @@ def _pack(
     return packs
 
 
-def _sum_packs(
-    algorithm: str, packs: list[list[tf.Tensor]], devices: Sequence[str]
-) -> list[list[tf.Tensor]]:
-    """Sums packs with `algorithm`, and those it cannot sum in memory."""
-    if algorithm != "nccl":
-        return _TRANSPORTS[algorithm](packs, devices)
-    able = [pack[0].dtype in nccl.DTYPES for pack in packs]
-    by_nccl = iter(
-        nccl.all_reduce(
-            [p for p, yes in zip(packs, able, strict=True) if yes], devices
-        )
-    )
-    others = iter(
-        shared_memory.all_reduce(
-            [p for p, yes in zip(packs, able, strict=True) if not yes], devices
-        )
-    )
-    return [next(by_nccl) if yes else next(others) for yes in able]
-
-
-def _finish(total: Any, reduce_op: tf.distribute.ReduceOp, count: int) -> Any:
-    """The sum itself, or the mean over `count` replicas."""
-    if reduce_op == tf.distribute.ReduceOp.SUM:
-        return total
-    if isinstance(total, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            total.values / count, total.indices, total.dense_shape
-        )
-    return total / count
-
-
 def _densify(replicas: list[Any], devices: Sequence[str]) -> list[Any]:
     if not isinstance(replicas[0], tf.IndexedSlices):
         return replicas
@@ -347,26 +389,3 @@ def _spec(gradient: tf.Tensor) -> GradientSpec:
     elements = gradient.shape.num_elements()
     nbytes = None if elements is None else elements * gradient.dtype.size
     return GradientSpec(gradient.dtype.name, nbytes)
-
-
-def _plan(
-    specs: Sequence[GradientSpec],
-    num_sparse: int,
-    num_packs: int,
-    algorithm: str,
-    reason: str,
-    devices: Sequence[str],
-) -> ReducePlan:
-    sizes = [spec.nbytes for spec in specs]
-    known = [size for size in sizes if size is not None]
-    return ReducePlan(
-        num_gradients=len(specs),
-        num_sparse=num_sparse,
-        algorithm=algorithm,
-        reason=reason,
-        num_packs=num_packs,
-        # The rows of sparse gradients are counted only as the step runs.
-        nbytes=(None if num_sparse or len(known) < len(sizes) else sum(known)),
-        dtypes=tuple(sorted({spec.dtype for spec in specs})),
-        num_replicas=len(devices),
-    )
