@@ -29,15 +29,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce import internals, summing, weighing
+from keras_allreduce import empty_replica, internals, summing, weighing
 
 _thread = threading.local()
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def already_reduced() -> bool:
-    """Whether this thread is in an update with reduced gradients."""
-    return getattr(_thread, "reduced", False)
 
 
 class Step:
@@ -85,7 +80,9 @@ class Step:
         data, *rest = args
         shares, corrections = self._shares(data)
         self._share_of_replica = shares
-        spare = self._first_sample(data) if shares is not None else None
+        spare = None
+        if shares is not None:
+            spare = keras.tree.map_structure(self._spare_sample, data)
 
         @tf.autograph.experimental.do_not_convert
         def on_replica(
@@ -96,10 +93,10 @@ class Step:
             try:
                 if share is None or self._rule.kind == "as_is":
                     return fn(data, *args, **kw), None
-                before = self._state()
-                data = _with_a_sample(data, share, spare)
+                before = empty_replica.state(self._model)
+                data = empty_replica.with_a_sample(data, share, spare)
                 outputs = fn(data, *args, **kw)
-                _restore_if_empty(share, before)
+                empty_replica.restore(share, before)
                 if not self._keras_logs:
                     return outputs, None
                 return self._model.get_metrics_result(), self._samples_seen()
@@ -198,7 +195,10 @@ class Step:
             )
             inner = getattr(optimizer, "inner_optimizer", None)
             if inner is not None:
-                yield inner, {"apply": functools.partial(_update, inner.apply)}
+                yield (
+                    inner,
+                    {"apply": functools.partial(summing.update, inner.apply)},
+                )
         for generator in internals.seed_generators(model):
             yield (
                 generator,
@@ -267,16 +267,17 @@ class Step:
             grads = [
                 g if g is None else _times(g, _thread.share) for g in grads
             ]
-        if not already_reduced():
-            variables = trainable_variables
-            if variables is not None:
-                trainable_variables = variables = list(variables)
-            grads = _all_reduce(optimizer, grads, variables, self._note)
+        if not summing.already_reduced():
+            if trainable_variables is not None:
+                trainable_variables = list(trainable_variables)
+            grads = summing.all_reduce(
+                optimizer, grads, trainable_variables, self._note
+            )
         if hasattr(optimizer, "inner_optimizer"):
             # Checks all replicas' gradients at once, in a merge_call; its
             # inner optimizer then updates as below.
             return keras_apply(grads, trainable_variables)
-        return _update(keras_apply, grads, trainable_variables)
+        return summing.update(keras_apply, grads, trainable_variables)
 
     def next_seed(
         self, keras_next: Callable[..., Any], ordered: bool = True
@@ -292,37 +293,10 @@ class Step:
 
     # Around the step -----------------------------------------------------
 
-    def _first_sample(self, data: Any) -> Any:
-        """A sample of the batch, for replicas that have none."""
-        return keras.tree.map_structure(
-            lambda value: (
-                _first(self._values(value)[0]) if self._values(value) else value
-            ),
-            data,
-        )
-
-    def _state(self) -> list[tuple[Any, tf.Tensor]]:
-        """What the replica will have gathered on its own, before the step."""
-        counted = {
-            id(variable)
-            for metric in internals.loss_metrics(self._model)
-            for variable in metric.variables
-        }
-        statistics = [
-            variable
-            for variable in self._model.non_trainable_variables
-            if tf.as_dtype(variable.dtype).is_floating
-        ]
-        results = [
-            variable
-            for variable in self._model.metrics_variables
-            if id(variable) not in counted
-        ]
-        return [
-            (variable.value, tf.identity(variable.value))
-            for variable in (*statistics, *results)
-            if _is_replicas_own(variable.value)
-        ]
+    def _spare_sample(self, value: Any) -> Any:
+        """A sample for the replicas that have none."""
+        replicas = self._values(value)
+        return empty_replica.first_sample(replicas[0]) if replicas else value
 
     def _samples_seen(self) -> Any:
         """Samples of this replica that the logs are means over."""
@@ -404,57 +378,6 @@ def _shadowed(owner: Any, methods: dict[str, Any]) -> Iterator[None]:
         own.update(before)
 
 
-def _update(
-    keras_apply: Callable[..., Any],
-    grads: Any,
-    trainable_variables: Any = None,
-) -> Any:
-    """Updates variables where each replica is, from reduced gradients."""
-    before = already_reduced()
-    _thread.reduced = True
-    try:
-        return keras_apply(grads, trainable_variables)
-    finally:
-        _thread.reduced = before
-
-
-def _all_reduce(
-    optimizer: Any,
-    grads: list[Any],
-    variables: list[Any] | None,
-    note: Callable[..., None],
-) -> list[Any]:
-    """The sums over all replicas; `None` stays `None`."""
-    moving = [
-        index
-        for index, gradient in enumerate(grads)
-        if gradient is not None
-        and not (
-            variables is not None
-            and getattr(variables[index], "overwrite_with_gradient", False)
-        )
-    ]
-    if not moving:
-        return grads
-    context = tf.distribute.get_replica_context()
-    gradients = [grads[index] for index in moving]
-    accumulators = variables and internals.gradient_accumulators(
-        optimizer, [variables[index] for index in moving]
-    )
-    if accumulators:
-        gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
-        sums = context.merge_call(
-            summing.sum_when_applied,
-            args=(gradients, optimizer, accumulators, note),
-        )
-    else:
-        sums = context.merge_call(summing.sum_now, args=(gradients,))
-    reduced = list(grads)
-    for index, total in zip(moving, sums, strict=True):
-        reduced[index] = total
-    return reduced
-
-
 def _optimizers_of(model: keras.Model) -> list[Any]:
     """All optimizers that a step of the model may use."""
     candidates = [getattr(model, "optimizer", None), *vars(model).values()]
@@ -465,45 +388,6 @@ def _optimizers_of(model: keras.Model) -> list[Any]:
         ):
             found.append(candidate)
     return found
-
-
-def _is_replicas_own(variable: Any) -> bool:
-    """Whether a replica updates its part of `variable` on its own."""
-    return isinstance(variable, tf.distribute.DistributedValues) and (
-        variable.synchronization == tf.VariableSynchronization.ON_READ
-        or variable.aggregation == tf.VariableAggregation.NONE
-    )
-
-
-def _with_a_sample(data: Any, share: Any, spare: Any) -> Any:
-    """The replica's part of the batch, or `spare` if it is empty.
-
-    Some kernels of TensorFlow end the process on an empty batch, and some
-    layers make NaNs of it. With one sample all run as ever; its loss counts
-    nothing, and the replica forgets what it has seen.
-    """
-    filled = keras.tree.flatten(data)
-    others = keras.tree.flatten(spare)
-    chosen = tf.cond(share > 0, lambda: filled, lambda: others)
-    return keras.tree.pack_sequence_as(data, chosen)
-
-
-def _restore_if_empty(
-    share: Any, before: Sequence[tuple[Any, tf.Tensor]]
-) -> None:
-    def restore() -> None:
-        for variable, value in before:
-            variable.assign(value)
-
-    tf.cond(share > 0, lambda: None, restore)
-
-
-def _first(value: Any) -> Any:
-    """The first sample of a batch, as a batch of one."""
-    if isinstance(value, tf.SparseTensor):
-        size = tf.concat([[1], value.dense_shape[1:]], axis=0)
-        return tf.sparse.slice(value, tf.zeros_like(size), size)
-    return value[:1]
 
 
 def _times(value: Any, weight: Any) -> Any:

@@ -11,9 +11,10 @@ from keras_allreduce import fit_hook, internals
 from keras_allreduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.checks import check_devices, check_model
 from keras_allreduce.meter import Meter, StepLog
-from keras_allreduce.one_device import Step, already_reduced
+from keras_allreduce.one_device import Step
 from keras_allreduce.records import observe
 from keras_allreduce.stats import ReduceStats
+from keras_allreduce.summing import already_reduced
 
 
 class AllReduceStrategy(tf.distribute.MirroredStrategy):

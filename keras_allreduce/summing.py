@@ -7,6 +7,7 @@ gradients, and the accumulators start again from zero. Keras then adds its
 (zero) accumulators and goes on as on one device.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,13 @@ import tensorflow as tf
 
 from keras_allreduce import internals
 from keras_allreduce.records import observe
+
+_thread = threading.local()
+
+
+def already_reduced() -> bool:
+    """Whether this thread is in an update with reduced gradients."""
+    return getattr(_thread, "reduced", False)
 
 
 @tf.autograph.experimental.do_not_convert
@@ -77,3 +85,54 @@ def _take(gradient: tf.Tensor, accumulator: tf.Variable) -> tf.Tensor:
         total = gradient + accumulator
         accumulator.assign(tf.zeros_like(accumulator))
     return total
+
+
+def update(
+    keras_apply: Callable[..., Any],
+    grads: Any,
+    trainable_variables: Any = None,
+) -> Any:
+    """Updates variables where each replica is, from reduced gradients."""
+    before = already_reduced()
+    _thread.reduced = True
+    try:
+        return keras_apply(grads, trainable_variables)
+    finally:
+        _thread.reduced = before
+
+
+def all_reduce(
+    optimizer: Any,
+    grads: list[Any],
+    variables: list[Any] | None,
+    note: Callable[..., None],
+) -> list[Any]:
+    """The sums over all replicas; `None` stays `None`."""
+    moving = [
+        index
+        for index, gradient in enumerate(grads)
+        if gradient is not None
+        and not (
+            variables is not None
+            and getattr(variables[index], "overwrite_with_gradient", False)
+        )
+    ]
+    if not moving:
+        return grads
+    context = tf.distribute.get_replica_context()
+    gradients = [grads[index] for index in moving]
+    accumulators = variables and internals.gradient_accumulators(
+        optimizer, [variables[index] for index in moving]
+    )
+    if accumulators:
+        gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
+        sums = context.merge_call(
+            sum_when_applied,
+            args=(gradients, optimizer, accumulators, note),
+        )
+    else:
+        sums = context.merge_call(sum_now, args=(gradients,))
+    reduced = list(grads)
+    for index, total in zip(moving, sums, strict=True):
+        reduced[index] = total
+    return reduced

@@ -1,0 +1,80 @@
+"""What a replica does with an empty part of a batch.
+
+Some kernels of TensorFlow end the process on an empty batch, and some layers
+make NaNs of it. So an empty replica runs on one sample, borrowed from the
+batch. Its loss counts nothing, and the replica forgets what it has seen.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_allreduce import internals
+
+
+def first_sample(value: Any) -> Any:
+    """The first sample of a batch, as a batch of one."""
+    if isinstance(value, tf.SparseTensor):
+        size = tf.concat([[1], value.dense_shape[1:]], axis=0)
+        return tf.sparse.slice(value, tf.zeros_like(size), size)
+    return value[:1]
+
+
+def with_a_sample(data: Any, share: tf.Tensor, spare: Any) -> Any:
+    """The replica's part of the batch, or `spare` if it is empty.
+
+    Args:
+        data: Nested structure of tensors, batch first.
+        share: Share of the batch, 0 if the part is empty.
+        spare: One sample in the same structure.
+    """
+    filled, borrowed = keras.tree.flatten(data), keras.tree.flatten(spare)
+    chosen = tf.cond(share > 0, lambda: filled, lambda: borrowed)
+    return keras.tree.pack_sequence_as(data, chosen)
+
+
+def state(model: keras.Model) -> list[tuple[Any, tf.Tensor]]:
+    """What the replica gathers on its own in a step, as it is before.
+
+    Metrics and moving statistics; not the seeds, which all replicas draw.
+    """
+    counted = {
+        id(variable)
+        for metric in internals.loss_metrics(model)
+        for variable in metric.variables
+    }
+    statistics = [
+        variable
+        for variable in model.non_trainable_variables
+        if tf.as_dtype(variable.dtype).is_floating
+    ]
+    results = [
+        variable
+        for variable in model.metrics_variables
+        if id(variable) not in counted
+    ]
+    return [
+        (variable.value, tf.identity(variable.value))
+        for variable in (*statistics, *results)
+        if _is_replicas_own(variable.value)
+    ]
+
+
+def restore(share: tf.Tensor, before: Sequence[tuple[Any, tf.Tensor]]) -> None:
+    """Puts back the state from before the step if the replica was empty."""
+
+    def put_back() -> None:
+        for variable, value in before:
+            variable.assign(value)
+
+    tf.cond(share > 0, lambda: None, put_back)
+
+
+def _is_replicas_own(variable: Any) -> bool:
+    """Whether a replica updates its part of `variable` on its own."""
+    return isinstance(variable, tf.distribute.DistributedValues) and (
+        variable.synchronization == tf.VariableSynchronization.ON_READ
+        or variable.aggregation == tf.VariableAggregation.NONE
+    )
