@@ -305,12 +305,8 @@ class Step:
                 return tf.convert_to_tensor(metric.count.value)
         return None
 
-    def contribution(self, value: Any) -> Any:
-        """A value that layers add up over replicas: 0 of an empty replica.
-
-        Args:
-            value: Distributed value, in cross-replica context.
-        """
+    def part_of_replicas_with_samples(self, value: Any) -> Any:
+        """A distributed value, with 0 in the place of empty replicas."""
         if self._share_of_replica is None or self._rule.kind == "as_is":
             return value
         parts = []

@@ -159,14 +159,22 @@ class AllReduceExtended(internals.MirroredExtended):
     def _batch_reduce_to(
         self, reduce_op: Any, value_destination_pairs: Any, options: Any
     ) -> Any:
-        if self._step and reduce_op == tf.distribute.ReduceOp.SUM:
-            value_destination_pairs = [
-                (self._step.contribution(value), destination)
+        if not self._step or reduce_op != tf.distribute.ReduceOp.SUM:
+            return super()._batch_reduce_to(
+                reduce_op, value_destination_pairs, options
+            )
+        # A layer sums over the replicas, or its gradient does: an empty
+        # replica gives nothing to the sum, and nothing flows back to it.
+        part = self._step.part_of_replicas_with_samples
+        sums = super()._batch_reduce_to(
+            reduce_op,
+            [
+                (part(value), destination)
                 for value, destination in value_destination_pairs
-            ]
-        return super()._batch_reduce_to(
-            reduce_op, value_destination_pairs, options
+            ],
+            options,
         )
+        return [part(total) for total in sums]
 
     def sum_gradients(self, gradients: Sequence[Any]) -> list[Any]:
         """Sums distributed gradients; those of an empty replica are 0."""
