@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+REPOSITORY = Path(__file__).parent.parent
+EXAMPLES = REPOSITORY / "examples"
 
 # What each must print, in this order.
 PRINTS = {
@@ -21,6 +22,19 @@ PRINTS = {
         # At least 0.97, and the weights of one device.
         r"^test accuracy: (0\.9[7-9]|1\.0)",
         r"^largest weight difference from one device: \S+e-0[4-9]$",
+    ],
+    "readme.py": [
+        r"^Epoch 1/3$",
+        r"^batch_all_reduce: 8 all-reduces with algorithm = shared_memory, "
+        r"num_packs = 5 \(2\.2 MiB float32\), num_replicas = 2$",
+        r"loss: \S+ - all_reduce_ms: \S+ - overlap: \S+",
+        r"^Epoch 3/3$",
+    ],
+    "custom_training_loop.py": [
+        r"^epoch 1: loss \S+, all_reduce_ms \S+, overlap \S+, \S+ GB/s "
+        r"over 29 steps of \d+ packs$",
+        r"^epoch 5: .* over 30 steps of \d+ packs$",
+        r"^test accuracy: (0\.9\d|1\.0)",
     ],
 }
 
@@ -43,3 +57,8 @@ def test_an_example_prints_what_it_promises(name):
         match = re.search(expected, rest, re.MULTILINE)
         assert match, f"{expected!r} is not in what follows: {rest}"
         rest = rest[match.end() :]
+
+
+def test_the_example_of_the_readme_is_the_one_that_runs():
+    code = (EXAMPLES / "readme.py").read_text().split('"""')[2].strip()
+    assert f"```python\n{code}\n```" in (REPOSITORY / "README.md").read_text()
