@@ -7,6 +7,20 @@ import keras
 import tensorflow as tf
 
 
+def check_backend() -> None:
+    """Raises if Keras does not run on TensorFlow.
+
+    Raises:
+        ValueError: If it runs on something else.
+    """
+    backend = keras.backend.backend()
+    if backend != "tensorflow":
+        raise ValueError(
+            "A tf.distribute strategy needs the TensorFlow backend of Keras. "
+            f"Received: backend={backend!r}. Set KERAS_BACKEND=tensorflow."
+        )
+
+
 def check_devices(devices: Sequence[str]) -> list[str]:
     """Returns `devices` as a list if a strategy can train on them.
 

@@ -93,3 +93,20 @@ def loss_metrics(model: Any) -> list[Any]:
     """
     compiled = getattr(model, "_compile_loss", None)
     return list(compiled.metrics) if compiled is not None else []
+
+
+def yields_arrays_of_python(dataset: Any) -> bool:
+    """Whether the elements of a `tf.data.Dataset` come from Python code.
+
+    There is no public way to look at what a dataset was made of.
+    """
+    for wrapper in dataset._functions():
+        for op in wrapper.function.graph.get_operations():
+            if op.type in _OPS_THAT_RUN_PYTHON:
+                return True
+    return any(yields_arrays_of_python(source) for source in dataset._inputs())
+
+
+_OPS_THAT_RUN_PYTHON = frozenset(
+    {"GeneratorDataset", "PyFunc", "PyFuncStateless", "EagerPyFunc"}
+)

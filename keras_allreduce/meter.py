@@ -36,6 +36,7 @@ class StepLog:
 
     def __init__(self) -> None:
         self._steps: list[Step] = []
+        self._alone: weakref.WeakSet[Any] = weakref.WeakSet()
         self._told: weakref.WeakKeyDictionary[Any, set[str]] = (
             weakref.WeakKeyDictionary()
         )
@@ -93,6 +94,10 @@ class StepLog:
             for step in self._steps
             if model is None or step.model() is model
         ]
+
+    def add_alone(self, model: Any) -> None:
+        """Notes that `model` trains on one replica and reduces nothing."""
+        self._alone.add(model)
 
     def untold_plans(self, model: Any) -> list[str]:
         """Plans of `model` that this has not returned before."""
