@@ -67,7 +67,7 @@ class Step:
             for method in (name, "compute_metrics")
         )
         if self._rule.doubt and name == "train_step":
-            self._warn(self._rule.doubt)
+            self._warn(weighing.doubt_of_rule(self._rule))
 
     def run(
         self,
@@ -222,14 +222,12 @@ class Step:
         loss = keras_compute_loss(x, y, y_pred, sample_weight, **training)
         if self._rule.kind == "as_is":
             return loss
+        if _thread.share is not None:
+            loss = _times(loss, _thread.share > 0)
         scalar = weighing.returns_one_value(self._rule.suspects, y, y_pred)
         if scalar is not None:
             self._warn(weighing.doubt_of_scalar(scalar))
             _thread.share = _thread.correction = None
-            return loss
-        if _thread.share is not None:
-            some = tf.cast(_thread.share > 0, loss.dtype)
-            loss = tf.math.multiply_no_nan(loss, some)
         return _times(loss, _thread.correction)
 
     def update_loss_metric(
@@ -340,17 +338,9 @@ class Step:
         return keras.tree.map_structure(weigh, outputs)
 
     def _warn(self, doubt: str) -> None:
-        if self._model in _warned:
-            return
-        _warned.add(self._model)
-        warnings.warn(
-            "When a batch does not divide evenly between the replicas, the "
-            f"result may differ from that of one device: {doubt}. Pass "
-            "weigh_samples=True to AllReduceStrategy if the loss is a mean "
-            "over samples divided by the number of replicas, False if it is "
-            "right as it is.",
-            stacklevel=2,
-        )
+        if self._model not in _warned:
+            _warned.add(self._model)
+            warnings.warn(doubt, stacklevel=2)
 
 
 @contextlib.contextmanager

@@ -78,24 +78,44 @@ def find_rule(
 def returns_one_value(
     losses: Sequence[Callable[..., Any]], y: Any, y_pred: Any
 ) -> Callable[..., Any] | None:
-    """The first of `losses` that does not keep the samples apart, if any."""
+    """The first of `losses` that does not keep the samples apart, if any.
+
+    The losses are traced for their shapes, and not run.
+    """
+    pairs = list(
+        zip(keras.tree.flatten(y), keras.tree.flatten(y_pred), strict=False)
+    )
     for loss in losses:
-        function = getattr(loss, "call", loss)
-        for true, predicted in zip(
-            keras.tree.flatten(y), keras.tree.flatten(y_pred), strict=False
-        ):
-            value = function(true, predicted)
-            if len(value.shape) == 0:
+        traced = tf.function(getattr(loss, "call", loss), autograph=False)
+        for true, predicted in pairs:
+            shapes = traced.get_concrete_function(
+                tf.TensorSpec(true.shape, true.dtype),
+                tf.TensorSpec(predicted.shape, predicted.dtype),
+            ).output_shapes
+            if isinstance(shapes, tf.TensorShape) and shapes.rank == 0:
                 return loss
     return None
 
 
 def doubt_of_scalar(loss: Callable[..., Any]) -> str:
-    """Why a loss that returns one value for all samples is left alone."""
+    """What is wrong with a loss that returns one value for all samples."""
     return (
-        f"the loss {_name(loss)} returns one value for all samples, which "
-        "Keras does not divide by the number of replicas; return one value "
-        "per sample"
+        f"The loss {_name(loss)} returns one value for all samples, which "
+        "Keras does not divide by the number of replicas: gradients may be as "
+        "many times those of one device. Return one value per sample and let "
+        "Keras take the mean. AllReduceStrategy(weigh_samples=False) says "
+        "that the loss is right as it is."
+    )
+
+
+def doubt_of_rule(rule: Rule) -> str:
+    """What may be wrong where the rule is not known."""
+    return (
+        "When a batch does not divide evenly between the replicas, the "
+        f"result may differ from that of one device: {rule.doubt}. Pass "
+        "weigh_samples=True to AllReduceStrategy if the loss is a mean over "
+        "samples divided by the number of replicas, False if it is right as "
+        "it is."
     )
 
 

@@ -28,11 +28,13 @@ ORDER = [
     "batch_all_reduce",
     "summing",
     "weighing",
+    "empty_replica",
     "one_device",
     "meter",
     "fit_log",
     "fit_hook",
     "checks",
+    "strategy_base",
     "strategy",
     "__init__",
 ]

@@ -111,18 +111,18 @@ def test_the_option_decides_over_what_is_known():
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "remedy"),
     [
-        lambda: compiled(OwnStep()),
-        lambda: compiled(linear(), mean_of_all),
+        (lambda: compiled(OwnStep()), "Pass weigh_samples=True"),
+        (lambda: compiled(linear(), mean_of_all), "one value per sample"),
     ],
     ids=["own train_step", "loss that returns one value"],
 )
-def test_doubt_is_said_once_with_what_to_do(make):
+def test_doubt_is_said_once_with_what_to_do(make, remedy):
     strategy = keras_allreduce.AllReduceStrategy(DEVICES[:2])
     with strategy.scope():
         model = make()
-    with pytest.warns(UserWarning, match="Pass weigh_samples=True"):
+    with pytest.warns(UserWarning, match=remedy):
         model.fit(X[:4], Y[:4], batch_size=4, verbose=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -138,6 +138,44 @@ def test_the_option_silences_the_doubt():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model.fit(X[:4], Y[:4], batch_size=4, verbose=0)
+
+
+def test_a_sum_over_samples_as_one_value_counts_no_borrowed_sample():
+    def sum_of_all(y_true, y_pred):
+        return keras.ops.sum(keras.ops.square(y_true - y_pred))
+
+    def train(strategy):
+        with strategy.scope():
+            model = compiled(linear(), sum_of_all)
+        model.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
+        return model.get_weights()[0]
+
+    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:2])
+    with pytest.warns(UserWarning, match="one value per sample"):
+        ours = train(strategy)
+    np.testing.assert_allclose(
+        ours, train(tf.distribute.get_strategy()), rtol=1e-6
+    )
+
+
+def test_a_loss_of_the_users_own_runs_once_per_replica_and_step():
+    runs = []
+
+    def counted(y_true, y_pred):
+        def count(value):
+            runs.append(1)
+            return value
+
+        error = keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
+        return tf.ensure_shape(
+            tf.py_function(count, [error], tf.float32), error.shape
+        )
+
+    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:2])
+    with strategy.scope():
+        model = compiled(linear(), counted)
+    model.fit(X[:4], Y[:4], batch_size=2, verbose=0)
+    assert len(runs) == 2 * 2
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
