@@ -10,6 +10,11 @@ from typing import Any
 # Which devices a value is on, by TensorFlow's own rule.
 from tensorflow.python.distribute import cross_device_ops as _cross_device_ops
 
+# The half of MultiWorkerMirroredStrategy that decides how values are reduced.
+from tensorflow.python.distribute.collective_all_reduce_strategy import (
+    CollectiveAllReduceExtended as CollectiveAllReduceExtended,
+)
+
 # The half of MirroredStrategy that decides how values are reduced. A strategy
 # that subclasses the public half alone cannot change it.
 from tensorflow.python.distribute.mirrored_strategy import (

@@ -59,6 +59,8 @@ class Step:
         self._note = note
         self._rule = weighing.find_rule(model, name, weigh_samples)
         self._weigh_gradients = weigh_samples is True
+        # TensorFlow leaves values of a worker's only replica as they are.
+        self._alone_on_worker = len(strategy.extended.worker_devices) == 1
         self._share_of_replica: Any = None
         # Where the logs are the results of the metrics, as Keras has it, they
         # can be taken again without what an empty replica has seen.
@@ -124,7 +126,7 @@ class Step:
             return None, None
         with tf.device("/cpu:0"):
             sizes = weighing.sizes(replicas)
-            shares = None if sizes is None else weighing.shares(sizes)
+            shares = sizes and self._strategy.extended.shares_of(sizes)
             goal = self._goal(sample_weight, shares)
             return self._place(shares), self._place(goal)
 
@@ -143,7 +145,7 @@ class Step:
         elif self._rule.kind == "sample_weights":
             weights = self._values(sample_weight)
             if weights:
-                goal = weighing.shares(
+                goal = self._strategy.extended.shares_of(
                     [tf.reduce_sum(tf.cast(w, tf.float32)) for w in weights]
                 )
         if goal is None or shares is None:
@@ -167,6 +169,8 @@ class Step:
     def _values(self, value: Any) -> Sequence[Any]:
         if isinstance(value, tf.distribute.DistributedValues):
             return self._strategy.experimental_local_results(value)
+        if value is not None and self._alone_on_worker:
+            return (value,)
         return ()
 
     # What is shadowed ----------------------------------------------------

@@ -6,10 +6,11 @@ them up.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce.shared_memory import share
+from keras_allreduce import shared_memory
 
 
 def all_reduce(
@@ -28,12 +29,16 @@ def all_reduce(
     Returns:
         One `tf.IndexedSlices` per replica, with the rows of replica 0 first.
     """
-    gathered = gather(gradients, owner)
-    values = share(gathered.values, devices)
-    indices = share(gathered.indices, devices)
+    return share(gather(gradients, owner), devices)
+
+
+def share(gathered: tf.IndexedSlices, devices: Sequence[str]) -> list[Any]:
+    """Gives a sparse gradient to every device."""
+    values = shared_memory.share(gathered.values, devices)
+    indices = shared_memory.share(gathered.indices, devices)
     shapes: Sequence[tf.Tensor | None] = [None] * len(devices)
     if gathered.dense_shape is not None:
-        shapes = share(gathered.dense_shape, devices)
+        shapes = shared_memory.share(gathered.dense_shape, devices)
     return [
         tf.IndexedSlices(*parts)
         for parts in zip(values, indices, shapes, strict=True)

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce import fit_hook, internals
+from keras_allreduce import fit_hook, internals, weighing
 from keras_allreduce.checks import check_backend, check_model
 from keras_allreduce.meter import Meter, StepLog
 from keras_allreduce.one_device import Step
@@ -100,13 +100,13 @@ class ExtendedBase(internals.MirroredExtended):
         self, reduce_op: Any, value_destination_pairs: Any, options: Any
     ) -> Any:
         if not self._step or reduce_op != tf.distribute.ReduceOp.SUM:
-            return super()._batch_reduce_to(
+            return self._sum_over_replicas(
                 reduce_op, value_destination_pairs, options
             )
         # A layer sums over the replicas, or its gradient does: an empty
         # replica gives nothing to the sum, and nothing flows back to it.
         part = self._step.part_of_replicas_with_samples
-        sums = super()._batch_reduce_to(
+        sums = self._sum_over_replicas(
             reduce_op,
             [
                 (part(value), destination)
@@ -116,9 +116,25 @@ class ExtendedBase(internals.MirroredExtended):
         )
         return [part(total) for total in sums]
 
+    def _sum_over_replicas(
+        self, reduce_op: Any, value_destination_pairs: Any, options: Any
+    ) -> Any:
+        return super()._batch_reduce_to(
+            reduce_op, value_destination_pairs, options
+        )
+
+    @property
+    def num_workers(self) -> int:
+        """Number of workers."""
+        return 1
+
+    def shares_of(self, amounts: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Share of each replica in the batch, times the number of replicas."""
+        return weighing.shares(amounts)
+
     def sum_gradients(self, gradients: Sequence[Any]) -> list[Any]:
         """Sums distributed gradients; those of an empty replica are 0."""
-        return super()._batch_reduce_to(
+        return self._sum_over_replicas(
             tf.distribute.ReduceOp.SUM,
             [(gradient, gradient) for gradient in gradients],
             tf.distribute.experimental.CommunicationOptions(),

@@ -146,19 +146,26 @@ def sizes(replicas: Sequence[Any]) -> list[tf.Tensor] | None:
     ]
 
 
-def shares(amounts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+def shares(
+    amounts: Sequence[tf.Tensor],
+    total: tf.Tensor | None = None,
+    count: int | None = None,
+) -> list[tf.Tensor]:
     """Share of each replica in the batch, times the number of replicas.
 
     Args:
         amounts: float32 scalars, one per replica.
+        total: Their sum, if there are more replicas than these.
+        count: The number of all replicas, likewise.
 
     Returns:
         float32 scalars whose mean is 1, or all 0 if all amounts are.
     """
-    total = tf.add_n(list(amounts))
+    if total is None:
+        total = tf.add_n(list(amounts))
+    replicas = float(count or len(amounts))
     return [
-        tf.math.divide_no_nan(amount * float(len(amounts)), total)
-        for amount in amounts
+        tf.math.divide_no_nan(amount * replicas, total) for amount in amounts
     ]
 
 

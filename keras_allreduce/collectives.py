@@ -1,0 +1,111 @@
+"""All-reduce between workers, on TensorFlow's collective runtime.
+
+TensorFlow's own strategy numbers its collectives as they are called, through
+a value captured when a function is called; inside a function in a function
+(`steps_per_execution`) nothing feeds it. Here a collective is named by what it
+reduces and by its place in the graph that is traced. That is the same on all
+workers, whenever each of them traces, and it can run in any nesting. It may
+run again only when it has come back, which one step after the other ensures.
+"""
+
+import itertools
+import weakref
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensorflow as tf
+
+_group_keys = itertools.count(1_000_000)
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """The host devices of all workers, one each.
+
+    Attributes:
+        num_workers: Number of workers.
+        device: Host device of this worker.
+        timeout_seconds: How long a worker waits for the others.
+        key: Number of the group; strategies are made in one order on all
+            workers.
+    """
+
+    num_workers: int
+    device: str
+    timeout_seconds: float
+    key: int = field(default_factory=lambda: next(_group_keys))
+
+
+class Collectives:
+    """Collectives of one group of workers.
+
+    Args:
+        group: The workers.
+    """
+
+    def __init__(self, group: WorkerGroup):
+        self._group = group
+        self._seen: weakref.WeakKeyDictionary[Any, dict[str, int]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def all_reduce(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
+        """Sums `tensor` over the workers.
+
+        Args:
+            tensor: Tensor of one shape and dtype on all workers.
+            purpose: What it is for, the same on all workers; goes into the
+                name of the collective.
+
+        Returns:
+            The sum, on the host device of this worker.
+        """
+        with tf.device(self._group.device):
+            return tf.raw_ops.CollectiveReduceV2(
+                input=tensor,
+                merge_op="Add",
+                final_op="Id",
+                communication_hint="ring",
+                **self._place(tensor, purpose),
+            )
+
+    def all_gather(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
+        """Concatenates `tensor`, of one shape on all workers, along axis 0."""
+        with tf.device(self._group.device):
+            return tf.raw_ops.CollectiveGatherV2(
+                input=tensor,
+                communication_hint="ring",
+                **self._place(tensor, purpose),
+            )
+
+    def all_gather_rows(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
+        """Concatenates tensors that may differ in length along axis 0."""
+        with tf.device(self._group.device):
+            length = tf.shape(tensor)[:1]
+            lengths = self.all_gather(length, f"lengths of {purpose}")
+            longest = tf.reduce_max(lengths)
+            missing = [[0, longest - length[0]]]
+            padding = tf.pad(missing, [[0, tf.rank(tensor) - 1], [0, 0]])
+            padded = tf.pad(tensor, padding)
+            gathered = self.all_gather(padded, purpose)
+            parts = tf.split(gathered, self._group.num_workers)
+            return tf.concat(
+                [part[: lengths[worker]] for worker, part in enumerate(parts)],
+                axis=0,
+            )
+
+    def _place(self, tensor: tf.Tensor, purpose: str) -> dict[str, Any]:
+        graph = tf.compat.v1.get_default_graph()
+        seen = self._seen.setdefault(graph, {})
+        name = f"{purpose} {tensor.dtype.name} {tensor.shape}"
+        seen[name] = seen.get(name, 0) + 1
+        # An instance is named by a positive int32.
+        instance = zlib.crc32(f"{name} {seen[name]}".encode()) >> 1
+        return {
+            "group_size": self._group.num_workers,
+            "group_key": self._group.key,
+            "instance_key": instance,
+            "ordering_token": [],
+            "timeout_seconds": self._group.timeout_seconds,
+        }

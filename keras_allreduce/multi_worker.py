@@ -1,0 +1,206 @@
+"""MultiWorkerAllReduceStrategy: the same on several machines."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_allreduce import internals, weighing
+from keras_allreduce.batch_all_reduce import BatchAllReduce
+from keras_allreduce.collectives import Collectives, WorkerGroup
+from keras_allreduce.strategy_base import ExtendedBase, StrategyBase
+from keras_allreduce.worker_all_reduce import WorkerAllReduce
+
+TIMEOUT_SECONDS = 600.0
+
+
+class MultiWorkerAllReduceStrategy(
+    StrategyBase, tf.distribute.MultiWorkerMirroredStrategy
+):
+    """Trains one model on the devices of several workers, all in step.
+
+    A drop-in replacement for `tf.distribute.MultiWorkerMirroredStrategy`,
+    configured as it is, that runs under `model.fit` of Keras 3. Every worker
+    runs the same script; each has its part of every batch.
+
+    Args:
+        cluster_resolver: Where the workers are and which of them this is.
+            `None`: from the environment variable TF_CONFIG. Without that,
+            there is one worker.
+        communication_options: A
+            `tf.distribute.experimental.CommunicationOptions`; its
+            `bytes_per_pack` and `timeout_seconds` go before the arguments
+            below.
+        bytes_per_pack: Capacity of a pack in bytes; 0: chosen for you.
+        timeout_seconds: How long a worker waits for the others before the
+            step ends in an error, in seconds.
+        sparse_as_dense: See `BatchAllReduce`.
+        weigh_samples: See `AllReduceStrategy`.
+        fit_log: See `AllReduceStrategy`.
+
+    Raises:
+        ValueError: If an argument is not one of the above.
+    """
+
+    def __init__(
+        self,
+        cluster_resolver: Any = None,
+        communication_options: Any = None,
+        *,
+        bytes_per_pack: int = 0,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        sparse_as_dense: bool = False,
+        weigh_samples: bool | None = None,
+        fit_log: bool = True,
+    ):
+        self._init_options(weigh_samples, fit_log)
+        if not timeout_seconds > 0:
+            raise ValueError(
+                "`timeout_seconds` must be positive. Received: "
+                f"timeout_seconds={timeout_seconds!r}"
+            )
+        asked = communication_options or (
+            tf.distribute.experimental.CommunicationOptions()
+        )
+        options = tf.distribute.experimental.CommunicationOptions(
+            bytes_per_pack=asked.bytes_per_pack or bytes_per_pack,
+            timeout_seconds=asked.timeout_seconds or timeout_seconds,
+            implementation=asked.implementation,
+        )
+        tf.distribute.Strategy.__init__(
+            self,
+            MultiWorkerAllReduceExtended(
+                self, cluster_resolver, options, sparse_as_dense
+            ),
+        )
+
+    # MultiWorkerMirroredStrategy takes this from its class.
+    _collective_key_base = 0
+
+    def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
+        """Reduces `value` across replicas, as `tf.distribute.Strategy` does.
+
+        Two things that Keras asks for in `fit` stay on this worker: the
+        shapes of a first batch, and the logs of a step. Those are means over
+        the samples of this worker; what `fit` returns at the end of an epoch
+        is exact and the same on all.
+
+        Args:
+            reduce_op: `"SUM"`, `"MEAN"` or a `tf.distribute.ReduceOp`.
+            value: Distributed value, or a nested structure of such.
+            axis: Axis to reduce along within each replica too, or `None`.
+
+        Returns:
+            A tensor, or a structure of tensors like `value`.
+        """
+        mean = _is_mean(reduce_op)
+        if mean and axis is None and keras.tree.is_nested(value):
+            return keras.tree.map_structure(
+                lambda leaf: self.experimental_local_results(leaf)[0], value
+            )
+        if mean and axis == 0:
+            parts = self.experimental_local_results(value)
+            if all(_rank(part) == 0 for part in parts):
+                return tf.reduce_mean(tf.stack(parts))
+        return super().reduce(reduce_op, value, axis)
+
+
+class MultiWorkerAllReduceExtended(
+    ExtendedBase, internals.CollectiveAllReduceExtended
+):
+    """MultiWorkerMirroredStrategy's, with another road for gradients."""
+
+    def __init__(
+        self,
+        container_strategy: Any,
+        cluster_resolver: Any,
+        options: Any,
+        sparse_as_dense: bool,
+    ):
+        super().__init__(
+            container_strategy,
+            cluster_resolver=cluster_resolver,
+            communication_options=options,
+        )
+        self._gradient_ops: BatchAllReduce
+        if self._num_workers == 1:
+            self._gradient_ops = BatchAllReduce(
+                "auto", options.bytes_per_pack, sparse_as_dense=sparse_as_dense
+            )
+            return
+        self._collectives = Collectives(
+            WorkerGroup(
+                self._num_workers,
+                f"{self._worker_device}/device:CPU:0",
+                options.timeout_seconds,
+            )
+        )
+        self._gradient_ops = WorkerAllReduce(
+            self._collectives,
+            self._num_workers,
+            options.bytes_per_pack,
+            sparse_as_dense=sparse_as_dense,
+        )
+
+    @property
+    def num_workers(self) -> int:
+        """Number of workers."""
+        return int(self._num_workers)
+
+    def shares_of(self, amounts: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Share of each replica of this worker in the whole batch."""
+        if self._num_workers == 1:
+            return super().shares_of(amounts)
+        total = self._collectives.all_reduce(tf.add_n(amounts), "batch")
+        return weighing.shares(
+            amounts, total=total, count=self._num_replicas_in_sync
+        )
+
+    def _initialize_local_devices(
+        self, cluster_resolver: Any, worker_device: str
+    ) -> tuple[tuple[str, ...], str]:
+        devices, kind = super()._initialize_local_devices(
+            cluster_resolver, worker_device
+        )
+        if kind == "CPU":
+            host = tf.config.list_physical_devices("CPU")[0]
+            made = tf.config.get_logical_device_configuration(host) or [None]
+            devices = tuple(
+                f"{worker_device}/device:CPU:{index}"
+                for index in range(len(made))
+            )
+        return devices, kind
+
+    def _sum_over_replicas(
+        self, reduce_op: Any, value_destination_pairs: Any, options: Any
+    ) -> Any:
+        if tf.executing_eagerly():
+            # Stock numbers its collectives one by one, which is right here.
+            return super()._sum_over_replicas(
+                reduce_op, value_destination_pairs, options
+            )
+        return self._gradient_ops.batch_reduce(
+            reduce_op, value_destination_pairs, options
+        )
+
+    def _reduce_to(
+        self, reduce_op: Any, value: Any, destinations: Any, options: Any
+    ) -> Any:
+        inside_a_function = not tf.executing_eagerly()
+        if (
+            inside_a_function
+            and self._num_workers > 1
+            and reduce_op == tf.distribute.ReduceOp.SUM
+            and isinstance(value, tf.Tensor)
+        ):
+            # Whether any worker still has data, which every step asks.
+            return self._collectives.all_reduce(value, "reduce")
+        return super()._reduce_to(reduce_op, value, destinations, options)
+
+
+def _is_mean(reduce_op: Any) -> bool:
+    return str(getattr(reduce_op, "value", reduce_op)).upper() == "MEAN"
+
+
+def _rank(value: Any) -> int | None:
+    return tf.TensorShape(value.shape).rank

@@ -1,0 +1,78 @@
+"""The cross-device op of several workers: sum inside, then between, then share.
+
+Each pack crosses between workers once per worker, not once per device.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from keras_allreduce import shared_memory, sparse
+from keras_allreduce.batch_all_reduce import BatchAllReduce, PackSize
+from keras_allreduce.collectives import Collectives
+
+# On TensorFlow's ring over gRPC a pack of 64 MiB takes as long as 4 of 16;
+# see "Pack sizes between workers" in benchmarks/RESULTS.md.
+_PACK_SIZE = PackSize(4 * 2**20, 2**20)
+
+
+class WorkerAllReduce(BatchAllReduce):
+    """Sums gradients over the devices of all workers.
+
+    Args:
+        collectives: The collectives between the workers.
+        num_workers: Number of workers.
+        bytes_per_pack: See `BatchAllReduce`.
+        sparse_as_dense: See `BatchAllReduce`.
+    """
+
+    def __init__(
+        self,
+        collectives: Collectives,
+        num_workers: int,
+        bytes_per_pack: int = 0,
+        *,
+        sparse_as_dense: bool = False,
+    ):
+        super().__init__(
+            "shared_memory", bytes_per_pack, sparse_as_dense=sparse_as_dense
+        )
+        self._collectives = collectives
+        self._num_workers = num_workers
+
+    @property
+    def _num_between_graph_workers(self) -> int:
+        # CrossDeviceOps takes a value on one device for reduced if this is 1.
+        return self._num_workers
+
+    def _sum_packs(
+        self,
+        algorithm: str,
+        packs: list[list[tf.Tensor]],
+        devices: Sequence[str],
+    ) -> list[list[tf.Tensor]]:
+        sums = []
+        for pack in packs:
+            inside = shared_memory.add(pack, devices[0])
+            total = self._collectives.all_reduce(inside, "pack")
+            sums.append(shared_memory.share(total, devices))
+        return sums
+
+    def _sum_rows(
+        self, replicas: list[Any], devices: Sequence[str], owner: str
+    ) -> list[Any]:
+        inside = sparse.gather(replicas, owner)
+        everywhere = tf.IndexedSlices(
+            self._collectives.all_gather_rows(inside.values, "rows"),
+            self._collectives.all_gather_rows(inside.indices, "row numbers"),
+            inside.dense_shape,
+        )
+        return sparse.share(everywhere, devices)
+
+    def _count(self, devices: Sequence[str]) -> int:
+        return self._num_workers * len(devices)
+
+    def _pack_size(self, algorithm: str, options: Any) -> PackSize:
+        asked = getattr(options, "bytes_per_pack", 0) or self.bytes_per_pack
+        return PackSize(asked) if asked else _PACK_SIZE
