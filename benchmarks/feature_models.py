@@ -1,0 +1,150 @@
+"""Data, models and losses that `feature_cases.py` trains with."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(72, 6)).astype("float32")
+TARGET = (X @ RNG.normal(size=(6, 1))).astype("float32")
+CLASS = (X[:, :1] - X[:, 1:2] > 0).astype("float32")
+IMAGES = RNG.normal(size=(25, 8, 8, 3)).astype("float32")
+TOKENS = RNG.integers(1, 20, (72, 5))
+TOKENS[RNG.integers(0, 72, 20), 3:] = 0
+WEIGHTS = RNG.uniform(0.1, 3, 72).astype("float32")
+BATCH = 24
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training came to; `error` if it did not come to an end."""
+
+    weights: tuple[np.ndarray, ...] = ()
+    history: dict[str, list[float]] | None = None
+    note: str = ""
+    warned: bool = False
+    error: str = ""
+
+
+def dense(*layers: keras.Layer) -> keras.Model:
+    first, last = keras.layers.Dense(8, "tanh"), keras.layers.Dense(1)
+    return keras.Sequential([keras.Input([6]), first, *layers, last])
+
+
+def of_tokens(*layers: keras.Layer) -> keras.Model:
+    return keras.Sequential(
+        [keras.Input([5], dtype="int32"), *layers, keras.layers.Dense(1)]
+    )
+
+
+def outcome(model: keras.Model, history=None, note: str = "") -> Outcome:
+    return Outcome(tuple(model.get_weights()), history or {}, note)
+
+
+def sgd(rate: float = 0.05, **arguments: Any) -> keras.optimizers.Optimizer:
+    return keras.optimizers.SGD(rate, **arguments)
+
+
+def fit(model, x=X, y=TARGET, optimizer=None, loss="mse", **arguments):
+    """Compiles and fits; `arguments` go to whichever of the two takes them."""
+    compiling = {
+        name: arguments.pop(name)
+        for name in (
+            "metrics",
+            "weighted_metrics",
+            "steps_per_execution",
+            "run_eagerly",
+            "jit_compile",
+        )
+        if name in arguments
+    }
+    model.compile(optimizer or sgd(), loss, **compiling)
+    if isinstance(x, np.ndarray | dict):
+        arguments = {"y": y, "batch_size": BATCH} | arguments
+    arguments = {"epochs": 2, "shuffle": False, "verbose": 0} | arguments
+    return outcome(model, model.fit(x, **arguments).history)
+
+
+def dataset(x: Any, y: Any = TARGET, batch: int = BATCH) -> tf.data.Dataset:
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(batch)
+
+
+def batches(*bounds: int):
+    # Copies: TensorFlow uses the memory of what a generator or a PyDataset
+    # gives it, and may write its results there.
+    for start, end in itertools.pairwise(bounds):
+        yield X[start:end].copy(), TARGET[start:end].copy()
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches of the samples between two neighbouring `bounds`."""
+
+    def __init__(self, *bounds: int):
+        super().__init__()
+        self.bounds = bounds
+
+    def __len__(self):
+        return len(self.bounds) - 1
+
+    def __getitem__(self, index):
+        return next(batches(*self.bounds[index : index + 2]))
+
+
+class SumOfRow(keras.layers.Layer):
+    """Sum of the embeddings in each ragged row."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = keras.layers.Embedding(10, 3)
+
+    def call(self, x):
+        if isinstance(x, tf.RaggedTensor):
+            x = x.to_tensor(shape=[None, 3])
+        return keras.ops.sum(self.embedding(x), axis=1)
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor([x.shape[0], 3])
+
+
+def mean_squared(y_true, y_pred):
+    return keras.ops.mean(keras.ops.square(y_true - y_pred))
+
+
+def mse(reduction: str) -> keras.losses.Loss:
+    return keras.losses.MeanSquaredError(reduction=reduction)
+
+
+class Penalty(keras.layers.Layer):
+    """Adds a loss of its own."""
+
+    def call(self, x):
+        self.add_loss(0.1 * keras.ops.mean(keras.ops.square(x)))
+        return x
+
+
+class OwnStep(keras.Model):
+    """A `train_step` of its own, with the loss of `loss_of_step`."""
+
+    def __init__(self, loss_of_step: Callable[..., Any]):
+        super().__init__()
+        self.out = keras.layers.Dense(1)
+        self.loss_of_step = loss_of_step
+
+    def call(self, x):
+        return self.out(x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.loss_of_step(self, x, y, self(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(loss)
+        return self.get_metrics_result()
