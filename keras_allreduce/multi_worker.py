@@ -1,5 +1,6 @@
 """MultiWorkerAllReduceStrategy: the same on several machines."""
 
+import os
 from typing import Any
 
 import keras
@@ -7,11 +8,16 @@ import tensorflow as tf
 
 from keras_allreduce import internals, weighing
 from keras_allreduce.batch_all_reduce import BatchAllReduce
+from keras_allreduce.checks import host_devices
 from keras_allreduce.collectives import Collectives, WorkerGroup
+from keras_allreduce.meter import StepLog
 from keras_allreduce.strategy_base import ExtendedBase, StrategyBase
 from keras_allreduce.worker_all_reduce import WorkerAllReduce
 
 TIMEOUT_SECONDS = 600.0
+
+HOST_DEVICES = "KERAS_ALLREDUCE_HOST_DEVICES"
+"""Environment variable with the number of host devices per worker."""
 
 
 class MultiWorkerAllReduceStrategy(
@@ -54,6 +60,8 @@ class MultiWorkerAllReduceStrategy(
         fit_log: bool = True,
     ):
         self._init_options(weigh_samples, fit_log)
+        if HOST_DEVICES in os.environ:
+            host_devices(int(os.environ[HOST_DEVICES]))
         if not timeout_seconds > 0:
             raise ValueError(
                 "`timeout_seconds` must be positive. Received: "
@@ -76,6 +84,11 @@ class MultiWorkerAllReduceStrategy(
 
     # MultiWorkerMirroredStrategy takes this from its class.
     _collective_key_base = 0
+
+    @property
+    def fit_log(self) -> StepLog | None:
+        """What the fit output shows: nothing but on the chief."""
+        return super().fit_log if self.extended.is_chief else None
 
     def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
         """Reduces `value` across replicas, as `tf.distribute.Strategy` does.
@@ -147,6 +160,11 @@ class MultiWorkerAllReduceExtended(
         """Number of workers."""
         return int(self._num_workers)
 
+    @property
+    def is_chief(self) -> bool:
+        """Whether this is the worker that reports and saves."""
+        return bool(self._is_chief)
+
     def shares_of(self, amounts: list[tf.Tensor]) -> list[tf.Tensor]:
         """Share of each replica of this worker in the whole batch."""
         if self._num_workers == 1:
@@ -174,8 +192,10 @@ class MultiWorkerAllReduceExtended(
     def _sum_over_replicas(
         self, reduce_op: Any, value_destination_pairs: Any, options: Any
     ) -> Any:
-        if tf.executing_eagerly():
-            # Stock numbers its collectives one by one, which is right here.
+        on_gpus = self._local_device_type == "GPU" and self._num_workers > 1
+        if tf.executing_eagerly() or on_gpus:
+            # Stock numbers its collectives one by one, which is right here,
+            # and orders those of NCCL.
             return super()._sum_over_replicas(
                 reduce_op, value_destination_pairs, options
             )

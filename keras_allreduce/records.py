@@ -24,7 +24,7 @@ class ReducePlan:
     every: int = 1
 
     def __str__(self) -> str:
-        size = "size not known" if self.nbytes is None else _mib(self.nbytes)
+        size = "size not known" if self.nbytes is None else size_of(self.nbytes)
         line = (
             f"batch_all_reduce: {self.num_gradients} all-reduces with "
             f"algorithm = {self.algorithm}, num_packs = {self.num_packs} "
@@ -106,6 +106,7 @@ def report(record: BatchRecord) -> None:
         tf.get_logger().info("%s", record.plan)
 
 
-def _mib(nbytes: int) -> str:
+def size_of(nbytes: int) -> str:
+    """Bytes in the unit that reads best."""
     mib = nbytes / 2**20
     return f"{mib:.1f} MiB" if mib >= 0.1 else f"{nbytes / 2**10:.1f} KiB"

@@ -4,6 +4,7 @@ Each pack crosses between workers once per worker, not once per device.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import tensorflow as tf
@@ -11,6 +12,7 @@ import tensorflow as tf
 from keras_allreduce import shared_memory, sparse
 from keras_allreduce.batch_all_reduce import BatchAllReduce, PackSize
 from keras_allreduce.collectives import Collectives
+from keras_allreduce.records import ReducePlan, size_of
 
 # On TensorFlow's ring over gRPC a pack of 64 MiB takes as long as 4 of 16;
 # see "Pack sizes between workers" in benchmarks/RESULTS.md.
@@ -72,6 +74,16 @@ class WorkerAllReduce(BatchAllReduce):
 
     def _count(self, devices: Sequence[str]) -> int:
         return self._num_workers * len(devices)
+
+    def _plan(self, *args: Any, **kwargs: Any) -> ReducePlan:
+        plan = super()._plan(*args, **kwargs)
+        between = f"ring between {self._num_workers} workers"
+        if plan.nbytes is not None:
+            # Reduce-scatter and all-gather: docs/algorithms.md.
+            share = 2 * (self._num_workers - 1) / self._num_workers
+            sent = size_of(round(plan.nbytes * share))
+            between += f", {sent} sent by each in a step"
+        return replace(plan, reason=between)
 
     def _pack_size(self, algorithm: str, options: Any) -> PackSize:
         asked = getattr(options, "bytes_per_pack", 0) or self.bytes_per_pack

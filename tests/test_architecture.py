@@ -26,6 +26,8 @@ ORDER = [
     "records",
     "clocks",
     "batch_all_reduce",
+    "collectives",
+    "worker_all_reduce",
     "summing",
     "weighing",
     "empty_replica",
@@ -36,6 +38,7 @@ ORDER = [
     "checks",
     "strategy_base",
     "strategy",
+    "multi_worker",
     "__init__",
 ]
 
@@ -46,6 +49,7 @@ PUBLIC = [
     "AllReduceLogger",
     "AllReduceStrategy",
     "BatchAllReduce",
+    "MultiWorkerAllReduceStrategy",
     "ReduceStats",
     "host_devices",
 ]
