@@ -4,8 +4,12 @@ Everything else in the package uses public API. A name moves out of this file
 as soon as there is a public way.
 """
 
+import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
+
+import tensorflow as tf
 
 # Which devices a value is on, by TensorFlow's own rule.
 from tensorflow.python.distribute import cross_device_ops as _cross_device_ops
@@ -13,6 +17,12 @@ from tensorflow.python.distribute import cross_device_ops as _cross_device_ops
 # The half of MultiWorkerMirroredStrategy that decides how values are reduced.
 from tensorflow.python.distribute.collective_all_reduce_strategy import (
     CollectiveAllReduceExtended as CollectiveAllReduceExtended,
+)
+
+# What a strategy hands out for a dataset. Only a subclass can tell Keras the
+# shapes of a batch without taking one; see `SpecFirstDataset`.
+from tensorflow.python.distribute.input_lib import (
+    DistributedDataset as _DistributedDataset,
 )
 
 # The half of MirroredStrategy that decides how values are reduced. A strategy
@@ -115,3 +125,53 @@ def yields_arrays_of_python(dataset: Any) -> bool:
 _OPS_THAT_RUN_PYTHON = frozenset(
     {"GeneratorDataset", "PyFunc", "PyFuncStateless", "EagerPyFunc"}
 )
+
+
+class SpecFirstDataset(_DistributedDataset):
+    """A distributed dataset that shows Keras its shapes without being read.
+
+    Before the first step of `fit` and `evaluate` Keras takes a batch to learn
+    the shapes, and throws it away with all that was read ahead. From a Python
+    generator nothing of that comes again.
+    """
+
+    def __iter__(self) -> Any:
+        """Iterates; for Keras's look at the shapes over an example."""
+        if _called_from("_maybe_symbolic_build"):
+            example = _example(self.element_spec)
+            if example is not None:
+                return iter([example])
+        return super().__iter__()
+
+    @classmethod
+    def take_over(cls, dataset: Any) -> Any:
+        """Makes `dataset` one of these, if it is of the class they extend."""
+        if type(dataset) is _DistributedDataset:
+            dataset.__class__ = cls
+        return dataset
+
+
+def _called_from(name: str) -> bool:
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(8):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == name:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _example(element_spec: Any) -> Any:
+    """A batch of two zeros like `element_spec`, `None` if it is too vague."""
+    example = []
+    for spec in tf.nest.flatten(element_spec):
+        value_specs = getattr(spec, "_value_specs", (spec,))
+        part = value_specs[0]
+        if not isinstance(part, tf.TensorSpec) or not part.shape.rank:
+            return None
+        inner = part.shape[1:]
+        if not inner.is_fully_defined():
+            return None
+        example.append(tf.zeros([part.shape[0] or 2, *inner], part.dtype))
+    return tf.nest.pack_sequence_as(element_spec, example)

@@ -80,9 +80,12 @@ class ExtendedBase(internals.MirroredExtended):
         # TensorFlow takes the memory of arrays from Python as its own and,
         # once a batch is split, writes results into it: the generator's (or
         # PyDataset's) arrays would change under the user. It may have a copy.
-        if internals.yields_arrays_of_python(dataset):
-            dataset = dataset.map(_copied)
-        return super()._experimental_distribute_dataset(dataset, options)
+        if not internals.yields_arrays_of_python(dataset):
+            return super()._experimental_distribute_dataset(dataset, options)
+        distributed = super()._experimental_distribute_dataset(
+            dataset.map(_copied), options
+        )
+        return internals.SpecFirstDataset.take_over(distributed)
 
     def _use_merge_call(self) -> bool:
         # Once gradients are reduced, each replica can update on its own, also

@@ -14,8 +14,7 @@ from keras_allreduce.batch_all_reduce import BatchAllReduce, PackSize
 from keras_allreduce.collectives import Collectives
 from keras_allreduce.records import ReducePlan, size_of
 
-# On TensorFlow's ring over gRPC a pack of 64 MiB takes as long as 4 of 16;
-# see "Pack sizes between workers" in benchmarks/RESULTS.md.
+# Not measured yet; one pack of 64 MiB is slower than several smaller ones.
 _PACK_SIZE = PackSize(4 * 2**20, 2**20)
 
 

@@ -137,6 +137,36 @@ def varying_batches_from_a_pydataset():
     return fit(dense(), Batches())
 
 
+def generate(*bounds):
+    for start, end in bounds:
+        yield X[start:end].copy(), TARGET[start:end].copy()
+
+
+@case
+def generator():
+    bounds = [(start, start + 11) for start in range(0, 66, 11)]
+    return fit(dense(), generate(*bounds), epochs=1)
+
+
+@case
+def generator_with_steps_per_epoch():
+    bounds = [(start, start + 6) for start in range(0, 60, 6)]
+    return fit(dense(), generate(*bounds), epochs=2, steps_per_epoch=4)
+
+
+@case
+def generator_of_varying_batches_with_validation():
+    model, history = fit(
+        dense(),
+        generate((0, 20), (20, 21), (21, 50), (50, 66)),
+        epochs=1,
+        metrics=["mae"],
+        validation_data=generate((0, 3), (3, 33)),
+    )
+    loss, mae = model.evaluate(generate((5, 9), (9, 50)), verbose=0)
+    return model, {**history, "later_loss": [loss], "later_mae": [mae]}
+
+
 @case
 def batches_of_unknown_size():
     data = tf.data.Dataset.from_tensor_slices((X, TARGET)).batch(13)
