@@ -100,12 +100,29 @@ class Collectives:
         seen = self._seen.setdefault(graph, {})
         name = f"{purpose} {tensor.dtype.name} {tensor.shape}"
         seen[name] = seen.get(name, 0) + 1
-        # An instance is named by a positive int32.
-        instance = zlib.crc32(f"{name} {seen[name]}".encode()) >> 1
         return {
             "group_size": self._group.num_workers,
             "group_key": self._group.key,
-            "instance_key": instance,
+            "instance_key": _instance(f"{name} {seen[name]}", tensor),
             "ordering_token": [],
             "timeout_seconds": self._group.timeout_seconds,
         }
+
+
+def _instance(name: str, tensor: tf.Tensor) -> Any:
+    """A positive int32 that names a collective and the shape it is run with.
+
+    An instance has one shape for ever, so a shape that is known only when the
+    collective runs gets a name then; it is the same on all workers.
+    """
+    if tensor.shape.is_fully_defined():
+        return zlib.crc32(name.encode()) >> 1
+    shape = tf.strings.reduce_join(
+        tf.strings.as_string(tf.shape(tensor)), separator=" "
+    )
+    return tf.cast(
+        tf.strings.to_hash_bucket_fast(
+            tf.strings.join([name, shape]), 2**31 - 1
+        ),
+        tf.int32,
+    )
