@@ -322,34 +322,60 @@ def test_a_tf_function_inside_run_has_no_clocks():
 # Input --------------------------------------------------------------------
 
 
-def batches():
-    for start in range(0, 30, 3):
-        yield X[start : start + 3], TARGET[start : start + 3]
+def sentences():
+    for length in (2, 3, 4, 5, 6, 7, 8, 9, 10, 11):
+        yield np.ones([4, length], "int32"), np.ones([4, 1], "float32")
 
 
-class Batches(keras.utils.PyDataset):
+class Sentences(keras.utils.PyDataset):
     def __len__(self):
         return 10
 
     def __getitem__(self, index):
-        return list(batches())[index]
+        return list(sentences())[index]
 
 
-def test_a_generator_loses_batches():
+def test_a_generator_of_sentences_that_vary_in_length_loses_batches():
+    def model():
+        return keras.Sequential(
+            [
+                keras.Input([None], dtype="int32"),
+                keras.layers.Embedding(3, 2),
+                keras.layers.GlobalAveragePooling1D(),
+                keras.layers.Dense(1),
+            ]
+        )
+
     def num_steps(data):
         steps = Steps()
-        fit(dense(), data, None, epochs=1, batch_size=None, callbacks=[steps])
+        fit(model(), data, None, epochs=1, batch_size=None, callbacks=[steps])
         return len(steps.logs)
 
     dataset = tf.data.Dataset.from_generator(
-        batches,
-        output_signature=(tf.TensorSpec([None, 6]), tf.TensorSpec([None, 1])),
+        sentences,
+        output_signature=(
+            tf.TensorSpec([None, None], tf.int32),
+            tf.TensorSpec([None, 1]),
+        ),
     )
-    assert in_scope(1, lambda: num_steps(batches())) == 10
-    # Here the model is built before, which does not help.
-    assert in_scope(2, lambda: num_steps(batches())) < 10
+    assert in_scope(1, lambda: num_steps(sentences())) == 10
+    assert in_scope(2, lambda: num_steps(sentences())) < 10
     assert in_scope(2, lambda: num_steps(dataset)) == 10
-    assert in_scope(2, lambda: num_steps(Batches(workers=1))) == 10
+    assert in_scope(2, lambda: num_steps(Sentences(workers=1))) == 10
+
+
+def test_a_model_exported_inside_the_scope_cannot_be_called(tmp_path):
+    model = in_scope(2, lambda: fit(dense(), X[:4], TARGET[:4]))
+    with model.distribute_strategy.scope():
+        model.export(tmp_path / "inside", verbose=False)
+    inside = tf.saved_model.load(tmp_path / "inside")
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        inside.serve(X[:4])
+    model.export(tmp_path / "outside", verbose=False)
+    outside = tf.saved_model.load(tmp_path / "outside")
+    np.testing.assert_allclose(
+        outside.serve(X[:4]), model.predict(X[:4], verbose=0), atol=1e-6
+    )
 
 
 def test_predict_on_an_empty_replica_can_fail():
