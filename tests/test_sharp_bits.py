@@ -364,20 +364,6 @@ def test_a_generator_of_sentences_that_vary_in_length_loses_batches():
     assert in_scope(2, lambda: num_steps(Sentences(workers=1))) == 10
 
 
-def test_a_model_exported_inside_the_scope_cannot_be_called(tmp_path):
-    model = in_scope(2, lambda: fit(dense(), X[:4], TARGET[:4]))
-    with model.distribute_strategy.scope():
-        model.export(tmp_path / "inside", verbose=False)
-    inside = tf.saved_model.load(tmp_path / "inside")
-    with pytest.raises(tf.errors.InvalidArgumentError):
-        inside.serve(X[:4])
-    model.export(tmp_path / "outside", verbose=False)
-    outside = tf.saved_model.load(tmp_path / "outside")
-    np.testing.assert_allclose(
-        outside.serve(X[:4]), model.predict(X[:4], verbose=0), atol=1e-6
-    )
-
-
 def test_predict_on_an_empty_replica_can_fail():
     def model():
         return keras.Sequential(
