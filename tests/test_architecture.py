@@ -39,11 +39,25 @@ ORDER = [
     "strategy_base",
     "strategy",
     "multi_worker",
+    "launch_plan",
+    "launch_output",
+    "launch_guard",
+    "launch_worker",
+    "launch",
     "__init__",
 ]
 
-# Planning and arithmetic, without TensorFlow.
-PURE = ["buckets", "stats", "version"]
+# Planning, arithmetic and the launcher, without TensorFlow.
+PURE = [
+    "buckets",
+    "stats",
+    "version",
+    "launch_plan",
+    "launch_output",
+    "launch_guard",
+    "launch_worker",
+    "launch",
+]
 
 PUBLIC = [
     "AllReduceLogger",

@@ -1,0 +1,223 @@
+"""What the launcher starts: from its command line to each environment."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HOST_DEVICES = "KERAS_ALLREDUCE_HOST_DEVICES"
+"""Tells MultiWorkerAllReduceStrategy how many host devices to make."""
+
+_DESCRIPTION = """
+Starts the workers of a training script that uses MultiWorkerAllReduceStrategy,
+shows their output together, and ends all of them when one fails.
+
+On one host, --workers starts all of them, with free ports on loopback. On
+several hosts, the same command runs once on each, with the same --hosts and
+its own --host-index: there is one worker per host, at the address listed.
+"""
+
+_EPILOG = """
+Exit code: that of the worker that failed first, 128 + n if signal n ended it.
+A process that a worker starts ends with its worker, unless it makes a session
+of its own.
+"""
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """What the command line asks for.
+
+    Attributes:
+        command: The script and its arguments.
+        num_workers: Workers to start here; 1 if `hosts` are given.
+        devices_per_worker: Host devices of each worker.
+        restarts: How often the job may start again after a failure.
+        hosts: `host:port` of all workers, or empty: all run here.
+        host_index: Which of `hosts` this one is.
+        grace_seconds: Time to end after a signal, before SIGKILL.
+    """
+
+    command: tuple[str, ...]
+    num_workers: int
+    devices_per_worker: int
+    restarts: int
+    hosts: tuple[str, ...]
+    host_index: int
+    grace_seconds: float
+
+
+def parse(arguments: Sequence[str] | None = None) -> LaunchOptions:
+    """Reads the command line; ends with exit code 2 if it makes no sense.
+
+    Args:
+        arguments: Words after the program; `None`: those of this process.
+
+    Returns:
+        The options, checked.
+    """
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        _check(given)
+        hosts = parse_hosts(given.hosts) if given.hosts is not None else ()
+        _check_place(given, hosts)
+    except ValueError as error:
+        parser.error(str(error))
+    return LaunchOptions(
+        command=(given.script, *given.arguments),
+        num_workers=given.workers or 1,
+        devices_per_worker=given.devices_per_worker,
+        restarts=given.restarts,
+        hosts=hosts,
+        host_index=given.host_index or 0,
+        grace_seconds=given.grace_seconds,
+    )
+
+
+def parse_hosts(text: str) -> tuple[str, ...]:
+    """Splits `"a:12345,b:12345"` into addresses.
+
+    Raises:
+        ValueError: If one is not `host:port` or is there twice.
+    """
+    hosts = tuple(host.strip() for host in text.split(","))
+    for host in hosts:
+        name, _, port = host.rpartition(":")
+        is_number = port.isascii() and port.isdigit()
+        bare_ipv6 = ":" in name and not name.startswith("[")
+        if not (name and is_number and 0 < int(port) < 65536) or bare_ipv6:
+            raise ValueError(
+                "--hosts must list host:port of each worker, such as "
+                "a:12345,b:12345 or [fd00::1]:12345. "
+                f"Received: {host!r} in {text!r}"
+            )
+    if len(set(hosts)) < len(hosts):
+        raise ValueError(
+            f"--hosts must name every worker once. Received: {text!r}"
+        )
+    return hosts
+
+
+def environments(
+    options: LaunchOptions, addresses: Sequence[str]
+) -> dict[int, dict[str, str]]:
+    """Plans what to add to the environment of each worker started here.
+
+    Args:
+        options: What the command line asks for.
+        addresses: `host:port` of all workers.
+
+    Returns:
+        By index of the worker, in ascending order.
+    """
+    here = [options.host_index] if options.hosts else range(len(addresses))
+    return {index: _environment(options, addresses, index) for index in here}
+
+
+def _environment(
+    options: LaunchOptions, addresses: Sequence[str], index: int
+) -> dict[str, str]:
+    config = {
+        "cluster": {"worker": list(addresses)},
+        "task": {"type": "worker", "index": index},
+    }
+    # Lines arrive as they are written, not when a buffer is full.
+    added = {"TF_CONFIG": json.dumps(config), "PYTHONUNBUFFERED": "1"}
+    if options.devices_per_worker > 1:
+        added[HOST_DEVICES] = str(options.devices_per_worker)
+    return added
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m keras_allreduce.launch",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--workers", type=int, metavar="W", help="workers on this host")
+    add(
+        "--devices-per-worker",
+        type=int,
+        default=1,
+        metavar="D",
+        help="host (CPU) devices of each worker, if more than 1: sets "
+        f"{HOST_DEVICES}=D, which MultiWorkerAllReduceStrategy reads",
+    )
+    add(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start the whole job again after a failure, up to N times, with "
+        "new ports; with keras.callbacks.BackupAndRestore it goes on where it "
+        "was. With --hosts give it on every host",
+    )
+    add(
+        "--hosts",
+        metavar="A:PORT,B:PORT",
+        help="all workers, one per host, the same list on every host",
+    )
+    add(
+        "--host-index",
+        type=int,
+        metavar="I",
+        help="which of --hosts this is, from 0",
+    )
+    add(
+        "--grace-seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="how long a worker may take to end after a signal before it gets "
+        "SIGKILL (default: %(default)g)",
+    )
+    add("script", help="training script, the same on all workers")
+    add("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
+    return parser
+
+
+def _check(given: argparse.Namespace) -> None:
+    least = {
+        "--workers": (given.workers, 1),
+        "--devices-per-worker": (given.devices_per_worker, 1),
+        "--restarts": (given.restarts, 0),
+        "--grace-seconds": (given.grace_seconds, 0),
+    }
+    for option, (value, minimum) in least.items():
+        if value is not None and not value >= minimum:
+            raise ValueError(
+                f"{option} must be at least {minimum}. Received: {value}"
+            )
+    if not Path(given.script).is_file():
+        raise ValueError(f"There is no script {given.script!r}.")
+
+
+def _check_place(given: argparse.Namespace, hosts: tuple[str, ...]) -> None:
+    if not hosts:
+        if given.workers is None:
+            raise ValueError(
+                "Pass --workers, or --hosts and --host-index for several hosts."
+            )
+        if given.host_index is not None:
+            raise ValueError(
+                "--host-index goes with --hosts, which is missing."
+            )
+        return
+    if given.workers not in (None, 1):
+        raise ValueError(
+            "--hosts lists one worker per host, so that --workers must be left "
+            f"out. Received: --workers {given.workers}"
+        )
+    if given.host_index is None:
+        raise ValueError(
+            "--hosts needs --host-index: which of them this one is, from 0."
+        )
+    if not 0 <= given.host_index < len(hosts):
+        raise ValueError(
+            f"--host-index must be from 0 to {len(hosts) - 1}, as --hosts has "
+            f"{len(hosts)}. Received: {given.host_index}"
+        )

@@ -1,0 +1,25 @@
+"""Whether processes still run, of which each holds a shared lock on a file.
+
+Unlike a process id, a lock is let go at the death, whoever reaps it.
+"""
+
+import fcntl
+import time
+
+DEADLINE_SECONDS = 60
+
+
+def is_none_left(path):
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def wait_until_none_is_left(path):
+    give_up = time.monotonic() + DEADLINE_SECONDS
+    while not is_none_left(path):
+        assert time.monotonic() < give_up, "A process is left."
+        time.sleep(0.01)

@@ -1,0 +1,129 @@
+"""From the command line of the launcher to each worker's environment."""
+
+import json
+
+import pytest
+
+from keras_allreduce.launch_plan import environments, parse, parse_hosts
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "train.py"
+    path.write_text("")
+    return str(path)
+
+
+def task_configs(options, addresses):
+    return {
+        index: json.loads(environment["TF_CONFIG"])
+        for index, environment in environments(options, addresses).items()
+    }
+
+
+def test_every_worker_has_its_own_index_in_one_cluster(script):
+    options = parse(["--workers", "2", script])
+    cluster = {"worker": ["127.0.0.1:1001", "127.0.0.1:1002"]}
+    assert task_configs(options, cluster["worker"]) == {
+        0: {"cluster": cluster, "task": {"type": "worker", "index": 0}},
+        1: {"cluster": cluster, "task": {"type": "worker", "index": 1}},
+    }
+
+
+def test_of_several_hosts_each_starts_its_own_worker(script):
+    options = parse(["--hosts", "a:12345,b:12345", "--host-index", "1", script])
+    assert options.hosts == ("a:12345", "b:12345")
+    assert task_configs(options, options.hosts) == {
+        1: {
+            "cluster": {"worker": ["a:12345", "b:12345"]},
+            "task": {"type": "worker", "index": 1},
+        }
+    }
+
+
+def test_several_devices_per_worker_are_told_to_the_strategy(script):
+    options = parse(["--workers", "1", "--devices-per-worker", "3", script])
+    added = environments(options, ["127.0.0.1:1001"])[0]
+    assert added["KERAS_ALLREDUCE_HOST_DEVICES"] == "3"
+
+
+def test_one_device_per_worker_leaves_the_environment_to_the_user(script):
+    options = parse(["--workers", "1", script])
+    added = environments(options, ["127.0.0.1:1001"])[0]
+    assert "KERAS_ALLREDUCE_HOST_DEVICES" not in added
+
+
+def test_what_follows_the_script_is_the_scripts(script):
+    options = parse(["--workers", "2", script, "--workers", "7", "--", "x"])
+    assert options.num_workers == 2
+    assert options.command == (script, "--workers", "7", "--", "x")
+
+
+def test_an_ipv6_address_stands_in_brackets():
+    assert parse_hosts("[fd00::1]:1,[fd00::2]:1") == (
+        "[fd00::1]:1",
+        "[fd00::2]:1",
+    )
+
+
+HOSTS = "--hosts a:1,b:1"
+BAD = {
+    "no workers": ("--workers 0", "--workers must be at least 1"),
+    "neither workers nor hosts": ("", "Pass --workers, or --hosts"),
+    "no devices": (
+        "--workers 1 --devices-per-worker 0",
+        "--devices-per-worker must be at least 1",
+    ),
+    "fewer than no restarts": (
+        "--workers 1 --restarts -1",
+        "--restarts must be at least 0",
+    ),
+    "no grace at all": (
+        "--workers 1 --grace-seconds nan",
+        "--grace-seconds must be at least 0",
+    ),
+    "index too high": (
+        f"{HOSTS} --host-index 2",
+        "--host-index must be from 0 to 1",
+    ),
+    "index below zero": (
+        f"{HOSTS} --host-index -1",
+        "--host-index must be from 0 to 1",
+    ),
+    "no index": (HOSTS, "--hosts needs --host-index"),
+    "index without hosts": (
+        "--workers 2 --host-index 0",
+        "--host-index goes with --hosts",
+    ),
+    "workers and hosts": (
+        f"{HOSTS} --host-index 0 --workers 2",
+        "one worker per host",
+    ),
+    "a host twice": ("--hosts a:1,a:1 --host-index 0", "every worker once"),
+    "no port": ("--hosts a,b:1 --host-index 0", "Received: 'a' in 'a,b:1'"),
+    "no host": ("--hosts :1 --host-index 0", "host:port of each"),
+    "port not a number": ("--hosts a:x --host-index 0", "host:port of each"),
+    "port too high": ("--hosts a:65536 --host-index 0", "host:port of each"),
+    "port zero": ("--hosts a:0 --host-index 0", "host:port of each"),
+    "bare IPv6": ("--hosts fd00::1:80 --host-index 0", "host:port of each"),
+    "no hosts": ("--hosts= --host-index 0", "host:port of each"),
+    "unknown option": ("--worker 2", "unrecognized arguments: --worker"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments_end_with_code_2_and_the_rule(
+    words, message, script, capsys
+):
+    with pytest.raises(SystemExit) as error:
+        parse([*words.split(), script])
+    assert error.value.code == 2
+    # The parser breaks no line of its errors.
+    assert message in capsys.readouterr().err
+
+
+def test_a_script_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(["--workers", "2", "no/such.py"])
+    assert error.value.code == 2
+    assert "There is no script 'no/such.py'" in capsys.readouterr().err
