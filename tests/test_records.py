@@ -131,7 +131,7 @@ def test_the_innermost_observer_is_told(reduce):
 
 
 @pytest.fixture
-def logged(monkeypatch):
+def logged():
     """Lines that TensorFlow's log gets."""
     lines = []
 
@@ -141,10 +141,12 @@ def logged(monkeypatch):
 
     handler = Collect()
     logger = tf.get_logger()
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    level = logger.level
+    logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     yield lines
     logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 def test_without_an_observer_what_is_traced_is_logged(reduce, logged):
