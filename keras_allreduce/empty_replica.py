@@ -15,11 +15,21 @@ from keras_allreduce import internals
 
 
 def first_sample(value: Any) -> Any:
-    """The first sample of a batch, as a batch of one."""
+    """The first sample of a batch, as a batch of one; zeros if there is none.
+
+    On a worker of several the whole part of the worker may be empty.
+    """
     if isinstance(value, tf.SparseTensor):
         size = tf.concat([[1], value.dense_shape[1:]], axis=0)
-        return tf.sparse.slice(value, tf.zeros_like(size), size)
-    return value[:1]
+        first = tf.sparse.slice(value, tf.zeros_like(size), size)
+        return tf.SparseTensor(first.indices, first.values, size)
+    if isinstance(value, tf.RaggedTensor):
+        return value[:1]
+    shape = tf.concat([[1], tf.shape(value)[1:]], axis=0)
+    zeros = tf.zeros(shape, value.dtype)
+    first = tf.concat([value[:1], zeros], axis=0)[:1]
+    first.set_shape([1, *value.shape[1:]])
+    return first
 
 
 def with_a_sample(data: Any, share: tf.Tensor, spare: Any) -> Any:

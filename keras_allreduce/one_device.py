@@ -125,7 +125,9 @@ class Step:
         if not replicas:
             return None, None
         with tf.device("/cpu:0"):
-            sizes = weighing.sizes(replicas)
+            sizes = weighing.sizes(
+                replicas, self._strategy.extended.num_workers
+            )
             shares = sizes and self._strategy.extended.shares_of(sizes)
             goal = self._goal(sample_weight, shares)
             return self._place(shares), self._place(goal)

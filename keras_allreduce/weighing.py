@@ -130,15 +130,21 @@ def parts(data: Any) -> tuple[Any, Any]:
     )
 
 
-def sizes(replicas: Sequence[Any]) -> list[tf.Tensor] | None:
+def sizes(
+    replicas: Sequence[Any], num_workers: int = 1
+) -> list[tf.Tensor] | None:
     """Number of samples of each replica, or `None` if all are surely equal.
 
     Args:
         replicas: The first input of each replica, batch first.
+        num_workers: Number of workers; `replicas` are those of this one.
     """
     shapes = [tf.TensorShape(value.shape) for value in replicas]
     static = {shape[0] if shape.rank else None for shape in shapes}
-    if len(static) == 1 and static != {None}:
+    # A traced shape holds for every batch, on all workers; an eager one only
+    # for this batch here.
+    known_of_all = num_workers == 1 or not tf.executing_eagerly()
+    if len(static) == 1 and static != {None} and known_of_all:
         return None
     return [
         tf.cast(tf.shape(value, out_type=tf.int64)[0], tf.float32)
