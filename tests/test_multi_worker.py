@@ -1,0 +1,147 @@
+"""W workers train as one device does, and end in an error if one is lost.
+
+The workers are processes of their own on loopback (`workers.py`). All cases of
+`worker_cases.py` run in one pair of them, since TensorFlow takes its time to
+start; `-k` runs there only the cases that it selects.
+"""
+
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import worker_cases
+import workers
+
+ON_TWO_DEVICES_EACH = [
+    "last_batch_of_one_sample",
+    "eagerly",
+    "uneven_last_batch",
+    "embedding",
+    "synchronized_batch_normalization",
+    "predict",
+]
+
+
+# What differs, and why; docs/multi_worker.md has what to do instead.
+DIFFERS = {
+    "synchronized_batch_normalization_on_a_worker_without_data": (
+        "A worker without data does not update its moving statistics."
+    ),
+    "batch_normalization": "Each worker has moving statistics of its own.",
+}
+
+
+def cases():
+    for name in worker_cases.CASES:
+        if name in DIFFERS:
+            mark = pytest.mark.xfail(strict=True, reason=DIFFERS[name])
+            yield pytest.param(name, marks=mark)
+        elif name != "dropout":
+            yield name
+
+
+def selected(request):
+    """The cases for the fixture that this run of pytest has selected."""
+    return [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if request.fixturename in getattr(item, "fixturenames", ())
+    ]
+
+
+@pytest.fixture(scope="module")
+def on_workers(request):
+    """Results of each of two workers, by case."""
+    return workers.results("cases", selected(request), 1, deadline_seconds=200)
+
+
+@pytest.fixture(scope="module")
+def on_workers_of_two_devices(request):
+    return workers.results("cases", selected(request), 2, deadline_seconds=100)
+
+
+def agree(name, results):
+    """Asserts that the workers agree, to the bit, and with one device."""
+    first, *others = [result[name] for result in results]
+    assert "error" not in first, first["error"]
+    for other in others:
+        assert other == first
+    expected = worker_cases.run(name, tf.distribute.get_strategy())
+    keras.tree.assert_same_structure(first, expected)
+    got = keras.tree.flatten_with_path(first)
+    for (path, value), (_, wanted) in zip(
+        got, keras.tree.flatten_with_path(expected), strict=True
+    ):
+        assert np.isfinite(value)
+        rtol = 0 if "weights" in path else 1e-5
+        np.testing.assert_allclose(
+            value, wanted, rtol=rtol, atol=1e-6, err_msg=str(path)
+        )
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_workers_train_as_one_device_does(name, on_workers):
+    agree(name, on_workers)
+
+
+@pytest.mark.parametrize("name", ON_TWO_DEVICES_EACH)
+def test_workers_of_two_devices_train_as_one_does(
+    name, on_workers_of_two_devices
+):
+    agree(name, on_workers_of_two_devices)
+
+
+@pytest.mark.parametrize("name", ["dropout"])
+def test_dropout_masks_differ_between_workers(name, on_workers):
+    first, _ = results = [result[name] for result in on_workers]
+    assert "error" not in first, first["error"]
+    one, other = [result["losses"] for result in results]
+    assert len(one) == len(other) == 4
+    assert all(a != b for a, b in zip(one, other, strict=True))
+
+
+def end_of_the_other(signal, index, timeout_seconds):
+    """Sends one of two workers a signal.
+
+    Returns:
+        Exit code of the other, its output after that, and the seconds it
+        took to end.
+    """
+    with workers.running(
+        "fit_and_signal", signal, index, timeout_seconds, deadline_seconds=100
+    ) as pair:
+        other = pair[1 - index]
+        while "is gone" not in other.output and other.process.poll() is None:
+            time.sleep(0.05)
+        start = time.monotonic()
+        code = other.wait()
+        seconds = time.monotonic() - start
+        print(f"{signal} to worker {index}: {seconds:.1f} s, exit code {code}")
+        print(other.output[-3000:])
+        return code, other.output, seconds
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
+def test_a_killed_worker_ends_the_other_in_an_error(index):
+    code, output, seconds = end_of_the_other("SIGKILL", index, 600)
+    assert code not in (0, None), output
+    assert "Collective ops is aborted by" in output
+    assert seconds < 60
+
+
+def test_a_frozen_worker_ends_the_other_in_an_error_after_the_timeout():
+    code, output, seconds = end_of_the_other("SIGSTOP", 1, 5)
+    assert code not in (0, None), output
+    assert "Collective has timed out" in output
+    assert seconds < 60
+
+
+def test_datasets_of_other_known_lengths_end_in_an_error_after_the_timeout():
+    with workers.running(
+        "fit_with_other_lengths", 5, deadline_seconds=60
+    ) as pair:
+        code = pair[0].wait()
+        assert code not in (0, None), pair[0].output
+        assert "Collective has timed out" in pair[0].output

@@ -1,0 +1,153 @@
+"""Worker processes on loopback for the tests, none of which outlives its test.
+
+Each worker runs `worker_script.py`, which calls one of its functions and leaves
+what that returns as JSON.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+SCRIPT = Path(__file__).parent / "worker_script.py"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process.
+
+    Attributes:
+        index: Its number.
+        process: Its `subprocess.Popen`.
+        folder: Where it leaves its result and its output.
+        end: `time.monotonic()` at which it has to be gone.
+    """
+
+    index: int
+    process: subprocess.Popen
+    folder: Path
+    end: float
+
+    def wait(self):
+        """Its exit code, or `None` if it did not end by itself in time."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0, self.end - time.monotonic()))
+        return self.process.returncode
+
+    @property
+    def output(self):
+        """What it wrote to stdout and stderr so far."""
+        return (self.folder / "output").read_text(errors="replace")
+
+    @property
+    def result(self):
+        """What its function returned, or `None` if it did not."""
+        path = self.folder / "result"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def free_ports(count):
+    """Ports of loopback that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [
+            stack.enter_context(socket.socket(socket.AF_INET))
+            for _ in range(count)
+        ]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@contextlib.contextmanager
+def running(function, *arguments, deadline_seconds, num_workers=2):
+    """Starts workers that call a function of `worker_script.py`.
+
+    Args:
+        function: Name of the function.
+        *arguments: What it is called with; goes through JSON.
+        deadline_seconds: When a worker that is still there is killed.
+        num_workers: Number of workers.
+
+    Yields:
+        List of `Worker`. At the end of the block all are gone.
+    """
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(num_workers)]
+    end = time.monotonic() + deadline_seconds
+    workers = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for index in range(num_workers):
+                own = Path(folder, str(index))
+                own.mkdir()
+                workers.append(
+                    Worker(
+                        index,
+                        _start(
+                            own,
+                            {
+                                "cluster": {"worker": addresses},
+                                "task": {"type": "worker", "index": index},
+                            },
+                            [function, *arguments],
+                            deadline_seconds,
+                        ),
+                        own,
+                        end,
+                    )
+                )
+            yield workers
+        finally:
+            for worker in workers:
+                worker.process.kill()  # Also ends one that is stopped.
+                worker.process.wait()
+
+
+def results(function, *arguments, deadline_seconds, num_workers=2):
+    """What the function returns on each worker.
+
+    Raises:
+        RuntimeError: If a worker fails or is too slow, with its output.
+    """
+    with running(
+        function,
+        *arguments,
+        deadline_seconds=deadline_seconds,
+        num_workers=num_workers,
+    ) as workers:
+        codes = [worker.wait() for worker in workers]
+        if any(codes) or None in codes:
+            outputs = "\n".join(
+                f"--- worker {worker.index}, exit code {code}\n"
+                + worker.output[-6000:]
+                for worker, code in zip(workers, codes, strict=True)
+            )
+            raise RuntimeError(f"Workers failed.\n{outputs}")
+        return [worker.result for worker in workers]
+
+
+def _start(folder, cluster, call, deadline_seconds):
+    with open(folder / "output", "wb") as output:
+        return subprocess.Popen(
+            [
+                sys.executable,
+                str(SCRIPT),
+                json.dumps(call),
+                str(folder / "result"),
+                # It also ends if the tests are killed before they kill it.
+                str(int(deadline_seconds) + 1),
+            ],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "TF_CONFIG": json.dumps(cluster),
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                "CUDA_VISIBLE_DEVICES": "-1",
+            },
+        )
