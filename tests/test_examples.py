@@ -36,6 +36,15 @@ PRINTS = {
         r"^epoch 5: .* over 30 steps of \d+ packs$",
         r"^test accuracy: (0\.9\d|1\.0)",
     ],
+    "two_workers.py": [
+        r"^Epoch 1/5$",
+        r"num_replicas = 2\b",
+        r"accuracy: \S+ - loss: \S+ - all_reduce_ms: \S+ - overlap: \S+",
+        r"^Epoch 5/5$",
+        r"^test accuracy: 0\.9\d",
+        r"^weights: [0-9a-f]{8}$",
+        r"^both workers have the same weights: True$",
+    ],
 }
 
 
