@@ -75,7 +75,15 @@ def compiled(model, loss="mse", **compile_args):
         (keras.losses.MeanSquaredError(reduction="sum"), "sum"),
         (["mse", "mae"], "samples"),
     ],
-    ids=str,
+    ids=[
+        "name",
+        "function",
+        "default",
+        "mean",
+        "mean with sample weight",
+        "sum",
+        "two outputs",
+    ],
 )
 def test_the_rule_follows_the_reduction_of_the_loss(loss, kind):
     rule = weighing.find_rule(compiled(linear(), loss), "train_step", None)
@@ -96,6 +104,7 @@ def test_the_rule_follows_the_reduction_of_the_loss(loss, kind):
             "do not go together",
         ),
     ],
+    ids=["train_step", "compute_loss", "__call__", "reductions"],
 )
 def test_what_cannot_be_known_is_left_alone_and_said(make, doubt):
     rule = weighing.find_rule(make(), "train_step", None)
