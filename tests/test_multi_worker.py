@@ -54,12 +54,14 @@ def selected(request):
 @pytest.fixture(scope="module")
 def on_workers(request):
     """Results of each of two workers, by case."""
-    return workers.results("cases", selected(request), 1, deadline_seconds=200)
+    return workers.results("cases", selected(request), deadline_seconds=400)
 
 
 @pytest.fixture(scope="module")
 def on_workers_of_two_devices(request):
-    return workers.results("cases", selected(request), 2, deadline_seconds=100)
+    return workers.results(
+        "cases_on_two_devices_each", selected(request), deadline_seconds=300
+    )
 
 
 def agree(name, results):
@@ -110,7 +112,7 @@ def end_of_the_other(signal, index, timeout_seconds):
         took to end.
     """
     with workers.running(
-        "fit_and_signal", signal, index, timeout_seconds, deadline_seconds=100
+        "fit_and_signal", signal, index, timeout_seconds, deadline_seconds=300
     ) as pair:
         other = pair[1 - index]
         while "is gone" not in other.output and other.process.poll() is None:

@@ -10,15 +10,41 @@ import sys
 import traceback
 
 
-def cases(names, devices_per_worker=1):
-    """Trains the cases one after the other, in one process."""
-    import keras
-    import worker_cases
+def cases(names):
+    """Trains the cases one after the other, on one device per worker."""
+    import keras_allreduce
+
+    return _run(
+        names, keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    )
+
+
+def cases_on_two_devices_each(names):
+    """The same, and the cluster is an argument, not in the environment."""
+    import tensorflow as tf
 
     import keras_allreduce
 
-    keras_allreduce.host_devices(devices_per_worker)
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    keras_allreduce.host_devices(2)
+    config = json.loads(os.environ.pop("TF_CONFIG"))
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec(config["cluster"]),
+        task_type=config["task"]["type"],
+        task_id=config["task"]["index"],
+        rpc_layer="grpc",
+    )
+    return _run(
+        names,
+        keras_allreduce.MultiWorkerAllReduceStrategy(
+            resolver, timeout_seconds=60
+        ),
+    )
+
+
+def _run(names, strategy):
+    import keras
+    import worker_cases
+
     found = {}
     for name in names:
         try:
