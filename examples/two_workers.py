@@ -30,7 +30,7 @@ def train() -> None:
     x, x_test, y, y_test = train_test_split(
         x.astype("float32") / 16, y, test_size=297, random_state=0
     )
-    keras.utils.set_random_seed(1)  # All workers start from the same weights.
+    keras.utils.set_random_seed(1)  # All workers shuffle alike.
     with strategy.scope():
         model = keras.Sequential(
             [
