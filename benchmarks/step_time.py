@@ -7,8 +7,8 @@ output thrown away; a round's time is the mean step after the first few, and
 ratios are taken within a round. "no clocks" is this package's cross-device op
 inside a stock MirroredStrategy: the same sums, without the clocks, the fit log
 and what makes N replicas equal one device. "not weighed" leaves out only what
-weighs batches of uneven parts. Before timing, all models of a row are trained for a step on the same
-batch from the same weights and must agree.
+weighs batches of uneven parts. Before timing, all models of a row are trained
+for a step on the same batch from the same weights and must agree.
 """
 
 import argparse
