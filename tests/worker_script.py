@@ -85,6 +85,33 @@ def fit_and_signal(name, index, timeout_seconds):
     )
 
 
+def fit_until_ended(timeout_seconds):
+    """Trains without an end; says when an epoch has ended."""
+    import keras
+    import worker_cases
+
+    import keras_allreduce
+
+    class Report(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            print("an epoch has ended", flush=True)
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=timeout_seconds
+    )
+    with strategy.scope():
+        model = worker_cases.dense()
+        model.compile("sgd", "mse")
+    model.fit(
+        worker_cases.X,
+        worker_cases.TARGET,
+        batch_size=4,
+        epochs=10**6,
+        verbose=0,
+        callbacks=[Report()],
+    )
+
+
 def fit_with_other_lengths(timeout_seconds):
     """Trains on four batches on the chief and on two on the other worker."""
     import tensorflow as tf

@@ -1,7 +1,8 @@
-"""Worker processes on loopback for the tests, none of which outlives its test.
+"""Worker processes for the tests, none of which outlives its test.
 
-Each worker runs `worker_script.py`, which calls one of its functions and leaves
-what that returns as JSON.
+They talk over loopback, or over a network of namespaces (`namespaces.py`). Each
+runs `worker_script.py`, which calls one of its functions and leaves what that
+returns as JSON.
 """
 
 import contextlib
@@ -65,7 +66,9 @@ def free_ports(count):
 
 
 @contextlib.contextmanager
-def running(function, *arguments, deadline_seconds, num_workers=2):
+def running(
+    function, *arguments, deadline_seconds, num_workers=2, network=None
+):
     """Starts workers that call a function of `worker_script.py`.
 
     Args:
@@ -73,11 +76,13 @@ def running(function, *arguments, deadline_seconds, num_workers=2):
         *arguments: What it is called with; goes through JSON.
         deadline_seconds: When a worker that is still there is killed.
         num_workers: Number of workers.
+        network: `namespaces.Network` for the workers, each in its namespace;
+            `None`: all on loopback.
 
     Yields:
         List of `Worker`. At the end of the block all are gone.
     """
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(num_workers)]
+    addresses = _addresses(num_workers, network)
     end = time.monotonic() + deadline_seconds
     workers = []
     with tempfile.TemporaryDirectory() as folder:
@@ -96,6 +101,7 @@ def running(function, *arguments, deadline_seconds, num_workers=2):
                             },
                             [function, *arguments],
                             deadline_seconds,
+                            network,
                         ),
                         own,
                         end,
@@ -108,7 +114,9 @@ def running(function, *arguments, deadline_seconds, num_workers=2):
                 worker.process.wait()
 
 
-def results(function, *arguments, deadline_seconds, num_workers=2):
+def results(
+    function, *arguments, deadline_seconds, num_workers=2, network=None
+):
     """What the function returns on each worker.
 
     Raises:
@@ -119,6 +127,7 @@ def results(function, *arguments, deadline_seconds, num_workers=2):
         *arguments,
         deadline_seconds=deadline_seconds,
         num_workers=num_workers,
+        network=network,
     ) as workers:
         codes = [worker.wait() for worker in workers]
         if any(codes) or None in codes:
@@ -131,17 +140,27 @@ def results(function, *arguments, deadline_seconds, num_workers=2):
         return [worker.result for worker in workers]
 
 
-def _start(folder, cluster, call, deadline_seconds):
+def _addresses(num_workers, network):
+    if network is None:
+        return [f"127.0.0.1:{port}" for port in free_ports(num_workers)]
+    # Every worker has all ports of its namespace for itself.
+    return [f"{host}:12345" for host in network.addresses[:num_workers]]
+
+
+def _start(folder, cluster, call, deadline_seconds, network):
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        json.dumps(call),
+        str(folder / "result"),
+        # It also ends if the tests are killed before they kill it.
+        str(int(deadline_seconds) + 1),
+    ]
+    if network is not None:
+        command = network.command(cluster["task"]["index"], command)
     with open(folder / "output", "wb") as output:
         return subprocess.Popen(
-            [
-                sys.executable,
-                str(SCRIPT),
-                json.dumps(call),
-                str(folder / "result"),
-                # It also ends if the tests are killed before they kill it.
-                str(int(deadline_seconds) + 1),
-            ],
+            command,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={
