@@ -1,0 +1,287 @@
+"""What docs/migrating.md and docs/multi_worker.md tell users to write, runs."""
+
+import ast
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import workers
+
+import keras_allreduce
+from keras_allreduce.launch_plan import environments, parse
+
+DOCS = Path(__file__).parent.parent / "docs"
+MIGRATING = (DOCS / "migrating.md").read_text(encoding="utf-8")
+SEVERAL = (DOCS / "multi_worker.md").read_text(encoding="utf-8")
+
+BLOCKS = dict(
+    re.findall(
+        r"<!-- runs: ([a-z ]+) -->\n```\w+\n(.*?)```", MIGRATING, re.DOTALL
+    )
+)
+DIFFS = ["one machine", "several machines", "horovod"]
+
+# What the snippets expect of the reader's own script. 84 samples: with 40 in a
+# batch the last one has 4, and 5 replicas.
+PRELUDE = """
+import numpy as np
+
+def load_data():
+    x = np.random.default_rng(0).normal(size=(84, 3)).astype("float32")
+    return x, x.sum(axis=1, keepdims=True)
+
+def build_model():
+    return keras.Sequential([keras.layers.Dense(4), keras.layers.Dense(1)])
+"""
+
+REPORT = """
+print("weights", [w.ravel().tolist() for w in model.get_weights()], flush=True)
+"""
+
+
+def side(block, without):
+    """One side of a diff: without the lines that begin with `without`."""
+    lines = block.splitlines()
+    return "\n".join(line[1:] for line in lines if line[:1] != without)
+
+
+def fenced(text, heading, language):
+    """The first block of a language below a heading."""
+    _, section = text.split(f"### {heading}\n", 1)
+    return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
+
+
+def run_workers(tmp_path, code, *, per_worker=None):
+    """Output of two workers with the code, each its own lines."""
+    script = tmp_path / "train.py"
+    script.write_text(code)
+    command = [sys.executable, str(script)]
+    environment = {
+        **os.environ,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": "-1",
+    }
+    each = per_worker or [{}]
+    if per_worker is None:
+        command[1:1] = ["-m", "keras_allreduce.launch", "--workers", "2"]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**environment, **added},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for added in each
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert not any(process.returncode for process in processes), outputs
+    return "\n".join(outputs)
+
+
+def weights_in(output):
+    return [
+        ast.literal_eval(text)
+        for text in re.findall(r"weights (\[\[.*\]\])", output)
+    ]
+
+
+def assert_two_the_same(weights):
+    assert len(weights) == 2
+    assert weights[0] == weights[1]
+    assert all(np.all(np.isfinite(each)) for each in weights[0])
+
+
+@pytest.mark.parametrize("name", DIFFS)
+def test_both_sides_of_a_diff_are_whole_scripts(name):
+    before, after = side(BLOCKS[name], "+"), side(BLOCKS[name], "-")
+    ast.parse(before)
+    ast.parse(after)
+    assert "tf.distribute" in before or "hvd." in before
+    assert "keras_allreduce" in after
+    assert "tf." not in after
+    assert "hvd" not in after
+
+
+def test_the_script_of_one_machine_trains_as_one_device():
+    code = PRELUDE + side(BLOCKS["one machine"], "-")
+    one_device = re.sub(r"(?m)^with .*", "if True:", code)
+    found = []
+    for each in (code, one_device):
+        keras.utils.set_random_seed(7)
+        names = {}
+        exec(compile(each, "migrating.md", "exec"), names)
+        found.append(names["model"].get_weights())
+    for got, expected in zip(*found, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
+
+
+def test_the_script_of_several_machines_also_trains_alone(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    names = {}
+    code = PRELUDE + side(BLOCKS["several machines"], "-")
+    exec(compile(code, "migrating.md", "exec"), names)
+    saved = keras.models.load_model("model.keras").get_weights()
+    for got, expected in zip(saved, names["model"].get_weights(), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_the_script_from_horovod_trains_two_workers(tmp_path):
+    code = side(BLOCKS["horovod"], "-")
+    values = BLOCKS["values"] + (
+        "rank = float(strategy.cluster_resolver.task_id)\n"
+        "print('values', [v.numpy().tolist() for v in"
+        " over_all(tf.constant(rank + 1))])\n"
+    )
+    output = run_workers(tmp_path, PRELUDE + code + REPORT + values)
+    assert_two_the_same(weights_in(output))
+    assert output.count("values [1.5, [1.0, 2.0], 1.0]") == 2
+    assert "Epoch 4/4" in output
+    assert {path.name for path in tmp_path.glob("model-*")} == {
+        f"model-{epoch}.keras" for epoch in (1, 2, 3, 4)
+    }
+
+
+def test_the_warm_up_is_horovods_one_step_later():
+    names = {"keras": keras, "size": 4, "x": range(320)}
+    code = side(BLOCKS["horovod"], "-")
+    exec(re.search(r"warmup = .*?\n\)", code, re.DOTALL)[0], names)
+    # 10 steps in an epoch, 3 epochs of warm-up to 4 times the rate.
+    rates = [float(names["warmup"](step)) for step in (0, 1, 15, 30, 1000)]
+    assert rates == pytest.approx([0.01, 0.011, 0.025, 0.04, 0.04])
+
+
+def test_the_arguments_that_are_named_exist():
+    known = set()
+    for each in (
+        keras_allreduce.AllReduceStrategy,
+        keras_allreduce.MultiWorkerAllReduceStrategy,
+    ):
+        known |= set(inspect.signature(each).parameters)
+    for name in (
+        "algorithm",
+        "bytes_per_pack",
+        "cluster_resolver",
+        "communication_options",
+        "cross_device_ops",
+        "devices",
+        "sparse_as_dense",
+        "timeout_seconds",
+        "weigh_samples",
+    ):
+        assert f"`{name}" in MIGRATING
+        assert name in known
+
+
+def launched(script, tmp_path, environment):
+    """Runs a shell script with a `python` that only notes its arguments."""
+    for name, text in {
+        "python": 'printf "%s\\n" "$*"',
+        "scontrol": "printf 'n9\\nn10\\n'",
+        # It runs the command on each node, as Slurm does.
+        "srun": 'shift 2; SLURM_NODEID=0 "$@"; SLURM_NODEID=1 "$@"',
+    }.items():
+        path = tmp_path / name
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+    result = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **environment},
+    )
+    return result.stdout.splitlines()
+
+
+def tf_config(line, tmp_path, monkeypatch):
+    """What the launcher tells the worker it starts with this command line."""
+    module, *arguments = shlex.split(line)[1:]
+    assert module == "keras_allreduce.launch"
+    (tmp_path / "train.py").touch()
+    monkeypatch.chdir(tmp_path)
+    options = parse(arguments)
+    (environment,) = environments(options, options.hosts).values()
+    return ast.literal_eval(environment["TF_CONFIG"])
+
+
+def test_the_slurm_script_starts_one_worker_on_each_node(tmp_path, monkeypatch):
+    script = fenced(SEVERAL, "Slurm", "bash")
+    lines = launched(
+        script,
+        tmp_path,
+        {"SLURM_JOB_NODELIST": "n[9-10]", "SLURM_CPUS_PER_TASK": "16"},
+    )
+    assert len(lines) == 2
+    for index, line in enumerate(lines):
+        assert tf_config(line, tmp_path, monkeypatch) == {
+            "cluster": {"worker": ["n9:12345", "n10:12345"]},
+            "task": {"type": "worker", "index": index},
+        }
+
+
+def test_the_kubernetes_job_starts_one_worker_in_each_pod(
+    tmp_path, monkeypatch
+):
+    manifest = (DOCS / "kubernetes.yaml").read_text(encoding="utf-8")
+    hosts = re.search(r"name: HOSTS.*\n +value: (.*)", manifest)[1]
+    script = " ".join(manifest.split("- >-\n")[1].split())
+    for index in range(2):
+        (line,) = launched(
+            script,
+            tmp_path,
+            {"HOSTS": hosts, "JOB_COMPLETION_INDEX": str(index)},
+        )
+        assert tf_config(line, tmp_path, monkeypatch) == {
+            "cluster": {
+                "worker": ["train-0.train:12345", "train-1.train:12345"]
+            },
+            "task": {"type": "worker", "index": index},
+        }
+
+
+def test_the_slurm_resolver_trains_two_workers(tmp_path):
+    code = fenced(SEVERAL, "Slurm", "python")
+    # Of two ports one after the other only the first is known to be free.
+    port = workers.free_ports(1)[0]
+    assert "gpus_per_node=1" in code
+    code = code.replace(
+        "gpus_per_node=1", f"gpus_per_node=2, port_base={min(port, 65534)}"
+    )
+    train = """
+import keras
+with strategy.scope():
+    model = build_model()
+    model.compile("sgd", "mse")
+model.fit(*load_data(), batch_size=40, verbose=0, shuffle=False)
+"""
+    output = run_workers(
+        tmp_path,
+        PRELUDE + code + train + REPORT,
+        per_worker=[
+            {
+                "SLURM_PROCID": str(index),
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_STEP_TASKS_PER_NODE": "2",
+            }
+            for index in range(2)
+        ],
+    )
+    assert_two_the_same(weights_in(output))
