@@ -1,6 +1,7 @@
 """What the launcher starts: from its command line to each environment."""
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class LaunchOptions:
     """What the command line asks for.
 
     Attributes:
-        command: The script and its arguments.
+        command: The script, or `-m` and a module, and its arguments.
         num_workers: Workers to start here; 1 if `hosts` are given.
         devices_per_worker: Host devices of each worker.
         restarts: How often the job may start again after a failure.
@@ -66,7 +67,7 @@ def parse(arguments: Sequence[str] | None = None) -> LaunchOptions:
     except ValueError as error:
         parser.error(str(error))
     return LaunchOptions(
-        command=(given.script, *given.arguments),
+        command=_command(given),
         num_workers=given.workers or 1,
         devices_per_worker=given.devices_per_worker,
         restarts=given.restarts,
@@ -175,9 +176,27 @@ def _parser() -> argparse.ArgumentParser:
         help="how long a worker may take to end after a signal before it gets "
         "SIGKILL (default: %(default)g)",
     )
-    add("script", help="training script, the same on all workers")
+    add(
+        "-m",
+        nargs=argparse.REMAINDER,
+        metavar="MODULE",
+        dest="module",
+        help="run a module and its arguments, as python -m does, instead of a "
+        "script",
+    )
+    add(
+        "script",
+        nargs="?",
+        help="training script, the same on all workers",
+    )
     add("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     return parser
+
+
+def _command(given: argparse.Namespace) -> tuple[str, ...]:
+    if given.module is not None:
+        return ("-m", *given.module)
+    return (given.script, *given.arguments)
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -192,8 +211,22 @@ def _check(given: argparse.Namespace) -> None:
             raise ValueError(
                 f"{option} must be at least {minimum}. Received: {value}"
             )
-    if not Path(given.script).is_file():
-        raise ValueError(f"There is no script {given.script!r}.")
+    _check_command(given)
+
+
+def _check_command(given: argparse.Namespace) -> None:
+    if given.module is None:
+        if given.script is None:
+            raise ValueError("Pass a training script, or -m and a module.")
+        if not Path(given.script).is_file():
+            raise ValueError(f"There is no script {given.script!r}.")
+        return
+    if not given.module:
+        raise ValueError("-m must be followed by a module.")
+    # Its package alone is looked for: a module is found by importing it.
+    package = given.module[0].partition(".")[0]
+    if not package.isidentifier() or not importlib.util.find_spec(package):
+        raise ValueError(f"There is no module {given.module[0]!r}.")
 
 
 def _check_place(given: argparse.Namespace, hosts: tuple[str, ...]) -> None:

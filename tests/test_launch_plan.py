@@ -59,6 +59,17 @@ def test_what_follows_the_script_is_the_scripts(script):
     assert options.command == (script, "--workers", "7", "--", "x")
 
 
+def test_a_module_runs_as_python_runs_it():
+    options = parse(["--workers", "2", "-m", "json.tool", "--workers", "7"])
+    assert options.num_workers == 2
+    assert options.command == ("-m", "json.tool", "--workers", "7")
+
+
+def test_dash_m_after_the_script_is_the_scripts(script):
+    options = parse(["--workers", "2", script, "-m", "json.tool"])
+    assert options.command == (script, "-m", "json.tool")
+
+
 def test_an_ipv6_address_stands_in_brackets():
     assert parse_hosts("[fd00::1]:1,[fd00::2]:1") == (
         "[fd00::1]:1",
@@ -127,3 +138,25 @@ def test_a_script_that_is_not_there_is_named(capsys):
         parse(["--workers", "2", "no/such.py"])
     assert error.value.code == 2
     assert "There is no script 'no/such.py'" in capsys.readouterr().err
+
+
+BAD_COMMANDS = {
+    "nothing": ([], "Pass a training script, or -m and a module."),
+    "no module": (["-m"], "-m must be followed by a module."),
+    "module that is not there": (
+        ["-m", "no_such_package.train", "x"],
+        "There is no module 'no_such_package.train'.",
+    ),
+    "module that has no name": (["-m", ".x"], "There is no module '.x'."),
+    "option for a module": (["-m", "--x"], "There is no module '--x'."),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"), BAD_COMMANDS.values(), ids=BAD_COMMANDS
+)
+def test_a_command_that_cannot_run_is_named(command, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(["--workers", "2", *command])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
