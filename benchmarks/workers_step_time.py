@@ -20,6 +20,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -354,6 +355,8 @@ def main() -> None:
     if args.work:
         work(Job(**json.loads(args.work)))
         return
+    # So that the workers and the network go too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped."))
     with contextlib.ExitStack() as stack:
         network = None
         if args.link != "loopback":

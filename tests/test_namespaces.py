@@ -98,7 +98,7 @@ def test_workers_train_as_one_device_does(name, on_a_slow_network):
 @pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
 def test_a_cut_link_ends_both_workers_in_an_error(index, network):
     with workers.running(
-        "fit_until_ended", 60, deadline_seconds=200, network=network
+        "fit_until_ended", 60, deadline_seconds=240, network=network
     ) as pair:
         while not all("has ended" in worker.output for worker in pair):
             codes = [worker.process.poll() for worker in pair]
@@ -112,6 +112,6 @@ def test_a_cut_link_ends_both_workers_in_an_error(index, network):
             print(f"worker {worker.index}: {seconds:.1f} s, exit code {code}")
             print(worker.output[-3000:])
             assert code not in (0, None), worker.output
-            # Both, by heartbeats that get no answer.
+            # Both, by questions to the other that get no answer.
             assert "Collective ops is aborted by" in worker.output
-        assert seconds < 90
+        assert seconds < 150
