@@ -6,13 +6,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce import internals, weighing
+from keras_allreduce import internals, weighing, worker_checks
 from keras_allreduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.checks import host_devices
 from keras_allreduce.collectives import Collectives, WorkerGroup
 from keras_allreduce.meter import StepLog
 from keras_allreduce.strategy_base import ExtendedBase, StrategyBase
+from keras_allreduce.worker_agreement import Agreement, environment
 from keras_allreduce.worker_all_reduce import WorkerAllReduce
+from keras_allreduce.worker_watch import WorkerWatch
 
 TIMEOUT_SECONDS = 600.0
 
@@ -45,7 +47,11 @@ class MultiWorkerAllReduceStrategy(
         fit_log: See `AllReduceStrategy`.
 
     Raises:
-        ValueError: If an argument is not one of the above.
+        ValueError: If an argument is not one of the above, or TF_CONFIG does
+            not describe workers.
+        RuntimeError: If a worker's port is not free, if a worker does not
+            come within `timeout_seconds`, or if workers differ in versions,
+            options or devices.
     """
 
     def __init__(
@@ -123,6 +129,8 @@ class MultiWorkerAllReduceExtended(
 ):
     """MultiWorkerMirroredStrategy's, with another road for gradients."""
 
+    _agreement: Agreement | None = None
+
     def __init__(
         self,
         container_strategy: Any,
@@ -130,17 +138,35 @@ class MultiWorkerAllReduceExtended(
         options: Any,
         sparse_as_dense: bool,
     ):
-        super().__init__(
-            container_strategy,
-            cluster_resolver=cluster_resolver,
-            communication_options=options,
-        )
+        with worker_checks.starting(
+            cluster_resolver, options.timeout_seconds
+        ) as cluster:
+            super().__init__(
+                container_strategy,
+                cluster_resolver=cluster_resolver,
+                communication_options=options,
+            )
         self._gradient_ops: BatchAllReduce
-        if self._num_workers == 1:
+        if cluster is None:
             self._gradient_ops = BatchAllReduce(
                 "auto", options.bytes_per_pack, sparse_as_dense=sparse_as_dense
             )
             return
+        watch = WorkerWatch(cluster, options.timeout_seconds)
+        watch.start(self)
+        self._agreement = Agreement(
+            cluster, options.timeout_seconds, lost=lambda: watch.lost
+        )
+        self._agreement.compare(
+            "versions, devices and options",
+            {
+                **environment(len(self.worker_devices)),
+                "bytes_per_pack": options.bytes_per_pack,
+                "timeout_seconds": options.timeout_seconds,
+                "sparse_as_dense": sparse_as_dense,
+                "weigh_samples": container_strategy.weigh_samples,
+            },
+        )
         self._collectives = Collectives(
             WorkerGroup(
                 self._num_workers,
@@ -153,6 +179,18 @@ class MultiWorkerAllReduceExtended(
             self._num_workers,
             options.bytes_per_pack,
             sparse_as_dense=sparse_as_dense,
+            compare=self._agreement.compare_gradients,
+        )
+
+    def _get_variable_creator_initial_value(
+        self, replica_id: int, device: Any, primary_var: Any, **kwargs: Any
+    ) -> Any:
+        if replica_id == 0 and self._agreement is not None:
+            kwargs["initial_value"] = self._agreement.compare_initial_value(
+                kwargs["initial_value"]
+            )
+        return super()._get_variable_creator_initial_value(
+            replica_id, device, primary_var, **kwargs
         )
 
     @property

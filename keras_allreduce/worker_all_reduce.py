@@ -3,7 +3,7 @@
 Each pack crosses between workers once per worker, not once per device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,8 @@ class WorkerAllReduce(BatchAllReduce):
         num_workers: Number of workers.
         bytes_per_pack: See `BatchAllReduce`.
         sparse_as_dense: See `BatchAllReduce`.
+        compare: Called with the gradients of each batch that is traced, one
+            of each replica's; raises if other workers have others.
     """
 
     def __init__(
@@ -35,12 +37,21 @@ class WorkerAllReduce(BatchAllReduce):
         bytes_per_pack: int = 0,
         *,
         sparse_as_dense: bool = False,
+        compare: Callable[[Sequence[Any]], None] = lambda gradients: None,
     ):
         super().__init__(
             "shared_memory", bytes_per_pack, sparse_as_dense=sparse_as_dense
         )
         self._collectives = collectives
         self._num_workers = num_workers
+        self._compare = compare
+
+    def _all_reduce(
+        self, reduce_op: Any, gradients: list[list[Any]], *args: Any
+    ) -> list[list[Any]]:
+        if not tf.executing_eagerly():
+            self._compare([replicas[0] for replicas in gradients])
+        return super()._all_reduce(reduce_op, gradients, *args)
 
     @property
     def _num_between_graph_workers(self) -> int:

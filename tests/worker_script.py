@@ -136,6 +136,110 @@ def fit_with_other_lengths(timeout_seconds):
     model.fit(data.batch(8).with_options(options), verbose=0)
 
 
+def fit_what_differs(what):
+    """Trains; worker 1 differs from the chief in one thing."""
+    import keras
+    import worker_cases
+
+    import keras_allreduce
+
+    differs = worker_cases.worker_index() == 1
+    if what == "devices" and differs:
+        keras_allreduce.host_devices(2)
+    if what == "dtype" and differs:
+        keras.config.set_dtype_policy("float16")
+    if what == "policy" and differs:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=60,
+        bytes_per_pack=512 if what == "option" and differs else 1024,
+    )
+    layers = []
+    if differs and what == "shape":
+        layers = [keras.layers.Dense(7)]
+    elif what == "shape":
+        layers = [keras.layers.Dense(5)]
+    elif differs and what == "number of layers":
+        layers = [keras.layers.Dense(8)]
+    with strategy.scope():
+        model = worker_cases.dense(*layers)
+        model.compile("sgd", "mse")
+    model.fit(worker_cases.X, worker_cases.TARGET, verbose=0)
+
+
+def start_without(absent, timeout_seconds):
+    """Makes a strategy, but worker `absent` does not."""
+    import worker_cases
+
+    import keras_allreduce
+
+    if worker_cases.worker_index() != absent:
+        keras_allreduce.MultiWorkerAllReduceStrategy(
+            timeout_seconds=timeout_seconds
+        )
+
+
+def start_with_a_port_in_use(index, timeout_seconds):
+    """Makes a strategy where something listens on the port of a worker."""
+    import socket
+
+    import worker_cases
+
+    import keras_allreduce
+
+    config = json.loads(os.environ["TF_CONFIG"])
+    _, port = config["cluster"]["worker"][index].split(":")
+    with socket.socket() as taken:
+        if worker_cases.worker_index() == index:
+            taken.bind(("127.0.0.1", int(port)))
+            taken.listen()
+        keras_allreduce.MultiWorkerAllReduceStrategy(
+            timeout_seconds=timeout_seconds
+        )
+
+
+def start_with_other_addresses():
+    """Makes a strategy; TF_CONFIG of worker 1 lists one worker more."""
+    import worker_cases
+
+    import keras_allreduce
+
+    config = json.loads(os.environ["TF_CONFIG"])
+    if worker_cases.worker_index() == 1:
+        config["cluster"]["worker"].append("127.0.0.1:1")
+    os.environ["TF_CONFIG"] = json.dumps(config)
+    keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+
+
+def end_one_after_the_other(last):
+    """Trains; then all but worker `last` end while it saves and predicts."""
+    import socket
+
+    import worker_cases
+
+    import keras_allreduce
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy()
+    with strategy.scope():
+        model = worker_cases.dense()
+        model.compile("sgd", "mse")
+    model.fit(worker_cases.X, worker_cases.TARGET, verbose=0)
+    if worker_cases.worker_index() != last:
+        return
+    config = json.loads(os.environ["TF_CONFIG"])
+    host, port = config["cluster"]["worker"][1 - last].split(":")
+    try:
+        while True:
+            socket.create_connection((host, int(port))).close()
+    except ConnectionRefusedError:
+        pass
+    watch = next(iter(keras_allreduce.worker_watch._watches))
+    while watch.lost is None:
+        pass
+    model.save(os.path.join(os.environ["TMPDIR"], "model.keras"))
+    model(worker_cases.X)
+
+
 if __name__ == "__main__":
     call, path, seconds = sys.argv[1:]
     signal.alarm(int(seconds))

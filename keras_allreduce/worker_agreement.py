@@ -1,0 +1,220 @@
+"""What must be the same on all workers is compared, before they wait in vain.
+
+Workers that run different code do not fail by themselves: each waits for a
+collective that another never starts. So each publishes what it is about to do
+in the store of TensorFlow's coordination service, and reads the others'.
+"""
+
+import itertools
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_allreduce import internals
+from keras_allreduce.version import __version__
+from keras_allreduce.worker_meeting import Cluster
+
+_numbers = itertools.count()
+
+_READ_SECONDS = 1.0
+_GRACE_SECONDS = 10.0
+
+
+class Agreement:
+    """Compares what the workers do under one strategy.
+
+    Args:
+        cluster: The workers.
+        timeout_seconds: How long one waits for what another publishes.
+        lost: Returns a message once another worker is known to be lost.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        timeout_seconds: float,
+        lost: Callable[[], str | None] = lambda: None,
+    ):
+        self._cluster = cluster
+        self._timeout_seconds = timeout_seconds
+        self._lost = lost
+        # Strategies are made in one order on all workers.
+        self._number = next(_numbers)
+        self._lists: list[dict[str, str]] = []
+        # Variables and gradients are counted together: where one worker makes
+        # a variable and another goes on to its step, these two meet.
+        self._points = itertools.count()
+
+    def compare(
+        self, name: str, facts: Mapping[str, Any], point: int | None = None
+    ) -> None:
+        """Raises on every worker if the facts of one differ from the chief's.
+
+        Args:
+            name: What the facts are about.
+            facts: Values by name, whose `str` is compared.
+            point: Number of the comparison, if `name` is compared repeatedly.
+
+        Raises:
+            RuntimeError: If they differ, or if a worker does not publish its
+                own in time.
+        """
+        own = {key: str(value) for key, value in facts.items()}
+        key = name if point is None else f"{name}/{point}"
+        self._publish(key, json.dumps(own))
+        found = {
+            rank: own
+            if rank == self._cluster.rank
+            else json.loads(self._read(key, rank, self._timeout_seconds))
+            for rank in range(len(self._cluster.tasks))
+        }
+        differences = [
+            difference
+            for rank in range(1, len(found))
+            for difference in self._difference(found[0], found[rank], rank)
+        ]
+        if not differences:
+            return
+        self._let_all_read(key)
+        raise RuntimeError(
+            f"All workers must have the same {name}. Received: "
+            f"{'; '.join(differences)}. Run the same script, in the same "
+            "environment, on all workers."
+        )
+
+    def compare_gradients(self, gradients: Sequence[Any]) -> None:
+        """Compares the gradients that a step sends, once for each new list.
+
+        A step may be traced again on one worker alone, for another size of
+        its batch; the others know its gradients.
+
+        Args:
+            gradients: Gradients in the order of the variables. Their dtypes
+                and shapes are compared; the plan of packs follows from them.
+
+        Raises:
+            RuntimeError: See `compare`.
+        """
+        facts = {"number of gradients": str(len(gradients))}
+        for index, gradient in enumerate(gradients):
+            facts[f"gradient {index}"] = _spec(gradient)
+        # Gradients of mixed precision are float32 as well.
+        facts["dtype policy"] = keras.config.dtype_policy().name
+        if facts not in self._lists:
+            self._lists.append(facts)
+            self.compare("models and steps", facts, next(self._points))
+
+    def compare_initial_value(self, initial_value: Any) -> Any:
+        """Compares a variable as it is made; its value comes from the chief.
+
+        Args:
+            initial_value: Value of a new variable, or a function that makes
+                it.
+
+        Returns:
+            A function that makes the same value, and raises a `RuntimeError`
+            if another worker makes a variable of another dtype or shape.
+        """
+
+        def compared() -> Any:
+            value = (
+                initial_value() if callable(initial_value) else initial_value
+            )
+            point = next(self._points)
+            tensor = getattr(value, "wrapped_value", value)
+            if isinstance(tensor, tf.Tensor):
+                facts = {f"variable {point}": _spec(tensor)}
+                self.compare("models and steps", facts, point)
+            return value
+
+        return compared
+
+    def _difference(
+        self, chief: dict[str, str], other: dict[str, str], rank: int
+    ) -> list[str]:
+        """The first fact in which a worker differs from the chief, if any."""
+        for key in [*chief, *(key for key in other if key not in chief)]:
+            one, another = chief.get(key, "none"), other.get(key, "none")
+            if one != another:
+                name = self._cluster.name
+                return [
+                    f"{key}: {name(0)} has {one}, {name(rank)} has {another}"
+                ]
+        return []
+
+    def _let_all_read(self, name: str) -> None:
+        # The store ends with the chief, so that ends last.
+        self._publish(f"{name} has been read", "")
+        if self._cluster.rank == 0:
+            for rank in self._cluster.others:
+                try:
+                    self._read(f"{name} has been read", rank, _GRACE_SECONDS)
+                except RuntimeError:
+                    return
+
+    def _key(self, name: str, rank: int) -> str:
+        return f"keras_allreduce/{self._number}/{name}/{rank}"
+
+    def _publish(self, name: str, value: str) -> None:
+        try:
+            internals.publish(self._key(name, self._cluster.rank), value)
+        except tf.errors.OpError as error:
+            raise self._store_failed(name, error) from error
+
+    def _read(self, name: str, rank: int, timeout_seconds: float) -> str:
+        end = time.monotonic() + timeout_seconds
+        while True:
+            left = end - time.monotonic()
+            try:
+                return internals.read_published(
+                    self._key(name, rank), min(_READ_SECONDS, max(left, 0))
+                )
+            except tf.errors.DeadlineExceededError:
+                lost = self._lost()
+                if lost is not None:
+                    raise RuntimeError(lost) from None
+                if left <= 0:
+                    raise RuntimeError(
+                        "All workers must make the same models and steps, "
+                        f"within timeout_seconds={timeout_seconds:g} of each "
+                        f"other. Received: no {name} from "
+                        f"{self._cluster.name(rank)}. Run the same script on "
+                        "all workers; look at that worker's log."
+                    ) from None
+            except tf.errors.OpError as error:
+                raise self._store_failed(name, error) from error
+
+    def _store_failed(
+        self, name: str, error: tf.errors.OpError
+    ) -> RuntimeError:
+        return RuntimeError(
+            self._lost()
+            or "All workers must stay while they compare what they do. "
+            f"Received: {self._cluster.name(0)} is not there to compare the "
+            f"{name} ({error.message.splitlines()[0]}). Look at its log, then "
+            "start all workers again."
+        )
+
+
+def _spec(gradient: Any) -> str:
+    dims = tf.TensorShape(gradient.shape).dims
+    shape = "of unknown shape" if dims is None else [d.value for d in dims]
+    kind = "rows of " if isinstance(gradient, tf.IndexedSlices) else ""
+    return f"{kind}{gradient.dtype.name} {shape}"
+
+
+def environment(num_devices: int) -> dict[str, Any]:
+    """What must be the same on all workers before anything is traced."""
+    python = platform.python_version_tuple()
+    return {
+        "keras_allreduce": __version__,
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "python": ".".join(python[:2]),
+        "devices": num_devices,
+    }

@@ -1,0 +1,195 @@
+"""Notices that another worker is lost, and ends in an error that says which.
+
+A collective waits for all workers, and TensorFlow's errors tell which socket
+was closed, if that. One thread per strategy asks the server of each other
+worker whether it is there. C++ threads answer it, so a worker that computes,
+compiles, saves or stands in a debugger does answer; one that was killed or
+frozen, or whose network is cut, does not.
+"""
+
+import contextlib
+import sys
+import threading
+import time
+import weakref
+from types import TracebackType
+from typing import Any
+
+import tensorflow as tf
+
+from keras_allreduce import internals
+from keras_allreduce.worker_meeting import Cluster
+
+FROZEN_SECONDS = 20.0
+"""A worker that has not answered for so long is lost."""
+
+_INTERVAL_SECONDS = 2.0
+_PROBE_SECONDS = 2.0
+
+# A closed port is asked again so often, in case only one connection broke.
+_REFUSALS = 3
+_RETRY_SECONDS = 0.3
+
+_REMEDY = (
+    "Look at its log, then start all workers again; "
+    "keras.callbacks.BackupAndRestore goes on where they were."
+)
+
+
+class WorkerWatch:
+    """Watches the other workers until `stop`, or until one is lost.
+
+    Then all collectives of this process end in a `tf.errors.UnavailableError`
+    with the message in `lost`.
+
+    Args:
+        cluster: The workers.
+        timeout_seconds: A worker is lost if it has not answered for this
+            long, or for `FROZEN_SECONDS` if that is shorter.
+    """
+
+    def __init__(self, cluster: Cluster, timeout_seconds: float):
+        self._cluster = cluster
+        self._limit_seconds = min(timeout_seconds, FROZEN_SECONDS)
+        self._stopped = threading.Event()
+        self._asking = threading.Lock()
+        self._answered = dict.fromkeys(cluster.others, time.monotonic())
+        self._refusals = dict.fromkeys(cluster.others, 0)
+        self.lost: str | None = None
+        self._thread = threading.Thread(
+            target=self._run, name="keras_allreduce.worker_watch", daemon=True
+        )
+
+    def start(self, owner: Any) -> None:
+        """Watches for as long as `owner`, a strategy, is there."""
+        _watches.add(self)
+        _install_last_line()
+        # Also runs at the end of the process, before TensorFlow is torn down.
+        weakref.finalize(owner, self.stop)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the watch; returns when its thread has ended."""
+        self._stopped.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def ask_until_sure(self) -> str | None:
+        """Asks now, and returns what is known once a closed port is sure."""
+        for _ in range(_REFUSALS + 1):
+            if self._look() is not None or not any(self._refusals.values()):
+                break
+            time.sleep(_RETRY_SECONDS)
+        return self.lost
+
+    def _run(self) -> None:
+        while not self._stopped.wait(
+            _RETRY_SECONDS
+            if any(self._refusals.values())
+            else _INTERVAL_SECONDS
+        ):
+            if self._look() is not None:
+                return
+
+    def _look(self) -> str | None:
+        with self._asking:
+            for rank in self._cluster.others:
+                if self.lost is not None or self._stopped.is_set():
+                    break
+                self._ask(rank)
+            return self.lost
+
+    def _ask(self, rank: int) -> None:
+        asked = time.monotonic()
+        try:
+            internals.check_peer(
+                self._cluster.tasks[rank],
+                min(_PROBE_SECONDS, self._limit_seconds),
+            )
+        except tf.errors.DeadlineExceededError:
+            silent = time.monotonic() - self._answered[rank]
+            if silent >= self._limit_seconds:
+                self._lose(
+                    rank,
+                    f"has not answered for {silent:.0f} s: it is frozen, or "
+                    "the network is cut.",
+                )
+        except tf.errors.FailedPreconditionError:
+            self._lose(rank, "was started again while this worker was not.")
+        except tf.errors.OpError:
+            self._refusals[rank] += 1
+            if self._refusals[rank] >= _REFUSALS:
+                clock = time.strftime("%H:%M:%S")
+                self._lose(
+                    rank,
+                    f"is gone since {clock}, its port is closed: it was "
+                    "killed or failed, or its script has ended.",
+                )
+        else:
+            self._answered[rank] = asked
+            self._refusals[rank] = 0
+
+    def _lose(self, rank: int, what: str) -> None:
+        self.lost = (
+            "All workers must stay until training ends. Received: "
+            f"{self._cluster.name(rank)} {what} {_REMEDY}"
+        )
+        internals.abort_collectives(self.lost)
+
+
+_watches: weakref.WeakSet[WorkerWatch] = weakref.WeakSet()
+
+
+def explain(error: BaseException | None) -> str | None:
+    """Why a collective has failed, in words that name the worker.
+
+    Where a worker dies in the middle of a collective, TensorFlow's own error
+    of a closed connection is there before anybody can ask.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        The explanation, or `None` if it is about something else.
+    """
+    if not isinstance(error, tf.errors.OpError):
+        return None
+    if "ollective" not in error.message:
+        return None
+    for watch in list(_watches):
+        lost = watch.ask_until_sure()
+        if lost is not None:
+            return lost
+    if isinstance(error, tf.errors.DeadlineExceededError) and _watches:
+        return (
+            "All workers must take part in every step within "
+            "`timeout_seconds`. Received: all workers are alive, but at least "
+            "one is somewhere else in its script: it has fewer batches, is "
+            "slower than that, or does something else. Give all the same "
+            "number of batches, or raise `timeout_seconds`."
+        )
+    return None
+
+
+_state = {"installed": False}
+
+
+def _install_last_line() -> None:
+    """Lets the explanation be the last line of a process that fails."""
+    if _state["installed"]:
+        return
+    _state["installed"] = True
+    show = sys.excepthook
+
+    def show_and_explain(
+        kind: type[BaseException],
+        error: BaseException,
+        traceback: TracebackType | None,
+    ) -> None:
+        show(kind, error, traceback)
+        with contextlib.suppress(Exception):
+            explanation = explain(error)
+            if explanation is not None:
+                print(f"keras_allreduce: {explanation}", file=sys.stderr)
+
+    sys.excepthook = show_and_explain

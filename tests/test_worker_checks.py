@@ -1,0 +1,98 @@
+"""TF_CONFIG and other descriptions of a cluster, good and bad."""
+
+import json
+
+import pytest
+
+from keras_allreduce.worker_checks import check_cluster, read_cluster
+
+TWO = ["a:1", "b:2"]
+
+
+def described(cluster, task):
+    return json.dumps({"cluster": cluster, "task": task})
+
+
+def worker(index):
+    return {"type": "worker", "index": index}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "{}",
+        '{"cluster": {}, "task": {}}',
+        described({"worker": ["a:1"]}, worker(0)),
+        described(
+            {"worker": TWO, "evaluator": ["c:3"]},
+            {"type": "evaluator", "index": 0},
+        ),
+    ],
+    ids=["none", "empty", "object", "no cluster", "one worker", "evaluator"],
+)
+def test_one_worker_trains_alone(text, monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    if text is not None:
+        monkeypatch.setenv("TF_CONFIG", text)
+    assert read_cluster(None) is None
+
+
+def test_the_chief_comes_first(monkeypatch):
+    monkeypatch.setenv(
+        "TF_CONFIG",
+        described({"worker": TWO, "chief": ["c:3"]}, worker("1")),
+    )
+    cluster = read_cluster(None)
+    assert cluster.addresses == ("c:3", "a:1", "b:2")
+    assert cluster.rank == 2
+    assert cluster.others == [0, 1]
+    assert cluster.names([0, 2]) == "chief 0 (c:3), worker 1 (b:2)"
+
+
+BAD = {
+    "not JSON": ("{'cluster'", "must be JSON"),
+    "a list": ("[1]", "must have a `cluster`"),
+    "no cluster": ('{"task": {"type": "worker"}}', "must have a `cluster`"),
+    "no task": ('{"cluster": {"worker": ["a:1", "b:2"]}}', "have a `task`"),
+    "no index": (
+        described({"worker": TWO}, {"type": "worker"}),
+        "have a `task`",
+    ),
+    "index too large": (described({"worker": TWO}, worker(2)), "index=2"),
+    "index negative": (described({"worker": TWO}, worker(-1)), "index=-1"),
+    "index a word": (described({"worker": TWO}, worker("x")), "index='x'"),
+    "type not known": (
+        described({"worker": TWO}, {"type": "boss", "index": 0}),
+        "type='boss'",
+    ),
+    "type not listed": (
+        described({"worker": TWO}, {"type": "chief", "index": 0}),
+        "type='chief'",
+    ),
+    "no port": (described({"worker": ["a", "b:2"]}, worker(0)), "'a'"),
+    "port a word": (described({"worker": ["a:x", "b:2"]}, worker(0)), "'a:x'"),
+    "port too large": (
+        described({"worker": ["a:65536", "b:2"]}, worker(0)),
+        "'a:65536'",
+    ),
+    "listed twice": (
+        described({"worker": ["a:1", "a:1"]}, worker(0)),
+        "a:1, listed twice",
+    ),
+    "addresses a string": (described({"worker": "a:1"}, worker(0)), "cluster="),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_tf_config_is_a_value_error_with_a_remedy(name, monkeypatch):
+    text, match = BAD[name]
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(ValueError, match="Received") as caught:
+        read_cluster(None)
+    assert match in str(caught.value)
+
+
+def test_ipv6_addresses_have_ports_too():
+    assert check_cluster({"worker": ["[::1]:1", "[::1]:2"]}, "worker", 1)

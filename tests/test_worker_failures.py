@@ -1,0 +1,76 @@
+"""What goes wrong between workers ends in one error that says who and what.
+
+The workers are processes of their own on loopback (`workers.py`).
+"""
+
+import pytest
+import workers
+
+SAME = "All workers must have the same"
+
+
+def ends(function, *arguments, num_workers=2):
+    """Outputs of workers that all have to end; a hang fails the test."""
+    with workers.running(
+        function, *arguments, deadline_seconds=120, num_workers=num_workers
+    ) as all_workers:
+        codes = [worker.wait() for worker in all_workers]
+        outputs = [worker.output for worker in all_workers]
+        assert None not in codes, "\n".join(outputs)
+        return codes, outputs
+
+
+DIFFERENCES = {
+    "shape": ("models and steps", "float32 [8, 5]", "float32 [8, 7]"),
+    "number of layers": (
+        "models and steps",
+        "float32 [8, 1]",
+        "float32 [8, 8]",
+    ),
+    "dtype": ("models and steps", "float32", "float16"),
+    "policy": ("models and steps", "float32", "mixed_bfloat16"),
+    "option": ("versions, devices and options", "1024", "512"),
+    "devices": ("versions, devices and options", "1", "2"),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENCES)
+def test_workers_that_differ_all_say_in_what(what):
+    codes, outputs = ends("fit_what_differs", what)
+    name, of_chief, of_other = DIFFERENCES[what]
+    assert codes == [1, 1]
+    for output in outputs:
+        last = output.strip().splitlines()[-1]
+        assert f"RuntimeError: {SAME} {name}" in last, output
+        assert f") has {of_chief}" in last
+        assert f") has {of_other}" in last
+
+
+@pytest.mark.parametrize("absent", [0, 1], ids=["chief", "other"])
+def test_a_worker_that_never_comes_is_named(absent):
+    codes, outputs = ends("start_without", absent, 3, num_workers=2)
+    assert codes[1 - absent] == 1
+    assert f"Never reached: worker {absent} (127.0.0.1:" in outputs[1 - absent]
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
+def test_a_port_in_use_is_named(index):
+    codes, outputs = ends("start_with_a_port_in_use", index, 5)
+    assert codes == [1, 1]
+    rule = "The port of a worker must be free. Received: worker"
+    assert f"{rule} {index} (127.0.0.1:" in outputs[index]
+    assert f"worker {index} (127.0.0.1:" in outputs[1 - index]
+
+
+def test_workers_with_other_addresses_say_so():
+    codes, outputs = ends("start_with_other_addresses")
+    assert codes == [1, 1]
+    for output in outputs:
+        assert "All workers must have the same cluster" in output
+
+
+@pytest.mark.parametrize("last", [0, 1], ids=["chief", "other"])
+def test_a_worker_may_work_on_alone_after_the_others_ended(last):
+    codes, outputs = ends("end_one_after_the_other", last)
+    assert codes == [0, 0], outputs
+    assert "keras_allreduce:" not in outputs[last]
