@@ -50,8 +50,13 @@ class Collectives:
             weakref.WeakKeyDictionary()
         )
 
+    @property
+    def device(self) -> str:
+        """Host device of this worker, where the results are."""
+        return self._group.device
+
     def all_reduce(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
-        """Sums `tensor` over the workers.
+        """Sums `tensor` over the workers, in TensorFlow's ring.
 
         Args:
             tensor: Tensor of one shape and dtype on all workers.
@@ -73,11 +78,33 @@ class Collectives:
     def all_gather(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
         """Concatenates `tensor`, of one shape on all workers, along axis 0."""
         with tf.device(self._group.device):
-            return tf.raw_ops.CollectiveGatherV2(
-                input=tensor,
+            # Has no kernel for bfloat16, whose bytes it can move as well.
+            moved = _as_moved(tensor)
+            gathered = tf.raw_ops.CollectiveGatherV2(
+                input=moved,
                 communication_hint="ring",
-                **self._place(tensor, purpose),
+                **self._place(moved, purpose),
             )
+            return tf.bitcast(gathered, tensor.dtype)
+
+    def all_to_all(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
+        """Sends row w of `tensor` to worker w.
+
+        Args:
+            tensor: Tensor with one row per worker, of one shape on all.
+            purpose: As for `all_reduce`.
+
+        Returns:
+            Tensor of the same shape; row w is what worker w has sent here.
+        """
+        with tf.device(self._group.device):
+            moved = _as_moved(tensor)
+            received = tf.raw_ops.CollectiveAllToAllV2(
+                input=moved,
+                communication_hint="ring",
+                **self._place(moved, purpose),
+            )
+            return tf.bitcast(received, tensor.dtype)
 
     def all_gather_rows(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
         """Concatenates tensors that may differ in length along axis 0."""
@@ -107,6 +134,12 @@ class Collectives:
             "ordering_token": [],
             "timeout_seconds": self._group.timeout_seconds,
         }
+
+
+def _as_moved(tensor: tf.Tensor) -> tf.Tensor:
+    if tensor.dtype == tf.bfloat16:
+        return tf.bitcast(tensor, tf.float16)
+    return tensor
 
 
 def _instance(name: str, tensor: tf.Tensor) -> Any:

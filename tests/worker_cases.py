@@ -25,6 +25,19 @@ WEIGHTS = RNG.uniform(0.1, 3, 66).astype("float32")
 CASES = {}
 
 
+def wire_parts(worker):
+    """What a worker sends in the tests of the wire: small and large."""
+    rng = np.random.default_rng(worker)
+    return {
+        "scalar": np.float32(worker + 0.5),
+        "small": np.array([1.0, -2.0, worker], "float32"),
+        "counts": np.arange(5) * (worker + 1),
+        "halves": np.full([70, 70], 0.5 + worker, "float16"),
+        "whole": rng.integers(-8, 8, [71, 73]).astype("float32"),
+        "large": rng.normal(size=[67, 101]).astype("float32"),
+    }
+
+
 def case(function):
     CASES[function.__name__] = function
     return function
