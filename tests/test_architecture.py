@@ -48,6 +48,11 @@ ORDER = [
     "launch_guard",
     "launch_worker",
     "launch",
+    "benchmark_plan",
+    "benchmark_table",
+    "benchmark_step",
+    "benchmark_model",
+    "benchmark",
     "__init__",
 ]
 
@@ -62,6 +67,8 @@ PURE = [
     "launch_guard",
     "launch_worker",
     "launch",
+    "benchmark_plan",
+    "benchmark_table",
 ]
 
 PUBLIC = [

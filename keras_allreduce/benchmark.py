@@ -1,0 +1,287 @@
+"""Measures the all-reduce: `python -m keras_allreduce.benchmark --help`.
+
+What it prints is explained in docs/benchmark.md.
+"""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_allreduce import internals
+from keras_allreduce.batch_all_reduce import BatchAllReduce
+from keras_allreduce.benchmark_model import gradients_of
+from keras_allreduce.benchmark_plan import (
+    BenchmarkOptions,
+    divide,
+    loops_for,
+    options_of,
+    parser,
+    workers_in,
+)
+from keras_allreduce.benchmark_step import (
+    Gradient,
+    Message,
+    TimedLoop,
+    WrongSumError,
+)
+from keras_allreduce.benchmark_table import (
+    Row,
+    Setting,
+    document,
+    head,
+    line,
+    verdict,
+)
+from keras_allreduce.checks import host_devices
+from keras_allreduce.launch_plan import HOST_DEVICES
+from keras_allreduce.multi_worker import MultiWorkerAllReduceStrategy
+from keras_allreduce.strategy import AllReduceStrategy
+from keras_allreduce.version import __version__
+
+BETWEEN_WORKERS = "workers"
+"""Name of the one algorithm that there is between workers."""
+
+
+def strategies_for(options: BenchmarkOptions) -> dict[str, Any]:
+    """Makes a strategy for each algorithm asked for.
+
+    Returns:
+        By name of the algorithm, all on the same replicas.
+
+    Raises:
+        ValueError: If an algorithm does not run here, or there are not the
+            devices asked for, or only one of them.
+    """
+    if workers_in() > 1:
+        if options.algorithm not in ("auto", "all"):
+            raise ValueError(
+                "Between workers there is one algorithm. Received: "
+                f"--algorithm {options.algorithm}. Leave it out."
+            )
+        if options.replicas is not None:
+            _check_devices_of_launcher(options.replicas)
+            host_devices(options.replicas)
+        return {BETWEEN_WORKERS: MultiWorkerAllReduceStrategy(fit_log=False)}
+    devices = _devices(options.replicas)
+    made = {}
+    for algorithm in _algorithms(options.algorithm, devices):
+        strategy = AllReduceStrategy(
+            devices, algorithm=algorithm, fit_log=False
+        )
+        # What "auto" stands for.
+        name = BatchAllReduce(algorithm).choose(devices)[0]
+        made[name] = strategy
+    return made
+
+
+def messages_for(
+    options: BenchmarkOptions,
+) -> Iterator[list[Gradient]]:
+    """Yields the gradients of each message.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    if options.model is not None:
+        yield gradients_of(options.model, options.dtype)
+        return
+    dtype = options.dtype or "float32"
+    for nbytes in options.sizes:
+        yield [
+            Gradient((elements,), tf.as_dtype(dtype))
+            for elements in divide(nbytes, dtype, options.gradients)
+        ]
+
+
+def measure(
+    strategies: dict[str, Any],
+    gradients: Sequence[Gradient],
+    options: BenchmarkOptions,
+) -> list[Row]:
+    """Measures one message with all settings, in turns.
+
+    Args:
+        strategies: What `strategies_for` gave.
+        gradients: The message.
+        options: What the command line asks for.
+
+    Raises:
+        WrongSumError: If a sum is wrong.
+    """
+    any_strategy = next(iter(strategies.values()))
+    message = Message(any_strategy, gradients)
+    nbytes = sum(gradient.nbytes for gradient in gradients)
+    loops = options.loops or loops_for(
+        nbytes, any_strategy.extended.num_workers
+    )
+    timed = {
+        Setting(algorithm, size): TimedLoop(message, strategy, size)
+        for algorithm, strategy in strategies.items()
+        for size in options.bytes_per_pack
+    }
+    seconds: dict[Setting, list[float]] = {setting: [] for setting in timed}
+    # One more: the first call traces.
+    untimed = options.warmup + 1
+    for count in range(untimed + options.rounds):
+        number = tf.constant(count)
+        values = message.make(number)
+        for setting, loop in timed.items():
+            try:
+                spent = loop.seconds(values, number, loops)
+            except WrongSumError as error:
+                raise WrongSumError(f"{setting}: {error}") from None
+            if count >= untimed:
+                seconds[setting].append(spent)
+    return [
+        _row(setting, timed[setting], nbytes, loops, any_strategy, times)
+        for setting, times in seconds.items()
+    ]
+
+
+def about(strategies: dict[str, Any], options: BenchmarkOptions) -> dict:
+    """What the numbers were measured on and with."""
+    strategy = next(iter(strategies.values()))
+    return {
+        "keras_allreduce": __version__,
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "python": platform.python_version(),
+        "devices": list(strategy.extended.worker_devices),
+        "device_kind": _kind_of(strategy.extended.worker_devices[0]),
+        "cores": len(os.sched_getaffinity(0)),
+        "workers": strategy.extended.num_workers,
+        "replicas": strategy.num_replicas_in_sync,
+        "model": options.model,
+        "dtype": options.dtype or (None if options.model else "float32"),
+        "warmup": options.warmup,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    command_line = parser()
+    given = command_line.parse_args(arguments)
+    try:
+        options = options_of(given)
+        strategies = strategies_for(options)
+        strategy = next(iter(strategies.values()))
+        if strategy.num_replicas_in_sync < 2:
+            raise ValueError(
+                "One replica has nothing to reduce. Pass --replicas 2, with "
+                "CUDA_VISIBLE_DEVICES=-1 if there is one GPU."
+            )
+        messages = list(messages_for(options))
+        for gradients in messages:
+            Message(strategy, gradients)
+    except ValueError as error:
+        command_line.error(str(error))
+    is_chief = strategy.extended.num_workers == 1 or strategy.extended.is_chief
+    show = is_chief and not options.as_json
+    if show:
+        _print(*_header(about(strategies, options)), head())
+    rows: list[Row] = []
+    for gradients in messages:
+        try:
+            new = measure(strategies, gradients, options)
+        except WrongSumError as error:
+            print(f"{command_line.prog}: wrong: {error}", file=sys.stderr)
+            return 1
+        rows += new
+        if show:
+            _print(*map(line, new))
+    if show:
+        _print(*verdict(rows), "# Every sum was checked: all are right.")
+    elif is_chief:
+        _print(json.dumps(document(about(strategies, options), rows)))
+    return 0
+
+
+def _row(
+    setting: Setting,
+    timed: TimedLoop,
+    nbytes: int,
+    loops: int,
+    strategy: Any,
+    times: Sequence[float],
+) -> Row:
+    # Nothing is recorded where TensorFlow's own all-reduce takes over.
+    plan = timed.records[0].plan if timed.records else None
+    return Row(
+        setting,
+        nbytes,
+        gradients=len(timed.gradients),
+        num_packs=plan.num_packs if plan else None,
+        plan=str(plan) if plan else "",
+        replicas=strategy.num_replicas_in_sync,
+        loops=loops,
+        seconds=tuple(times),
+    )
+
+
+def _devices(asked: int | None) -> list[str]:
+    gpus = tf.config.list_logical_devices("GPU") if _has_gpus() else []
+    if not gpus:
+        asked = asked or int(os.environ.get(HOST_DEVICES, 2))
+        return host_devices(asked)
+    if asked is not None and asked > len(gpus):
+        raise ValueError(
+            f"There are {len(gpus)} GPUs. Received: --replicas {asked}. Set "
+            "CUDA_VISIBLE_DEVICES=-1 to use host devices."
+        )
+    return [f"/gpu:{index}" for index in range(asked or len(gpus))]
+
+
+def _has_gpus() -> bool:
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def _algorithms(asked: str, devices: Sequence[str]) -> list[str]:
+    if asked != "all":
+        return [asked]
+    on_gpus = "gpu" in devices[0]
+    nccl = ["nccl"] if on_gpus and internals.has_nccl() else []
+    return [*nccl, "ring", "shared_memory"]
+
+
+def _check_devices_of_launcher(replicas: int) -> None:
+    told = os.environ.get(HOST_DEVICES)
+    if told is not None and told != str(replicas):
+        raise ValueError(
+            "Pass --replicas or the --devices-per-worker of the launcher. "
+            f"Received: --replicas {replicas}, {HOST_DEVICES}={told}"
+        )
+
+
+def _kind_of(device: str) -> str:
+    if "GPU" not in device.upper():
+        return "host device"
+    gpu = tf.config.list_physical_devices("GPU")[0]
+    details = tf.config.experimental.get_device_details(gpu)
+    return str(details.get("device_name", "GPU"))
+
+
+def _header(facts: dict[str, Any]) -> list[str]:
+    here = len(facts["devices"])
+    return [
+        "# keras_allreduce {keras_allreduce}, TensorFlow {tensorflow}, Keras "
+        "{keras}, Python {python}".format(**facts),
+        f"# {facts['replicas']} replicas: {facts['workers']} worker(s) with "
+        f"{here} x {facts['device_kind']}, {facts['cores']} cores here",
+        f"# {facts['model'] or 'sizes'}, {facts['dtype'] or 'its own dtypes'}; "
+        "algbw and busbw in 10^9 bytes per second",
+    ]
+
+
+def _print(*lines: str) -> None:
+    # A table that is piped still appears row by row.
+    print(*lines, sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
