@@ -7,6 +7,7 @@ compiles, saves or stands in a debugger does answer; one that was killed or
 frozen, or whose network is cut, does not.
 """
 
+import atexit
 import contextlib
 import sys
 import threading
@@ -29,6 +30,10 @@ _PROBE_SECONDS = 2.0
 # A closed port is asked again so often, in case only one connection broke.
 _REFUSALS = 3
 _RETRY_SECONDS = 0.3
+
+# A worker whose script has ended is missed only by one that still trains. The
+# others may need so long for what they do last, saving as a rule.
+_ALONE_SECONDS = 30.0
 
 _REMEDY = (
     "Look at its log, then start all workers again; "
@@ -55,6 +60,7 @@ class WorkerWatch:
         self._asking = threading.Lock()
         self._answered = dict.fromkeys(cluster.others, time.monotonic())
         self._refusals = dict.fromkeys(cluster.others, 0)
+        self._alone_seconds = _ALONE_SECONDS
         self.lost: str | None = None
         self._thread = threading.Thread(
             target=self._run, name="keras_allreduce.worker_watch", daemon=True
@@ -75,7 +81,8 @@ class WorkerWatch:
             self._thread.join()
 
     def ask_until_sure(self) -> str | None:
-        """Asks now, and returns what is known once a closed port is sure."""
+        """Asks now, after a collective failed, until a closed port is sure."""
+        self._alone_seconds = 0.0
         for _ in range(_REFUSALS + 1):
             if self._look() is not None or not any(self._refusals.values()):
                 break
@@ -85,7 +92,7 @@ class WorkerWatch:
     def _run(self) -> None:
         while not self._stopped.wait(
             _RETRY_SECONDS
-            if any(self._refusals.values())
+            if any(0 < n < _REFUSALS for n in self._refusals.values())
             else _INTERVAL_SECONDS
         ):
             if self._look() is not None:
@@ -119,15 +126,33 @@ class WorkerWatch:
         except tf.errors.OpError:
             self._refusals[rank] += 1
             if self._refusals[rank] >= _REFUSALS:
-                clock = time.strftime("%H:%M:%S")
-                self._lose(
-                    rank,
-                    f"is gone since {clock}, its port is closed: it was "
-                    "killed or failed, or its script has ended.",
-                )
+                self._is_gone(rank)
         else:
             self._answered[rank] = asked
             self._refusals[rank] = 0
+
+    def _is_gone(self, rank: int) -> None:
+        if not self._has_ended(rank):
+            clock = time.strftime("%H:%M:%S")
+            self._lose(
+                rank,
+                f"is gone since {clock}, its port is closed: it was killed, "
+                "or failed.",
+            )
+        elif time.monotonic() - self._answered[rank] >= self._alone_seconds:
+            self._lose(rank, "has ended its script before this worker did.")
+
+    def _has_ended(self, rank: int) -> bool:
+        """Whether it has said goodbye. The chief takes what it said along."""
+        with contextlib.suppress(tf.errors.OpError):
+            internals.read_published(_goodbye(self._cluster, rank), 0.5)
+            return True
+        return False
+
+    def say_goodbye(self) -> None:
+        """Tells the others that the script of this worker ends as it should."""
+        with contextlib.suppress(tf.errors.OpError):
+            internals.publish(_goodbye(self._cluster, self._cluster.rank), "")
 
     def _lose(self, rank: int, what: str) -> None:
         self.lost = (
@@ -156,14 +181,17 @@ def explain(error: BaseException | None) -> str | None:
         return None
     if "ollective" not in error.message:
         return None
+    # One that is lost ends a collective before its time is up; after that,
+    # others may have given up as well.
+    timed_out = isinstance(error, tf.errors.DeadlineExceededError)
     for watch in list(_watches):
-        lost = watch.ask_until_sure()
+        lost = watch.lost if timed_out else watch.ask_until_sure()
         if lost is not None:
             return lost
-    if isinstance(error, tf.errors.DeadlineExceededError) and _watches:
+    if timed_out and _watches:
         return (
             "All workers must take part in every step within "
-            "`timeout_seconds`. Received: all workers are alive, but at least "
+            "`timeout_seconds`. Received: no worker was lost, but at least "
             "one is somewhere else in its script: it has fewer batches, is "
             "slower than that, or does something else. Give all the same "
             "number of batches, or raise `timeout_seconds`."
@@ -171,7 +199,11 @@ def explain(error: BaseException | None) -> str | None:
     return None
 
 
-_state = {"installed": False}
+def _goodbye(cluster: Cluster, rank: int) -> str:
+    return f"keras_allreduce/goodbye of {cluster.tasks[rank]}"
+
+
+_state = {"installed": False, "failed": False}
 
 
 def _install_last_line() -> None:
@@ -186,6 +218,7 @@ def _install_last_line() -> None:
         error: BaseException,
         traceback: TracebackType | None,
     ) -> None:
+        _state["failed"] = True
         show(kind, error, traceback)
         with contextlib.suppress(Exception):
             explanation = explain(error)
@@ -193,3 +226,14 @@ def _install_last_line() -> None:
                 print(f"keras_allreduce: {explanation}", file=sys.stderr)
 
     sys.excepthook = show_and_explain
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """At the end of the process: says goodbye, unless it ends in an error."""
+    watches = [watch for watch in _watches if watch.lost is None]
+    if watches and not _state["failed"]:
+        # A chief that is frozen would not let this end.
+        goodbye = threading.Thread(target=watches[0].say_goodbye, daemon=True)
+        goodbye.start()
+        goodbye.join(_PROBE_SECONDS)

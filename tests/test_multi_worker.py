@@ -26,9 +26,6 @@ ON_TWO_DEVICES_EACH = [
 
 # What differs, and why; docs/multi_worker.md has what to do instead.
 DIFFERS = {
-    "synchronized_batch_normalization_on_a_worker_without_data": (
-        "A worker without data does not update its moving statistics."
-    ),
     "batch_normalization": "Each worker has moving statistics of its own.",
 }
 
@@ -146,11 +143,11 @@ def test_a_frozen_worker_ends_the_other_in_an_error(index):
     assert seconds < 60
 
 
-def test_datasets_of_other_known_lengths_end_in_an_error():
+def test_datasets_of_other_known_lengths_end_in_an_error_after_the_timeout():
     with workers.running(
-        "fit_with_other_lengths", 600, deadline_seconds=100
+        "fit_with_other_lengths", 5, deadline_seconds=100
     ) as pair:
         code = pair[0].wait()
         assert code not in (0, None), pair[0].output
-        assert f"{STAY} worker 1 (127.0.0.1:" in pair[0].output
-        assert "or its script has ended" in pair[0].output
+        last = pair[0].output.splitlines()[-1]
+        assert last.startswith("keras_allreduce: All workers must"), last
