@@ -48,17 +48,26 @@ def with_a_sample(data: Any, share: tf.Tensor, spare: Any) -> Any:
 def state(model: keras.Model) -> list[tuple[Any, tf.Tensor]]:
     """What the replica gathers on its own in a step, as it is before.
 
-    Metrics and moving statistics; not the seeds, which all replicas draw.
+    Metrics and moving statistics; not the seeds, which all replicas draw, and
+    not the statistics of synchronized layers, which are those of all replicas
+    that have samples.
     """
     counted = {
         id(variable)
         for metric in internals.loss_metrics(model)
         for variable in metric.variables
     }
+    shared = {
+        id(variable)
+        for layer in internals.layers(model)
+        if getattr(layer, "synchronized", False)
+        for variable in layer.non_trainable_variables
+    }
     statistics = [
         variable
         for variable in model.non_trainable_variables
         if tf.as_dtype(variable.dtype).is_floating
+        and id(variable) not in shared
     ]
     results = [
         variable

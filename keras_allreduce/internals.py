@@ -72,13 +72,21 @@ def has_nccl() -> bool:
     return bool(_kernels.get_registered_kernels_for_op("NcclAllReduce").kernel)
 
 
+def layers(model: Any) -> list[Any]:
+    """All layers of a model, at any depth, and the model itself.
+
+    The public `layers` lists only those at the top.
+    """
+    return list(model._flatten_layers())
+
+
 def seed_generators(model: Any) -> list[Any]:
     """All `keras.random.SeedGenerator` objects in the layers of a model.
 
     Keras tracks them for each layer but lists only their variables.
     """
     found: dict[int, Any] = {}
-    for layer in model._flatten_layers():
+    for layer in layers(model):
         for generator in getattr(layer, "_seed_generators", ()):
             found[id(generator)] = generator
     return list(found.values())

@@ -62,6 +62,10 @@ class Step:
         # TensorFlow leaves values of a worker's only replica as they are.
         self._alone_on_worker = len(strategy.extended.worker_devices) == 1
         self._share_of_replica: Any = None
+        # In a step that is not Keras's own this cannot be known.
+        self._in_backprop = getattr(type(model), name) is not getattr(
+            keras.Model, name
+        )
         # Where the logs are the results of the metrics, as Keras has it, they
         # can be taken again without what an empty replica has seen.
         self._keras_logs = all(
@@ -256,6 +260,7 @@ class Step:
         Weighing the loss weighs all gradients, at the price of one product,
         and also what flows between replicas in synchronized layers.
         """
+        self._in_backprop = True
         if self._rule.kind != "as_is":
             loss = _times(loss, _thread.share)
             _thread.scaled = True
@@ -320,6 +325,16 @@ class Step:
             with tf.device(share.device):
                 parts.append(_times(part, share > 0))
         return internals.PerReplica(tuple(parts))
+
+    def part_that_flows_back(self, total: Any) -> Any:
+        """A sum over the replicas, with 0 on empty ones if it is a gradient.
+
+        In the forward pass all replicas get the sum: a synchronized layer has
+        the same statistics everywhere.
+        """
+        if not self._in_backprop:
+            return total
+        return self.part_of_replicas_with_samples(total)
 
     def _weigh_logs(self, outputs: Any, seen: Any) -> Any:
         """Makes Keras's plain mean over replicas one over samples."""

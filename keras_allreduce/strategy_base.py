@@ -117,7 +117,7 @@ class ExtendedBase(internals.MirroredExtended):
             ],
             options,
         )
-        return [part(total) for total in sums]
+        return [self._step.part_that_flows_back(total) for total in sums]
 
     def _sum_over_replicas(
         self, reduce_op: Any, value_destination_pairs: Any, options: Any
