@@ -12,6 +12,7 @@ from keras_allreduce.checks import host_devices
 from keras_allreduce.collectives import Collectives, WorkerGroup
 from keras_allreduce.meter import StepLog
 from keras_allreduce.strategy_base import ExtendedBase, StrategyBase
+from keras_allreduce.wire import WIRE_DTYPES, Wire
 from keras_allreduce.worker_agreement import Agreement, environment
 from keras_allreduce.worker_all_reduce import WorkerAllReduce
 from keras_allreduce.worker_watch import WorkerWatch
@@ -42,6 +43,11 @@ class MultiWorkerAllReduceStrategy(
         bytes_per_pack: Capacity of a pack in bytes; 0: chosen for you.
         timeout_seconds: How long a worker waits for the others before the
             step ends in an error, in seconds.
+        wire_dtype: `"bfloat16"` or `"float16"`: gradients of wider float
+            dtypes cross between workers in this one, at half the bytes of
+            float32, and are summed in their own. Rounds each worker's part:
+            to 8 bits (bfloat16) or 11 bits (float16, which overflows above
+            65504). `None`: every gradient crosses as it is.
         sparse_as_dense: See `BatchAllReduce`.
         weigh_samples: See `AllReduceStrategy`.
         fit_log: See `AllReduceStrategy`.
@@ -61,6 +67,7 @@ class MultiWorkerAllReduceStrategy(
         *,
         bytes_per_pack: int = 0,
         timeout_seconds: float = TIMEOUT_SECONDS,
+        wire_dtype: str | None = None,
         sparse_as_dense: bool = False,
         weigh_samples: bool | None = None,
         fit_log: bool = True,
@@ -73,6 +80,11 @@ class MultiWorkerAllReduceStrategy(
                 "`timeout_seconds` must be positive. Received: "
                 f"timeout_seconds={timeout_seconds!r}"
             )
+        if wire_dtype not in (None, *WIRE_DTYPES):
+            raise ValueError(
+                f"`wire_dtype` must be one of {', '.join(WIRE_DTYPES)}, or "
+                f"None. Received: wire_dtype={wire_dtype!r}"
+            )
         asked = communication_options or (
             tf.distribute.experimental.CommunicationOptions()
         )
@@ -84,7 +96,7 @@ class MultiWorkerAllReduceStrategy(
         tf.distribute.Strategy.__init__(
             self,
             MultiWorkerAllReduceExtended(
-                self, cluster_resolver, options, sparse_as_dense
+                self, cluster_resolver, options, wire_dtype, sparse_as_dense
             ),
         )
 
@@ -136,6 +148,7 @@ class MultiWorkerAllReduceExtended(
         container_strategy: Any,
         cluster_resolver: Any,
         options: Any,
+        wire_dtype: str | None,
         sparse_as_dense: bool,
     ):
         with worker_checks.starting(
@@ -163,19 +176,22 @@ class MultiWorkerAllReduceExtended(
                 **environment(len(self.worker_devices)),
                 "bytes_per_pack": options.bytes_per_pack,
                 "timeout_seconds": options.timeout_seconds,
+                "wire_dtype": wire_dtype,
                 "sparse_as_dense": sparse_as_dense,
                 "weigh_samples": container_strategy.weigh_samples,
             },
         )
-        self._collectives = Collectives(
+        collectives = Collectives(
             WorkerGroup(
                 self._num_workers,
                 f"{self._worker_device}/device:CPU:0",
                 options.timeout_seconds,
             )
         )
+        self._exact = Wire(collectives, self._num_workers)
+        self._wire = Wire(collectives, self._num_workers, wire_dtype)
         self._gradient_ops = WorkerAllReduce(
-            self._collectives,
+            self._wire,
             self._num_workers,
             options.bytes_per_pack,
             sparse_as_dense=sparse_as_dense,
@@ -207,10 +223,19 @@ class MultiWorkerAllReduceExtended(
         """Share of each replica of this worker in the whole batch."""
         if self._num_workers == 1:
             return super().shares_of(amounts)
-        total = self._collectives.all_reduce(tf.add_n(amounts), "batch")
+        total = self._exact.all_reduce(tf.add_n(amounts), "batch")
         return weighing.shares(
             amounts, total=total, count=self._num_replicas_in_sync
         )
+
+    def _update_config_proto(self, config_proto: Any) -> Any:
+        # TensorFlow's defaults cut what a worker sends into strings of 4 KiB
+        # and send all of it through one connection: see "Channels" in
+        # benchmarks/RESULTS.md.
+        config = super()._update_config_proto(config_proto)
+        config.experimental.recv_buf_max_chunk = -1
+        config.rpc_options.num_channels_per_target = 4
+        return config
 
     def _initialize_local_devices(
         self, cluster_resolver: Any, worker_device: str
@@ -231,15 +256,32 @@ class MultiWorkerAllReduceExtended(
         self, reduce_op: Any, value_destination_pairs: Any, options: Any
     ) -> Any:
         on_gpus = self._local_device_type == "GPU" and self._num_workers > 1
-        if tf.executing_eagerly() or on_gpus:
-            # Stock numbers its collectives one by one, which is right here,
-            # and orders those of NCCL.
-            return super()._sum_over_replicas(
+        if not (tf.executing_eagerly() or on_gpus):
+            return self._gradient_ops.batch_reduce(
                 reduce_op, value_destination_pairs, options
             )
-        return self._gradient_ops.batch_reduce(
-            reduce_op, value_destination_pairs, options
+        # Stock numbers its collectives one by one, which is right here, and
+        # orders those of NCCL.
+        reduced = super()._sum_over_replicas(
+            reduce_op,
+            [
+                (self._as_sent(value), destination)
+                for value, destination in value_destination_pairs
+            ],
+            options,
         )
+        return [
+            _cast(total, value.dtype)
+            for total, (value, _) in zip(
+                reduced, value_destination_pairs, strict=True
+            )
+        ]
+
+    def _as_sent(self, value: Any) -> Any:
+        """A distributed value in the dtype in which it crosses."""
+        if self._num_workers == 1:
+            return value
+        return _cast(value, self._wire.dtype_of(value.dtype))
 
     def _reduce_to(
         self, reduce_op: Any, value: Any, destinations: Any, options: Any
@@ -252,7 +294,7 @@ class MultiWorkerAllReduceExtended(
             and isinstance(value, tf.Tensor)
         ):
             # Whether any worker still has data, which every step asks.
-            return self._collectives.all_reduce(value, "reduce")
+            return self._exact.all_reduce(value, "reduce")
         return super()._reduce_to(reduce_op, value, destinations, options)
 
 
@@ -262,3 +304,14 @@ def _is_mean(reduce_op: Any) -> bool:
 
 def _rank(value: Any) -> int | None:
     return tf.TensorShape(value.shape).rank
+
+
+def _cast(value: Any, dtype: tf.DType) -> Any:
+    """A distributed value with each replica's part cast where it is."""
+    if value.dtype == dtype:
+        return value
+    parts = []
+    for part in getattr(value, "values", (value,)):
+        with tf.device(part.device):
+            parts.append(tf.cast(part, dtype))
+    return type(value)(tuple(parts)) if hasattr(value, "values") else parts[0]

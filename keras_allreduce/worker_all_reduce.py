@@ -11,8 +11,9 @@ import tensorflow as tf
 
 from keras_allreduce import shared_memory, sparse
 from keras_allreduce.batch_all_reduce import BatchAllReduce, PackSize
-from keras_allreduce.collectives import Collectives
+from keras_allreduce.buckets import GradientSpec
 from keras_allreduce.records import ReducePlan, size_of
+from keras_allreduce.wire import Wire
 
 # Not measured yet; one pack of 64 MiB is slower than several smaller ones.
 _PACK_SIZE = PackSize(4 * 2**20, 2**20)
@@ -22,7 +23,7 @@ class WorkerAllReduce(BatchAllReduce):
     """Sums gradients over the devices of all workers.
 
     Args:
-        collectives: The collectives between the workers.
+        wire: Sums between the workers.
         num_workers: Number of workers.
         bytes_per_pack: See `BatchAllReduce`.
         sparse_as_dense: See `BatchAllReduce`.
@@ -32,7 +33,7 @@ class WorkerAllReduce(BatchAllReduce):
 
     def __init__(
         self,
-        collectives: Collectives,
+        wire: Wire,
         num_workers: int,
         bytes_per_pack: int = 0,
         *,
@@ -42,7 +43,7 @@ class WorkerAllReduce(BatchAllReduce):
         super().__init__(
             "shared_memory", bytes_per_pack, sparse_as_dense=sparse_as_dense
         )
-        self._collectives = collectives
+        self._wire = wire
         self._num_workers = num_workers
         self._compare = compare
 
@@ -67,7 +68,7 @@ class WorkerAllReduce(BatchAllReduce):
         sums = []
         for pack in packs:
             inside = shared_memory.add(pack, devices[0])
-            total = self._collectives.all_reduce(inside, "pack")
+            total = self._wire.all_reduce(inside, "pack")
             sums.append(shared_memory.share(total, devices))
         return sums
 
@@ -76,8 +77,8 @@ class WorkerAllReduce(BatchAllReduce):
     ) -> list[Any]:
         inside = sparse.gather(replicas, owner)
         everywhere = tf.IndexedSlices(
-            self._collectives.all_gather_rows(inside.values, "rows"),
-            self._collectives.all_gather_rows(inside.indices, "row numbers"),
+            self._wire.all_gather_rows(inside.values, "rows"),
+            self._wire.all_gather_rows(inside.indices, "row numbers"),
             inside.dense_shape,
         )
         return sparse.share(everywhere, devices)
@@ -85,15 +86,34 @@ class WorkerAllReduce(BatchAllReduce):
     def _count(self, devices: Sequence[str]) -> int:
         return self._num_workers * len(devices)
 
-    def _plan(self, *args: Any, **kwargs: Any) -> ReducePlan:
-        plan = super()._plan(*args, **kwargs)
-        between = f"ring between {self._num_workers} workers"
+    def _plan(
+        self, specs: Sequence[GradientSpec], *args: Any, **kwargs: Any
+    ) -> ReducePlan:
+        plan = super()._plan(specs, *args, **kwargs)
+        between = f"between {self._num_workers} workers"
         if plan.nbytes is not None:
             # Reduce-scatter and all-gather: docs/algorithms.md.
             share = 2 * (self._num_workers - 1) / self._num_workers
-            sent = size_of(round(plan.nbytes * share))
+            sent = size_of(round(self._wire_bytes(specs) * share))
             between += f", {sent} sent by each in a step"
+        dtypes = [tf.as_dtype(spec.dtype) for spec in specs]
+        narrowed = {
+            wire.name
+            for dtype in dtypes
+            if (wire := self._wire.dtype_of(dtype)) != dtype
+        }
+        if narrowed:
+            between += f" as {'+'.join(sorted(narrowed))}"
         return replace(plan, reason=between)
+
+    def _wire_bytes(self, specs: Sequence[GradientSpec]) -> float:
+        """Bytes of all gradients in the dtypes in which they cross."""
+        total = 0.0
+        for spec in specs:
+            dtype = tf.as_dtype(spec.dtype)
+            narrowed = self._wire.dtype_of(dtype).size / dtype.size
+            total += (spec.nbytes or 0) * narrowed
+        return total
 
     def _pack_size(self, algorithm: str, options: Any) -> PackSize:
         asked = getattr(options, "bytes_per_pack", 0) or self.bytes_per_pack

@@ -27,6 +27,7 @@ ORDER = [
     "clocks",
     "batch_all_reduce",
     "collectives",
+    "wire",
     "worker_all_reduce",
     "worker_meeting",
     "worker_checks",

@@ -42,6 +42,60 @@ def cases_on_two_devices_each(names):
     )
 
 
+def cases_on_the_wire(names, wire_dtype):
+    """The same as `cases`, with gradients that cross in `wire_dtype`."""
+    import keras_allreduce
+
+    return _run(
+        names,
+        keras_allreduce.MultiWorkerAllReduceStrategy(
+            timeout_seconds=60, wire_dtype=wire_dtype
+        ),
+    )
+
+
+def sums(wire_dtypes):
+    """Sums of `worker_cases.wire_parts`, by wire dtype and name."""
+    import tensorflow as tf
+    import worker_cases
+
+    import keras_allreduce
+    from keras_allreduce.collectives import Collectives, WorkerGroup
+    from keras_allreduce.wire import Wire
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    workers = strategy.extended.num_workers
+    device = strategy.extended.worker_devices[0]
+    found = {}
+    for dtype in wire_dtypes:
+        wire = Wire(Collectives(WorkerGroup(workers, device, 60.0)), workers)
+        if dtype != "float32":
+            wire = Wire(
+                Collectives(WorkerGroup(workers, device, 60.0)), workers, dtype
+            )
+        parts = worker_cases.wire_parts(worker_cases.worker_index())
+        parts = {name: tf.constant(part) for name, part in parts.items()}
+
+        @tf.function
+        def all_reduce(parts, wire=wire):
+            return {n: wire.all_reduce(p, n) for n, p in parts.items()}
+
+        @tf.function(input_signature=[tf.TensorSpec([None, None], tf.float32)])
+        def of_any_shape(part, wire=wire):
+            return wire.all_reduce(part, "of any shape")
+
+        results = all_reduce(parts)
+        results["of any shape"] = of_any_shape(parts["large"])
+        found[dtype] = {
+            name: {
+                "dtype": result.dtype.name,
+                "values": result.numpy().tolist(),
+            }
+            for name, result in results.items()
+        }
+    return found
+
+
 def _run(names, strategy):
     import keras
     import worker_cases
