@@ -92,6 +92,31 @@ def test_workers_of_two_devices_train_as_one_does(
     agree(name, on_workers_of_two_devices)
 
 
+ON_A_NARROW_WIRE = ["even_batches", "embedding", "eagerly"]
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float16"])
+def on_a_narrow_wire(request):
+    return workers.results(
+        "cases_on_the_wire",
+        ON_A_NARROW_WIRE,
+        request.param,
+        deadline_seconds=300,
+    )
+
+
+@pytest.mark.parametrize("name", ON_A_NARROW_WIRE)
+def test_a_narrow_wire_trains_nearly_as_one_device(name, on_a_narrow_wire):
+    first, *others = [result[name] for result in on_a_narrow_wire]
+    assert "error" not in first, first["error"]
+    assert all(other == first for other in others)
+    expected = worker_cases.run(name, tf.distribute.get_strategy())
+    for got, wanted in zip(first["weights"], expected["weights"], strict=True):
+        np.testing.assert_allclose(got, wanted, atol=5e-3)
+    # Something did cross in fewer bits.
+    assert first["weights"] != expected["weights"]
+
+
 @pytest.mark.parametrize("name", ["dropout"])
 def test_dropout_masks_differ_between_workers(name, on_workers):
     first, _ = results = [result[name] for result in on_workers]
