@@ -118,7 +118,7 @@ def measure(
     message = Message(any_strategy, gradients)
     nbytes = sum(gradient.nbytes for gradient in gradients)
     loops = options.loops or loops_for(
-        nbytes, any_strategy.extended.num_workers
+        nbytes, len(gradients), any_strategy.extended.num_workers
     )
     timed = {
         Setting(algorithm, size): TimedLoop(message, strategy, size)

@@ -16,8 +16,11 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 # Bytes per timed call, so that one call takes long against a clock's tick and
 # short against a user's patience. It depends on no clock: between workers all
 # must loop as often.
-_BYTES_PER_CALL = 16 * 2**20
+_BYTES_PER_CALL = 128 * 2**20
 _MAX_LOOPS = 100
+
+# The call itself costs about 0.1 ms for each gradient that it is handed.
+_LOOPS_IF_MANY = 10
 
 # TensorFlow keeps a thread for each collective until its time limit is over
 # (base_collective_executor.cc: "Share the timeout watchdog thread").
@@ -228,10 +231,18 @@ def divide(nbytes: int, dtype: str, gradients: int) -> list[int]:
     return [share + (index < left) for index in range(gradients)]
 
 
-def loops_for(nbytes: int, num_workers: int) -> int:
-    """All-reduces in one timed call: many if they are small."""
-    most = _MAX_LOOPS if num_workers == 1 else _MAX_LOOPS_BETWEEN_WORKERS
-    return max(1, min(most, _BYTES_PER_CALL // nbytes))
+def loops_for(nbytes: int, gradients: int, num_workers: int) -> int:
+    """All-reduces in one timed call: many if they are small, or of many parts.
+
+    Args:
+        nbytes: Size of the message.
+        gradients: Number of gradients that make it up.
+        num_workers: Number of workers.
+    """
+    by_size = max(1, _BYTES_PER_CALL // nbytes)
+    if num_workers > 1:
+        return min(_MAX_LOOPS_BETWEEN_WORKERS, by_size)
+    return min(_MAX_LOOPS, max(by_size, min(gradients, _LOOPS_IF_MANY)))
 
 
 def item_bytes(dtype: str) -> int:

@@ -142,11 +142,20 @@ class TestSizes:
         assert divide(17, "float64", 1) == [2]
 
     @pytest.mark.parametrize(
-        ("nbytes", "workers", "loops"),
-        [(4096, 1, 100), (2**20, 1, 16), (2**28, 1, 1), (4096, 2, 10)],
+        ("nbytes", "gradients", "workers", "loops"),
+        [
+            (4096, 1, 1, 100),
+            (2**24, 1, 1, 8),
+            (2**28, 1, 1, 1),
+            (2**28, 161, 1, 10),
+            (4096, 1, 2, 10),
+            (2**28, 161, 2, 1),
+        ],
     )
-    def test_small_messages_loop_more_often(self, nbytes, workers, loops):
-        assert loops_for(nbytes, workers) == loops
+    def test_what_is_small_or_of_many_parts_loops_more_often(
+        self, nbytes, gradients, workers, loops
+    ):
+        assert loops_for(nbytes, gradients, workers) == loops
 
 
 class TestTable:
