@@ -154,7 +154,7 @@ def about(strategies: dict[str, Any], options: BenchmarkOptions) -> dict:
         "python": platform.python_version(),
         "devices": list(strategy.extended.worker_devices),
         "device_kind": _kind_of(strategy.extended.worker_devices[0]),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": _cores(),
         "workers": strategy.extended.num_workers,
         "replicas": strategy.num_replicas_in_sync,
         "model": options.model,
@@ -256,6 +256,13 @@ def _check_devices_of_launcher(replicas: int) -> None:
             "Pass --replicas or the --devices-per-worker of the launcher. "
             f"Received: --replicas {replicas}, {HOST_DEVICES}={told}"
         )
+
+
+def _cores() -> int:
+    # Those that this process may use, where the system tells.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _kind_of(device: str) -> str:
