@@ -233,12 +233,12 @@ class Step:
         if self._rule.kind == "as_is":
             return loss
         if _thread.share is not None:
-            loss = _times(loss, _thread.share > 0)
+            loss = weighing.times(loss, _thread.share > 0)
         scalar = weighing.returns_one_value(self._rule.suspects, y, y_pred)
         if scalar is not None:
             self._warn(weighing.doubt_of_scalar(scalar))
             _thread.share = _thread.correction = None
-        return _times(loss, _thread.correction)
+        return weighing.times(loss, _thread.correction)
 
     def update_loss_metric(
         self, keras_update: Callable[..., Any], value: Any, sample_weight: Any
@@ -249,7 +249,7 @@ class Step:
         in advance; then every replica counts once, with its share.
         """
         if sample_weight is None and self._rule.kind == "samples":
-            value = _times(value, _thread.share)
+            value = weighing.times(value, _thread.share)
         return keras_update(value, sample_weight=sample_weight)
 
     def scale_loss(
@@ -262,7 +262,7 @@ class Step:
         """
         self._in_backprop = True
         if self._rule.kind != "as_is":
-            loss = _times(loss, _thread.share)
+            loss = weighing.times(loss, _thread.share)
             _thread.scaled = True
         return keras_scale_loss(loss)
 
@@ -274,7 +274,8 @@ class Step:
         grads = list(grads)
         if self._weigh_gradients and not _thread.scaled:
             grads = [
-                g if g is None else _times(g, _thread.share) for g in grads
+                g if g is None else weighing.times(g, _thread.share)
+                for g in grads
             ]
         if not summing.already_reduced():
             if trainable_variables is not None:
@@ -323,7 +324,7 @@ class Step:
             self._values(value), self._share_of_replica.values, strict=True
         ):
             with tf.device(share.device):
-                parts.append(_times(part, share > 0))
+                parts.append(weighing.times(part, share > 0))
         return internals.PerReplica(tuple(parts))
 
     def part_that_flows_back(self, total: Any) -> Any:
@@ -353,7 +354,7 @@ class Step:
                 devices, replicas, shares, strict=True
             ):
                 with tf.device(device):
-                    weighed.append(_times(replica, share))
+                    weighed.append(weighing.times(replica, share))
             return internals.PerReplica(tuple(weighed))
 
         return keras.tree.map_structure(weigh, outputs)
@@ -395,14 +396,3 @@ def _optimizers_of(model: keras.Model) -> list[Any]:
         ):
             found.append(candidate)
     return found
-
-
-def _times(value: Any, weight: Any) -> Any:
-    """`value * weight`, 0 where the weight is 0 even if the value is NaN."""
-    if weight is None:
-        return value
-    if isinstance(value, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            _times(value.values, weight), value.indices, value.dense_shape
-        )
-    return tf.math.multiply_no_nan(value, tf.cast(weight, value.dtype))

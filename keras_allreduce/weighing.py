@@ -175,6 +175,17 @@ def shares(
     ]
 
 
+def times(value: Any, weight: Any) -> Any:
+    """`value * weight`, 0 where the weight is 0 even if the value is NaN."""
+    if weight is None:
+        return value
+    if isinstance(value, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            times(value.values, weight), value.indices, value.dense_shape
+        )
+    return tf.math.multiply_no_nan(value, tf.cast(weight, value.dtype))
+
+
 def _reduction(loss: Any) -> Any:
     if isinstance(loss, keras.losses.Loss):
         return loss.reduction
