@@ -16,6 +16,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce.progress import Progress
+
 _group_keys = itertools.count(1_000_000)
 
 
@@ -26,26 +28,28 @@ class WorkerGroup:
     Attributes:
         num_workers: Number of workers.
         device: Host device of this worker.
-        timeout_seconds: How long a worker waits for the others.
         key: Number of the group; strategies are made in one order on all
             workers.
     """
 
     num_workers: int
     device: str
-    timeout_seconds: float
     key: int = field(default_factory=lambda: next(_group_keys))
 
 
 class Collectives:
     """Collectives of one group of workers.
 
+    They wait for the others without end; whoever watches `progress` ends them.
+
     Args:
         group: The workers.
+        progress: Told what is under way.
     """
 
-    def __init__(self, group: WorkerGroup):
+    def __init__(self, group: WorkerGroup, progress: Progress):
         self._group = group
+        self._progress = progress
         self._seen: weakref.WeakKeyDictionary[Any, dict[str, int]] = (
             weakref.WeakKeyDictionary()
         )
@@ -66,26 +70,17 @@ class Collectives:
         Returns:
             The sum, on the host device of this worker.
         """
-        with tf.device(self._group.device):
-            return tf.raw_ops.CollectiveReduceV2(
-                input=tensor,
-                merge_op="Add",
-                final_op="Id",
-                communication_hint="ring",
-                **self._place(tensor, purpose),
-            )
+        return self._run(
+            tf.raw_ops.CollectiveReduceV2,
+            tensor,
+            purpose,
+            merge_op="Add",
+            final_op="Id",
+        )
 
     def all_gather(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
         """Concatenates `tensor`, of one shape on all workers, along axis 0."""
-        with tf.device(self._group.device):
-            # Has no kernel for bfloat16, whose bytes it can move as well.
-            moved = _as_moved(tensor)
-            gathered = tf.raw_ops.CollectiveGatherV2(
-                input=moved,
-                communication_hint="ring",
-                **self._place(moved, purpose),
-            )
-            return tf.bitcast(gathered, tensor.dtype)
+        return self._move(tf.raw_ops.CollectiveGatherV2, tensor, purpose)
 
     def all_to_all(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
         """Sends row w of `tensor` to worker w.
@@ -97,14 +92,7 @@ class Collectives:
         Returns:
             Tensor of the same shape; row w is what worker w has sent here.
         """
-        with tf.device(self._group.device):
-            moved = _as_moved(tensor)
-            received = tf.raw_ops.CollectiveAllToAllV2(
-                input=moved,
-                communication_hint="ring",
-                **self._place(moved, purpose),
-            )
-            return tf.bitcast(received, tensor.dtype)
+        return self._move(tf.raw_ops.CollectiveAllToAllV2, tensor, purpose)
 
     def all_gather_rows(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
         """Concatenates tensors that may differ in length along axis 0."""
@@ -122,6 +110,29 @@ class Collectives:
                 axis=0,
             )
 
+    def _move(self, op: Any, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
+        if tensor.dtype != tf.bfloat16:
+            return self._run(op, tensor, purpose)
+        with tf.device(self._group.device):
+            # Has no kernel for bfloat16, whose bytes it can move as well.
+            moved = self._run(op, tf.bitcast(tensor, tf.float16), purpose)
+            return tf.bitcast(moved, tf.bfloat16)
+
+    def _run(
+        self, op: Any, tensor: tf.Tensor, purpose: str, **attributes: Any
+    ) -> tf.Tensor:
+        with tf.device(self._group.device):
+            place = self._place(tensor, purpose)
+            return self._progress.watched(
+                lambda ready: op(
+                    input=ready,
+                    communication_hint="ring",
+                    **attributes,
+                    **place,
+                ),
+                tensor,
+            )
+
     def _place(self, tensor: tf.Tensor, purpose: str) -> dict[str, Any]:
         graph = tf.compat.v1.get_default_graph()
         seen = self._seen.setdefault(graph, {})
@@ -132,14 +143,7 @@ class Collectives:
             "group_key": self._group.key,
             "instance_key": _instance(f"{name} {seen[name]}", tensor),
             "ordering_token": [],
-            "timeout_seconds": self._group.timeout_seconds,
         }
-
-
-def _as_moved(tensor: tf.Tensor) -> tf.Tensor:
-    if tensor.dtype == tf.bfloat16:
-        return tf.bitcast(tensor, tf.float16)
-    return tensor
 
 
 def _instance(name: str, tensor: tf.Tensor) -> Any:

@@ -1,5 +1,6 @@
 """MultiWorkerAllReduceStrategy: the same on several machines."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -11,6 +12,7 @@ from keras_allreduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.checks import host_devices
 from keras_allreduce.collectives import Collectives, WorkerGroup
 from keras_allreduce.meter import StepLog
+from keras_allreduce.progress import Progress
 from keras_allreduce.strategy_base import ExtendedBase, StrategyBase
 from keras_allreduce.wire import WIRE_DTYPES, Wire
 from keras_allreduce.worker_agreement import Agreement, environment
@@ -90,13 +92,17 @@ class MultiWorkerAllReduceStrategy(
         )
         options = tf.distribute.experimental.CommunicationOptions(
             bytes_per_pack=asked.bytes_per_pack or bytes_per_pack,
-            timeout_seconds=asked.timeout_seconds or timeout_seconds,
             implementation=asked.implementation,
         )
         tf.distribute.Strategy.__init__(
             self,
             MultiWorkerAllReduceExtended(
-                self, cluster_resolver, options, wire_dtype, sparse_as_dense
+                self,
+                cluster_resolver,
+                options,
+                asked.timeout_seconds or timeout_seconds,
+                wire_dtype,
+                sparse_as_dense,
             ),
         )
 
@@ -148,11 +154,13 @@ class MultiWorkerAllReduceExtended(
         container_strategy: Any,
         cluster_resolver: Any,
         options: Any,
+        timeout_seconds: float,
         wire_dtype: str | None,
         sparse_as_dense: bool,
     ):
+        self._progress = Progress()
         with worker_checks.starting(
-            cluster_resolver, options.timeout_seconds
+            cluster_resolver, timeout_seconds
         ) as cluster:
             super().__init__(
                 container_strategy,
@@ -165,17 +173,17 @@ class MultiWorkerAllReduceExtended(
                 "auto", options.bytes_per_pack, sparse_as_dense=sparse_as_dense
             )
             return
-        watch = WorkerWatch(cluster, options.timeout_seconds)
+        watch = WorkerWatch(cluster, timeout_seconds, self._progress)
         watch.start(self)
         self._agreement = Agreement(
-            cluster, options.timeout_seconds, lost=lambda: watch.lost
+            cluster, timeout_seconds, lost=lambda: watch.lost
         )
         self._agreement.compare(
             "versions, devices and options",
             {
                 **environment(len(self.worker_devices)),
                 "bytes_per_pack": options.bytes_per_pack,
-                "timeout_seconds": options.timeout_seconds,
+                "timeout_seconds": timeout_seconds,
                 "wire_dtype": wire_dtype,
                 "sparse_as_dense": sparse_as_dense,
                 "weigh_samples": container_strategy.weigh_samples,
@@ -185,8 +193,8 @@ class MultiWorkerAllReduceExtended(
             WorkerGroup(
                 self._num_workers,
                 f"{self._worker_device}/device:CPU:0",
-                options.timeout_seconds,
-            )
+            ),
+            self._progress,
         )
         self._exact = Wire(collectives, self._num_workers)
         self._wire = Wire(collectives, self._num_workers, wire_dtype)
@@ -262,16 +270,17 @@ class MultiWorkerAllReduceExtended(
             )
         # Stock numbers its collectives one by one, which is right here, and
         # orders those of NCCL.
-        reduced = super()._sum_over_replicas(
-            reduce_op,
-            [
-                (self._as_sent(value), destination)
-                for value, destination in value_destination_pairs
-            ],
-            options,
-        )
+        with self._waiting():
+            reduced = super()._sum_over_replicas(
+                reduce_op,
+                [
+                    (self._as_sent(value), destination)
+                    for value, destination in value_destination_pairs
+                ],
+                options,
+            )
         return [
-            _cast(total, value.dtype)
+            _cast(total, _dtype(value))
             for total, (value, _) in zip(
                 reduced, value_destination_pairs, strict=True
             )
@@ -281,7 +290,7 @@ class MultiWorkerAllReduceExtended(
         """A distributed value in the dtype in which it crosses."""
         if self._num_workers == 1:
             return value
-        return _cast(value, self._wire.dtype_of(value.dtype))
+        return _cast(value, self._wire.dtype_of(_dtype(value)))
 
     def _reduce_to(
         self, reduce_op: Any, value: Any, destinations: Any, options: Any
@@ -295,7 +304,18 @@ class MultiWorkerAllReduceExtended(
         ):
             # Whether any worker still has data, which every step asks.
             return self._exact.all_reduce(value, "reduce")
-        return super()._reduce_to(reduce_op, value, destinations, options)
+        with self._waiting():
+            return super()._reduce_to(reduce_op, value, destinations, options)
+
+    def _gather_to_implementation(self, *args: Any, **kwargs: Any) -> Any:
+        with self._waiting():
+            return super()._gather_to_implementation(*args, **kwargs)
+
+    def _waiting(self) -> contextlib.AbstractContextManager[None]:
+        """What stock runs eagerly in the block is under way."""
+        if tf.executing_eagerly():
+            return self._progress.during()
+        return contextlib.nullcontext()
 
 
 def _is_mean(reduce_op: Any) -> bool:
@@ -306,9 +326,13 @@ def _rank(value: Any) -> int | None:
     return tf.TensorShape(value.shape).rank
 
 
+def _dtype(value: Any) -> tf.DType:
+    return getattr(value, "values", (value,))[0].dtype
+
+
 def _cast(value: Any, dtype: tf.DType) -> Any:
     """A distributed value with each replica's part cast where it is."""
-    if value.dtype == dtype:
+    if _dtype(value) == dtype:
         return value
     parts = []
     for part in getattr(value, "values", (value,)):

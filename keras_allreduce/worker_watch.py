@@ -9,6 +9,8 @@ frozen, or whose network is cut, does not.
 
 import atexit
 import contextlib
+import faulthandler
+import os
 import sys
 import threading
 import time
@@ -19,6 +21,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_allreduce import internals
+from keras_allreduce.progress import Progress
 from keras_allreduce.worker_meeting import Cluster
 
 FROZEN_SECONDS = 20.0
@@ -35,6 +38,9 @@ _RETRY_SECONDS = 0.3
 # others may need so long for what they do last, saving as a rule.
 _ALONE_SECONDS = 30.0
 
+# TensorFlow's tear-down waits for a worker that does not answer.
+_TEAR_DOWN_SECONDS = 20.0
+
 _REMEDY = (
     "Look at its log, then start all workers again; "
     "keras.callbacks.BackupAndRestore goes on where they were."
@@ -49,12 +55,18 @@ class WorkerWatch:
 
     Args:
         cluster: The workers.
-        timeout_seconds: A worker is lost if it has not answered for this
-            long, or for `FROZEN_SECONDS` if that is shorter.
+        timeout_seconds: How long a collective may wait for the others. A
+            worker is lost if it has not answered for this long, or for
+            `FROZEN_SECONDS` if that is shorter.
+        progress: The collectives under way.
     """
 
-    def __init__(self, cluster: Cluster, timeout_seconds: float):
+    def __init__(
+        self, cluster: Cluster, timeout_seconds: float, progress: Progress
+    ):
         self._cluster = cluster
+        self._timeout_seconds = timeout_seconds
+        self._progress = progress
         self._limit_seconds = min(timeout_seconds, FROZEN_SECONDS)
         self._stopped = threading.Event()
         self._asking = threading.Lock()
@@ -104,6 +116,18 @@ class WorkerWatch:
                 if self.lost is not None or self._stopped.is_set():
                     break
                 self._ask(rank)
+            if (
+                self.lost is None
+                and self._progress.waiting_seconds() >= self._timeout_seconds
+            ):
+                self._give_up(
+                    "All workers must take part in every step within "
+                    f"timeout_seconds={self._timeout_seconds:g}. Received: no "
+                    "worker was lost, but at least one is somewhere else in "
+                    "its script: it has fewer batches, is slower than that, "
+                    "or does something else. Give all the same number of "
+                    "batches, or raise `timeout_seconds`."
+                )
             return self.lost
 
     def _ask(self, rank: int) -> None:
@@ -155,11 +179,14 @@ class WorkerWatch:
             internals.publish(_goodbye(self._cluster, self._cluster.rank), "")
 
     def _lose(self, rank: int, what: str) -> None:
-        self.lost = (
+        self._give_up(
             "All workers must stay until training ends. Received: "
             f"{self._cluster.name(rank)} {what} {_REMEDY}"
         )
-        internals.abort_collectives(self.lost)
+
+    def _give_up(self, why: str) -> None:
+        self.lost = why
+        internals.abort_collectives(why)
 
 
 _watches: weakref.WeakSet[WorkerWatch] = weakref.WeakSet()
@@ -181,21 +208,10 @@ def explain(error: BaseException | None) -> str | None:
         return None
     if "ollective" not in error.message:
         return None
-    # One that is lost ends a collective before its time is up; after that,
-    # others may have given up as well.
-    timed_out = isinstance(error, tf.errors.DeadlineExceededError)
     for watch in list(_watches):
-        lost = watch.lost if timed_out else watch.ask_until_sure()
+        lost = watch.ask_until_sure()
         if lost is not None:
             return lost
-    if timed_out and _watches:
-        return (
-            "All workers must take part in every step within "
-            "`timeout_seconds`. Received: no worker was lost, but at least "
-            "one is somewhere else in its script: it has fewer batches, is "
-            "slower than that, or does something else. Give all the same "
-            "number of batches, or raise `timeout_seconds`."
-        )
     return None
 
 
@@ -203,7 +219,7 @@ def _goodbye(cluster: Cluster, rank: int) -> str:
     return f"keras_allreduce/goodbye of {cluster.tasks[rank]}"
 
 
-_state = {"installed": False, "failed": False}
+_state: dict[str, Any] = {"installed": False, "failed": False}
 
 
 def _install_last_line() -> None:
@@ -224,9 +240,18 @@ def _install_last_line() -> None:
             explanation = explain(error)
             if explanation is not None:
                 print(f"keras_allreduce: {explanation}", file=sys.stderr)
+                _end_within(_TEAR_DOWN_SECONDS)
 
     sys.excepthook = show_and_explain
     atexit.register(_leave)
+
+
+def _end_within(seconds: float) -> None:
+    """Ends the process, which has failed, in this time at the latest."""
+    # The one timer that also runs while the interpreter is torn down.
+    nowhere = open(os.devnull, "w")  # noqa: SIM115 (open until the end)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
+    _state["nowhere"] = nowhere
 
 
 def _leave() -> None:

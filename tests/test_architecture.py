@@ -26,6 +26,7 @@ ORDER = [
     "records",
     "clocks",
     "batch_all_reduce",
+    "progress",
     "collectives",
     "wire",
     "worker_all_reduce",

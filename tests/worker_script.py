@@ -61,6 +61,7 @@ def sums(wire_dtypes):
 
     import keras_allreduce
     from keras_allreduce.collectives import Collectives, WorkerGroup
+    from keras_allreduce.progress import Progress
     from keras_allreduce.wire import Wire
 
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
@@ -68,11 +69,8 @@ def sums(wire_dtypes):
     device = strategy.extended.worker_devices[0]
     found = {}
     for dtype in wire_dtypes:
-        wire = Wire(Collectives(WorkerGroup(workers, device, 60.0)), workers)
-        if dtype != "float32":
-            wire = Wire(
-                Collectives(WorkerGroup(workers, device, 60.0)), workers, dtype
-            )
+        collectives = Collectives(WorkerGroup(workers, device), Progress())
+        wire = Wire(collectives, workers, None if dtype == "float32" else dtype)
         parts = worker_cases.wire_parts(worker_cases.worker_index())
         parts = {name: tf.constant(part) for name, part in parts.items()}
 
