@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce import internals, weighing, worker_checks
+from keras_allreduce import internals, memory, weighing, worker_checks
 from keras_allreduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.checks import host_devices
 from keras_allreduce.collectives import Collectives, WorkerGroup
@@ -173,6 +173,7 @@ class MultiWorkerAllReduceExtended(
                 "auto", options.bytes_per_pack, sparse_as_dense=sparse_as_dense
             )
             return
+        memory.keep_freed()
         watch = WorkerWatch(cluster, timeout_seconds, self._progress)
         watch.start(self)
         self._agreement = Agreement(
@@ -238,8 +239,7 @@ class MultiWorkerAllReduceExtended(
 
     def _update_config_proto(self, config_proto: Any) -> Any:
         # TensorFlow's defaults cut what a worker sends into strings of 4 KiB
-        # and send all of it through one connection: see "Channels" in
-        # benchmarks/RESULTS.md.
+        # and send all of it through one connection.
         config = super()._update_config_proto(config_proto)
         config.experimental.recv_buf_max_chunk = -1
         config.rpc_options.num_channels_per_target = 4

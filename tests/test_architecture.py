@@ -15,6 +15,7 @@ PACKAGE = REPOSITORY / "keras_allreduce"
 # then what measures, then the strategy and what users and Keras see.
 ORDER = [
     "version",
+    "memory",
     "internals",
     "buckets",
     "stats",
@@ -60,6 +61,7 @@ ORDER = [
 
 # Planning, arithmetic and the launcher, without TensorFlow.
 PURE = [
+    "memory",
     "buckets",
     "stats",
     "version",
