@@ -22,8 +22,7 @@ _MAX_LOOPS = 100
 # The call itself costs about 0.1 ms for each gradient that it is handed.
 _LOOPS_IF_MANY = 10
 
-# TensorFlow keeps a thread for each collective until its time limit is over
-# (base_collective_executor.cc: "Share the timeout watchdog thread").
+# A trip between workers takes milliseconds, next to which a call is cheap.
 _MAX_LOOPS_BETWEEN_WORKERS = 10
 
 _DESCRIPTION = """

@@ -43,4 +43,5 @@ def keep_freed() -> bool:
     if asked or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(name, value) for name, value in _SETTINGS.items()])
+    done = [mallopt(name, value) for name, value in _SETTINGS.items()]
+    return all(done)

@@ -195,6 +195,7 @@ def test_the_arguments_that_are_named_exist():
         "sparse_as_dense",
         "timeout_seconds",
         "weigh_samples",
+        "wire_dtype",
     ):
         assert f"`{name}" in MIGRATING
         assert name in known
