@@ -72,7 +72,7 @@ class GraphClocks:
             count = internals.ResourceVariable(
                 np.int64(0), trainable=False, dtype=tf.int64
             )
-            now = _free_running_clock(count)
+            now = free_running_clock(count)
         self._rows.append(rows)
         self._counts.append(count)
         self._nows.append(now)
@@ -132,7 +132,7 @@ def _host_of(device: str) -> str:
     return spec.replace(device_type="CPU", device_index=0).to_string()
 
 
-def _free_running_clock(variable: tf.Variable) -> Any:
+def free_running_clock(variable: tf.Variable) -> Any:
     """A function that returns the time, to be called in a graph.
 
     TensorFlow runs ops with side effects in program order, each after the one

@@ -142,6 +142,10 @@ class AllReduceLogger(keras.callbacks.Callback):
     model.fit(x, y, callbacks=[AllReduceLogger(), CSVLogger("log.csv")])
     ```
 
+    Under a `MultiWorkerAllReduceStrategy(measure_lateness=True)` also
+    `last_worker`, the number of the worker that comes last to a step, and
+    `lateness_ms`, how much later than the first. Pass it on all workers then.
+
     Raises:
         ValueError: If the model is trained without an `AllReduceStrategy`.
     """
@@ -178,3 +182,8 @@ class AllReduceLogger(keras.callbacks.Callback):
             logs["all_reduce_ms"] = stats.all_reduce_ms
             logs["overlap"] = stats.overlap
             logs["all_reduce_gbps"] = stats.all_reduce_gbps
+        strategy = self.model.distribute_strategy
+        if getattr(strategy, "measure_lateness", False) and logs is not None:
+            late = strategy.worker_lateness()
+            logs["last_worker"] = late.index(max(late))
+            logs["lateness_ms"] = max(late)

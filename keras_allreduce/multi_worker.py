@@ -1,6 +1,7 @@
 """MultiWorkerAllReduceStrategy: the same on several machines."""
 
 import contextlib
+import math
 import os
 from typing import Any
 
@@ -53,6 +54,8 @@ class MultiWorkerAllReduceStrategy(
         sparse_as_dense: See `BatchAllReduce`.
         weigh_samples: See `AllReduceStrategy`.
         fit_log: See `AllReduceStrategy`.
+        measure_lateness: Whether `worker_lateness` and `AllReduceLogger` tell
+            which worker the others wait for.
 
     Raises:
         ValueError: If an argument is not one of the above, or TF_CONFIG does
@@ -73,8 +76,10 @@ class MultiWorkerAllReduceStrategy(
         sparse_as_dense: bool = False,
         weigh_samples: bool | None = None,
         fit_log: bool = True,
+        measure_lateness: bool = False,
     ):
         self._init_options(weigh_samples, fit_log)
+        self.measure_lateness = bool(measure_lateness)
         if HOST_DEVICES in os.environ:
             host_devices(int(os.environ[HOST_DEVICES]))
         if not timeout_seconds > 0:
@@ -103,6 +108,7 @@ class MultiWorkerAllReduceStrategy(
                 asked.timeout_seconds or timeout_seconds,
                 wire_dtype,
                 sparse_as_dense,
+                Progress(timed=measure_lateness),
             ),
         )
 
@@ -113,6 +119,21 @@ class MultiWorkerAllReduceStrategy(
     def fit_log(self) -> StepLog | None:
         """What the fit output shows: nothing but on the chief."""
         return super().fit_log if self.extended.is_chief else None
+
+    def worker_lateness(self) -> list[float]:
+        """How much later than the first each worker comes to a step.
+
+        The first to come waits longest in the collectives of a step, so no
+        clocks of different hosts are compared. To be called on all workers of
+        a strategy with `measure_lateness=True`.
+
+        Returns:
+            Milliseconds per step, by worker; 0 for the one that waits
+            longest. Means over the steps since the last call; all `nan` if a
+            worker has counted none.
+        """
+        waits = self.extended.waits_of_all_workers()
+        return [(max(waits) - each) * 1e3 for each in waits]
 
     def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
         """Reduces `value` across replicas, as `tf.distribute.Strategy` does.
@@ -157,8 +178,9 @@ class MultiWorkerAllReduceExtended(
         timeout_seconds: float,
         wire_dtype: str | None,
         sparse_as_dense: bool,
+        progress: Progress,
     ):
-        self._progress = Progress()
+        self._progress = progress
         with worker_checks.starting(
             cluster_resolver, timeout_seconds
         ) as cluster:
@@ -186,19 +208,20 @@ class MultiWorkerAllReduceExtended(
                 "bytes_per_pack": options.bytes_per_pack,
                 "timeout_seconds": timeout_seconds,
                 "wire_dtype": wire_dtype,
+                "measure_lateness": progress.timed,
                 "sparse_as_dense": sparse_as_dense,
                 "weigh_samples": container_strategy.weigh_samples,
             },
         )
-        collectives = Collectives(
+        self._collectives = Collectives(
             WorkerGroup(
                 self._num_workers,
                 f"{self._worker_device}/device:CPU:0",
             ),
             self._progress,
         )
-        self._exact = Wire(collectives, self._num_workers)
-        self._wire = Wire(collectives, self._num_workers, wire_dtype)
+        self._exact = Wire(self._collectives, self._num_workers)
+        self._wire = Wire(self._collectives, self._num_workers, wire_dtype)
         self._gradient_ops = WorkerAllReduce(
             self._wire,
             self._num_workers,
@@ -227,6 +250,18 @@ class MultiWorkerAllReduceExtended(
     def is_chief(self) -> bool:
         """Whether this is the worker that reports and saves."""
         return bool(self._is_chief)
+
+    def waits_of_all_workers(self) -> list[float]:
+        """Mean seconds per step in collectives, by worker."""
+        wait = self._progress.read_waits()
+        if self._num_workers == 1:
+            return [wait]
+        gathered = self._collectives.all_gather(
+            tf.constant([wait], tf.float64), "waits"
+        )
+        waits = [float(each) for each in gathered.numpy()]
+        none = any(math.isnan(each) for each in waits)
+        return [math.nan] * len(waits) if none else waits
 
     def shares_of(self, amounts: list[tf.Tensor]) -> list[tf.Tensor]:
         """Share of each replica of this worker in the whole batch."""

@@ -18,12 +18,17 @@ import numpy as np
 import tensorflow as tf
 
 from keras_allreduce import internals
+from keras_allreduce.clocks import free_running_clock
 
 
 class _Counters:
-    """How often one collective of a graph has begun, and ended."""
+    """How often one collective of a graph has begun, and ended.
 
-    def __init__(self) -> None:
+    Args:
+        timed: Also how long it was under way in all, but for the first time.
+    """
+
+    def __init__(self, timed: bool) -> None:
         with tf.init_scope():
             self.begun, self.ended = (
                 internals.ResourceVariable(
@@ -31,12 +36,24 @@ class _Counters:
                 )
                 for _ in range(2)
             )
+            if timed:
+                self.seconds = internals.ResourceVariable(
+                    np.float64(0), trainable=False
+                )
+                self.now_begun = free_running_clock(self.begun)
+                self.now_ended = free_running_clock(self.ended)
 
 
 class Progress:
-    """The collectives of one strategy that are under way."""
+    """The collectives of one strategy that are under way.
 
-    def __init__(self) -> None:
+    Args:
+        timed: Whether `read_waits` tells how long they were.
+    """
+
+    def __init__(self, timed: bool = False) -> None:
+        self.timed = timed
+        self._read = (0.0, 0)
         self._lock = threading.Lock()
         self._counters: weakref.WeakSet[_Counters] = weakref.WeakSet()
         self._seen: weakref.WeakKeyDictionary[_Counters, tuple[int, float]] = (
@@ -54,7 +71,7 @@ class Progress:
         if tf.executing_eagerly():
             with self.during():
                 return collective(tensor)
-        counters = _Counters()
+        counters = _Counters(self.timed)
         # The graph keeps them alive, as long as it can run.
         tf.compat.v1.get_default_graph().add_to_collection(
             "keras_allreduce_progress", counters
@@ -62,11 +79,18 @@ class Progress:
         with self._lock:
             self._counters.add(counters)
         with tf.control_dependencies([tensor]):
-            begun = counters.begun.assign_add(1, read_value=False)
-        with tf.control_dependencies([begun]):
+            times = counters.begun.assign_add(1)
+        start = counters.now_begun() if self.timed else times
+        with tf.control_dependencies([start]):
             result = collective(tensor)
         with tf.control_dependencies([result]):
             counters.ended.assign_add(1, read_value=False)
+        if self.timed:
+            with tf.control_dependencies([result]):
+                seconds = counters.now_ended() - start
+            counters.seconds.assign_add(
+                tf.where(times > 1, seconds, 0.0), read_value=False
+            )
         return result
 
     @contextlib.contextmanager
@@ -78,6 +102,24 @@ class Progress:
             yield
         finally:
             del self._calls[call]
+
+    def read_waits(self) -> float:
+        """Mean seconds per step in collectives of graphs since the last call.
+
+        Those of one step add up. `nan` if there was no step, or if they are
+        not `timed`.
+        """
+        with self._lock:
+            counters = list(self._counters)
+        if not self.timed or not counters:
+            return float("nan")
+        seconds = float(sum(each.seconds.numpy() for each in counters))
+        steps = int(max(each.ended.numpy() for each in counters))
+        before = self._read
+        self._read = seconds, steps
+        if steps <= before[1]:
+            return float("nan")
+        return (seconds - before[0]) / (steps - before[1])
 
     def waiting_seconds(self) -> float:
         """Seconds since the oldest collective under way was seen to be so.

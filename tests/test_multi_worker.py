@@ -129,6 +129,16 @@ def test_dropout_masks_differ_between_workers(name, on_workers):
 STAY = "All workers must stay until training ends. Received:"
 
 
+def test_all_workers_are_told_whom_they_wait_for():
+    first, other = workers.results(
+        "fit_with_a_late_worker", deadline_seconds=90
+    )
+    assert first == other
+    assert first["last_worker"] == [1, 1]
+    # It computes for 50 ms before each step; what else there is varies.
+    assert all(late > 10 for late in first["lateness_ms"])
+
+
 def end_of_the_other(signal, index, timeout_seconds):
     """Sends one of two workers a signal.
 

@@ -108,6 +108,33 @@ def _run(names, strategy):
     return found
 
 
+def fit_with_a_late_worker():
+    """Trains; worker 1 computes something else before each step."""
+    import time
+
+    import keras
+    import worker_cases
+
+    import keras_allreduce
+
+    class Compute(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            end = time.monotonic() + 0.05 * worker_cases.worker_index()
+            while time.monotonic() < end:
+                pass
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=60, measure_lateness=True
+    )
+    with strategy.scope():
+        history = worker_cases.fit(
+            worker_cases.dense(),
+            callbacks=[keras_allreduce.AllReduceLogger(), Compute()],
+            batch_size=8,
+        )["history"]
+    return {name: history[name] for name in ("last_worker", "lateness_ms")}
+
+
 def fit_and_signal(name, index, timeout_seconds):
     """Trains until worker `index` gets a signal in the middle of an epoch."""
     import keras
