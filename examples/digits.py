@@ -3,7 +3,9 @@
 Trains a small convolutional network on the UCI handwritten digits that
 scikit-learn ships (1797 images of 8 x 8 pixels), on all GPUs if there are two
 or more, else on two host devices. Then it trains the same network from the
-same seed on one device and prints how far the weights differ.
+same seed on one device, for one epoch, and prints how far the weights differ
+after that. (Later, differences in the last digit have grown to anything: a
+ReLU on the other side of 0, as between two processors.)
 
     python examples/digits.py
 """
@@ -44,7 +46,16 @@ def make_model() -> keras.Model:
     return model
 
 
-def train(strategy: tf.distribute.Strategy, x, y, verbose: int) -> keras.Model:
+def train(
+    strategy: tf.distribute.Strategy, x, y, epochs: int, verbose: int
+) -> tuple[keras.Model, list[np.ndarray]]:
+    """Returns the trained model, and its weights after the first epoch."""
+    weights_of_epoch = {}
+    keep = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: weights_of_epoch.setdefault(
+            epoch, model.get_weights()
+        )
+    )
     keras.utils.set_random_seed(1)
     with strategy.scope():
         model = make_model()
@@ -52,11 +63,12 @@ def train(strategy: tf.distribute.Strategy, x, y, verbose: int) -> keras.Model:
         x,
         y,
         batch_size=BATCH_SIZE,
-        epochs=EPOCHS,
+        epochs=epochs,
         validation_split=0.1,
         verbose=verbose,
+        callbacks=[keep],
     )
-    return model
+    return model, weights_of_epoch[0]
 
 
 def main() -> None:
@@ -70,18 +82,19 @@ def main() -> None:
     x, x_test, y, y_test = train_test_split(
         x, digits.target, test_size=297, random_state=0
     )
-    model = train(strategy, x, y, verbose=1)
+    model, weights = train(strategy, x, y, EPOCHS, verbose=1)
     _, accuracy = model.evaluate(x_test, y_test, verbose=0)
     print(f"\ntest accuracy: {accuracy:.4f}")
 
-    one_device = train(tf.distribute.get_strategy(), x, y, verbose=0)
+    _, expected = train(tf.distribute.get_strategy(), x, y, 1, verbose=0)
     difference = max(
         np.abs(ours - theirs).max()
-        for ours, theirs in zip(
-            model.get_weights(), one_device.get_weights(), strict=True
-        )
+        for ours, theirs in zip(weights, expected, strict=True)
     )
-    print(f"largest weight difference from one device: {difference:.1e}")
+    print(
+        "largest weight difference from one device after one epoch: "
+        f"{difference:.1e}"
+    )
     if accuracy < 0.97:
         raise SystemExit("Expected a test accuracy of at least 0.97.")
 
