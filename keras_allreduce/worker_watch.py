@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import faulthandler
 import os
+import re
 import sys
 import threading
 import time
@@ -212,7 +213,9 @@ def explain(error: BaseException | None) -> str | None:
         lost = watch.ask_until_sure()
         if lost is not None:
             return lost
-    return None
+    # Another worker has noticed it first, and its error has come here.
+    told = re.search(r"All workers must [^\n\\\"]*", error.message)
+    return told.group() if told else None
 
 
 def _goodbye(cluster: Cluster, rank: int) -> str:

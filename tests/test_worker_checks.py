@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import tensorflow as tf
 
+from keras_allreduce import worker_watch
 from keras_allreduce.worker_checks import check_cluster, read_cluster
 
 TWO = ["a:1", "b:2"]
@@ -96,3 +98,15 @@ def test_a_bad_tf_config_is_a_value_error_with_a_remedy(name, monkeypatch):
 
 def test_ipv6_addresses_have_ports_too():
     assert check_cluster({"worker": ["[::1]:1", "[::1]:2"]}, "worker", 1)
+
+
+def test_an_error_that_another_worker_has_sent_is_explained_by_its_words():
+    why = "All workers must stay until training ends. Received: worker 1 (a)"
+    error = tf.errors.UnavailableError(
+        None,
+        None,
+        "Collective ops is aborted by: Collective ops is aborted by: "
+        f"{why}\nThe error could be from a previous operation.\n"
+        f'{{grpc_message:"Collective ops is aborted by: {why}"}}',
+    )
+    assert worker_watch.explain(error) == why
