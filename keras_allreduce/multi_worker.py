@@ -184,6 +184,10 @@ class MultiWorkerAllReduceExtended(
         with worker_checks.starting(
             cluster_resolver, timeout_seconds
         ) as cluster:
+            if cluster is not None:
+                # Before TensorFlow starts the threads that send: told later,
+                # it has little effect.
+                memory.keep_freed()
             super().__init__(
                 container_strategy,
                 cluster_resolver=cluster_resolver,
@@ -195,7 +199,6 @@ class MultiWorkerAllReduceExtended(
                 "auto", options.bytes_per_pack, sparse_as_dense=sparse_as_dense
             )
             return
-        memory.keep_freed()
         watch = WorkerWatch(cluster, timeout_seconds, self._progress)
         watch.start(self)
         self._agreement = Agreement(
