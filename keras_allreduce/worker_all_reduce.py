@@ -15,8 +15,9 @@ from keras_allreduce.buckets import GradientSpec
 from keras_allreduce.records import ReducePlan, size_of
 from keras_allreduce.wire import Wire
 
-# Not measured yet; one pack of 64 MiB is slower than several smaller ones.
-_PACK_SIZE = PackSize(4 * 2**20, 2**20)
+# What the last pack takes cannot be hidden behind backprop, so packs are small
+# where gradients are: see "Pack sizes between workers" in benchmarks/RESULTS.md.
+_PACK_SIZE = PackSize(2**20)
 
 
 class WorkerAllReduce(BatchAllReduce):
