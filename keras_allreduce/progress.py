@@ -40,6 +40,9 @@ class _Counters:
                 self.seconds = internals.ResourceVariable(
                     np.float64(0), trainable=False
                 )
+                self.timed = internals.ResourceVariable(
+                    np.int64(0), trainable=False, dtype=tf.int64
+                )
                 self.now_begun = free_running_clock(self.begun)
                 self.now_ended = free_running_clock(self.ended)
 
@@ -53,7 +56,9 @@ class Progress:
 
     def __init__(self, timed: bool = False) -> None:
         self.timed = timed
-        self._read = (0.0, 0)
+        self._read: weakref.WeakKeyDictionary[_Counters, tuple[float, int]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._lock = threading.Lock()
         self._counters: weakref.WeakSet[_Counters] = weakref.WeakSet()
         self._seen: weakref.WeakKeyDictionary[_Counters, tuple[int, float]] = (
@@ -88,8 +93,12 @@ class Progress:
         if self.timed:
             with tf.control_dependencies([result]):
                 seconds = counters.now_ended() - start
+            counts = times > 1
             counters.seconds.assign_add(
-                tf.where(times > 1, seconds, 0.0), read_value=False
+                tf.where(counts, seconds, 0.0), read_value=False
+            )
+            counters.timed.assign_add(
+                tf.cast(counts, tf.int64), read_value=False
             )
         return result
 
@@ -113,13 +122,15 @@ class Progress:
             counters = list(self._counters)
         if not self.timed or not counters:
             return float("nan")
-        seconds = float(sum(each.seconds.numpy() for each in counters))
-        steps = int(max(each.ended.numpy() for each in counters))
-        before = self._read
-        self._read = seconds, steps
-        if steps <= before[1]:
-            return float("nan")
-        return (seconds - before[0]) / (steps - before[1])
+        seconds, steps = 0.0, 0
+        for each in counters:
+            now = float(each.seconds.numpy()), int(each.timed.numpy())
+            before = self._read.get(each, (0.0, 0))
+            self._read[each] = now
+            seconds += now[0] - before[0]
+            # Each collective of a graph runs once in a step.
+            steps = max(steps, now[1] - before[1])
+        return seconds / steps if steps else float("nan")
 
     def waiting_seconds(self) -> float:
         """Seconds since the oldest collective under way was seen to be so.

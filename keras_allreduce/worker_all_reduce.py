@@ -16,7 +16,7 @@ from keras_allreduce.records import ReducePlan, size_of
 from keras_allreduce.wire import Wire
 
 # What the last pack takes cannot be hidden behind backprop, so packs are small
-# where gradients are: see "Pack sizes between workers" in benchmarks/RESULTS.md.
+# where gradients are: see "Pack sizes between workers" in RESULTS.md.
 _PACK_SIZE = PackSize(2**20)
 
 

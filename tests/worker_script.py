@@ -119,7 +119,7 @@ def fit_with_a_late_worker():
 
     class Compute(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
-            end = time.monotonic() + 0.05 * worker_cases.worker_index()
+            end = time.monotonic() + 0.3 * worker_cases.worker_index()
             while time.monotonic() < end:
                 pass
 
