@@ -106,19 +106,10 @@ def strategies() -> dict[str, Callable]:
 
 def make_model(name: str):
     """A model and the shape of its samples."""
-    import keras
-    import step_time
+    import models
 
-    if name == "wide":
-        # 0.53 M parameters, each used at 64 places of an image: backprop
-        # takes several times as long as 1 Gbit/s needs to carry its gradients.
-        layers = [
-            keras.layers.Conv2D(128, 3, padding="same", activation="relu")
-            for _ in range(4)
-        ]
-        layers += [keras.layers.Flatten(), keras.layers.Dense(10)]
-        return keras.Sequential([keras.Input([8, 8, 3]), *layers]), (8, 8, 3)
-    return step_time.MODELS[name]()
+    setup = models.MODELS[name]
+    return setup.make(), setup.shape
 
 
 def samples(shape: tuple[int, ...]):

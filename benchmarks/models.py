@@ -1,0 +1,145 @@
+"""Models that the benchmarks train, and batches of made-up samples for them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+
+SEQUENCE, VOCABULARY = 64, 8000
+WORDS, EMBEDDED_WORDS = 32, 50_000
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model with what it trains on.
+
+    Attributes:
+        make: Makes the model, whose outputs are logits.
+        shape: Shape of one sample.
+        ids_below: Samples are ids from 0 up to this; 0: floats.
+        labels: Labels are numbers from 0 up to this.
+        labels_shape: Shape of the labels of one sample.
+    """
+
+    make: Callable[[], keras.Model]
+    shape: tuple[int, ...]
+    ids_below: int = 0
+    labels: int = 10
+    labels_shape: tuple[int, ...] = ()
+
+
+def mlp() -> keras.Model:
+    """5.5 M parameters in 4 large layers."""
+    layers = [keras.layers.Dense(1600, "relu") for _ in range(2)]
+    layers += [keras.layers.Dense(800, "relu"), keras.layers.Dense(10)]
+    return keras.Sequential([keras.Input([1000]), *layers])
+
+
+def deep_narrow() -> keras.Model:
+    """61 layers of 64 units: 122 small gradients."""
+    layers = [keras.layers.Dense(64, "relu") for _ in range(60)]
+    layers += [keras.layers.Dense(10)]
+    return keras.Sequential([keras.Input([64]), *layers])
+
+
+def cnn() -> keras.Model:
+    """Three convolutions and a dense layer on 32 x 32 images."""
+    layers = [
+        keras.layers.Conv2D(32, 3, activation="relu"),
+        keras.layers.MaxPooling2D(),
+        keras.layers.Conv2D(64, 3, activation="relu"),
+        keras.layers.MaxPooling2D(),
+        keras.layers.Conv2D(64, 3, activation="relu"),
+        keras.layers.Flatten(),
+        keras.layers.Dense(64, "relu"),
+        keras.layers.Dense(10),
+    ]
+    return keras.Sequential([keras.Input([32, 32, 3]), *layers])
+
+
+def wide() -> keras.Model:
+    """0.53 M parameters, each used at 64 places of an image.
+
+    Backprop takes several times as long as 1 Gbit/s needs to carry its
+    gradients.
+    """
+    layers = [
+        keras.layers.Conv2D(128, 3, padding="same", activation="relu")
+        for _ in range(4)
+    ]
+    layers += [keras.layers.Flatten(), keras.layers.Dense(10)]
+    return keras.Sequential([keras.Input([8, 8, 3]), *layers])
+
+
+def resnet50() -> keras.Model:
+    """ResNet-50 on 32 x 32 images: 23.6 M parameters in 214 gradients."""
+    return keras.applications.ResNet50(
+        weights=None,
+        input_shape=(32, 32, 3),
+        classes=10,
+        classifier_activation=None,
+    )
+
+
+class Positions(keras.layers.Layer):
+    """Adds a trained vector to each place of a sequence."""
+
+    def build(self, input_shape):
+        self.positions = self.add_weight(
+            shape=input_shape[1:], initializer="random_normal"
+        )
+
+    def call(self, sequence):
+        return sequence + self.positions
+
+
+def transformer() -> keras.Model:
+    """4 causal blocks of width 256 that predict the next of 8000 tokens."""
+    tokens = keras.Input([SEQUENCE], dtype="int32")
+    x = Positions()(keras.layers.Embedding(VOCABULARY, 256)(tokens))
+    for _ in range(4):
+        y = keras.layers.LayerNormalization()(x)
+        y = keras.layers.MultiHeadAttention(num_heads=4, key_dim=64)(
+            y, y, use_causal_mask=True
+        )
+        x = keras.layers.Add()([x, y])
+        y = keras.layers.LayerNormalization()(x)
+        y = keras.layers.Dense(1024, "gelu")(y)
+        x = keras.layers.Add()([x, keras.layers.Dense(256)(y)])
+    x = keras.layers.LayerNormalization()(x)
+    return keras.Model(tokens, keras.layers.Dense(VOCABULARY)(x))
+
+
+def embedding() -> keras.Model:
+    """A table of 50,000 x 64 and little else: a large sparse gradient."""
+    layers = [
+        keras.layers.Embedding(EMBEDDED_WORDS, 64),
+        keras.layers.GlobalAveragePooling1D(),
+        keras.layers.Dense(64, "relu"),
+        keras.layers.Dense(10),
+    ]
+    return keras.Sequential([keras.Input([WORDS], dtype="int32"), *layers])
+
+
+MODELS = {
+    "mlp": Setup(mlp, (1000,)),
+    "deep_narrow": Setup(deep_narrow, (64,)),
+    "cnn": Setup(cnn, (32, 32, 3)),
+    "wide": Setup(wide, (8, 8, 3)),
+    "resnet50": Setup(resnet50, (32, 32, 3)),
+    "transformer": Setup(
+        transformer, (SEQUENCE,), VOCABULARY, VOCABULARY, (SEQUENCE,)
+    ),
+    "embedding": Setup(embedding, (WORDS,), ids_below=EMBEDDED_WORDS),
+}
+
+
+def batch(setup: Setup, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`size` samples and their labels, always the same ones."""
+    rng = np.random.default_rng(0)
+    if setup.ids_below:
+        x = rng.integers(0, setup.ids_below, (size, *setup.shape), "int32")
+    else:
+        x = rng.normal(size=(size, *setup.shape)).astype("float32")
+    return x, rng.integers(0, setup.labels, (size, *setup.labels_shape))
