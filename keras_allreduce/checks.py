@@ -81,6 +81,17 @@ def _parse(device: str) -> tuple[str, int]:
     return spec.device_type, spec.device_index or 0
 
 
+def on_gpus(devices: Sequence[str] | None = None) -> bool:
+    """Whether a strategy for `devices` has GPUs; does not start TensorFlow.
+
+    Args:
+        devices: Names of devices. `None`: all GPUs, or else the host.
+    """
+    if devices is None:
+        return bool(tf.config.get_visible_devices("GPU"))
+    return "GPU" in str(devices).upper()
+
+
 def host_devices(count: int) -> list[str]:
     """Makes `count` host devices, to try data parallelism on any machine.
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_allreduce import internals, memory, weighing, worker_checks
 from keras_allreduce.batch_all_reduce import BatchAllReduce
-from keras_allreduce.checks import host_devices
+from keras_allreduce.checks import host_devices, on_gpus
 from keras_allreduce.collectives import Collectives, WorkerGroup
 from keras_allreduce.meter import StepLog
 from keras_allreduce.progress import Progress
@@ -184,9 +184,9 @@ class MultiWorkerAllReduceExtended(
         with worker_checks.starting(
             cluster_resolver, timeout_seconds
         ) as cluster:
-            if cluster is not None:
-                # Before TensorFlow starts the threads that send: told later,
-                # it has little effect.
+            if cluster is not None or not on_gpus():
+                # Before TensorFlow starts its threads: told later, it has no
+                # effect.
                 memory.keep_freed()
             super().__init__(
                 container_strategy,

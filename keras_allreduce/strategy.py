@@ -5,8 +5,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce import memory
 from keras_allreduce.batch_all_reduce import BatchAllReduce
-from keras_allreduce.checks import check_devices
+from keras_allreduce.checks import check_devices, on_gpus
 from keras_allreduce.strategy_base import ExtendedBase, StrategyBase
 
 
@@ -63,6 +64,10 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
         fit_log: bool = True,
     ):
         self._init_options(weigh_samples, fit_log)
+        if not on_gpus(devices):
+            # Before TensorFlow starts its threads: told later, it has no
+            # effect.
+            memory.keep_freed()
         if devices is not None:
             devices = check_devices(devices)
         if cross_device_ops is None:
