@@ -1,0 +1,461 @@
+"""Whole steps of `model.fit` under each strategy, interleaved in one run.
+
+    python benchmarks/whole_fit.py --replicas 1 2 4
+
+Each strategy trains each model in a process of its own, and the processes
+take turns: every round gives each of them one call of `fit`, verbose=1 with
+the output thrown away. A turn's time is the mean step after the first few.
+Ratios are taken within a round, and below 1 is faster. "no strategy" trains
+the same global batch on one device that has all cores. "best stock" is the
+variant of MirroredStrategy that was fastest for that model in that run. "no
+clocks" is this package's cross-device op inside a stock MirroredStrategy: the
+same sums, without the clocks, the fit log and what makes N replicas equal one
+device.
+
+Before that, all start from the same weights and train one step on the same
+batch; its time, from the call of `fit`, is the first step, with tracing. The
+weights must then agree with those of "no strategy". Where a model has
+BatchNormalization, whose statistics are those of each replica's own part,
+they must agree with those of MirroredStrategy. The peak is the most memory
+that the process had in use, with TensorFlow itself.
+"""
+
+import argparse
+import contextlib
+import faulthandler
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import resource
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import rivals
+
+SKIPPED_STEPS = 5
+DEADLINE_SECONDS = 300
+
+ALONE = "no strategy"
+MIRRORED = "MirroredStrategy"
+STOCK = [MIRRORED, "ReductionToOneDevice", "HierarchicalCopyAllReduce"]
+STRATEGIES = [ALONE, *STOCK, "no clocks", "AllReduceStrategy"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What fits a model: a turn of some seconds on two cores."""
+
+    batch: int
+    steps: int
+
+
+MODELS = {
+    "mlp": Size(64, 45),
+    "deep_narrow": Size(64, 45),
+    "cnn": Size(64, 45),
+    "resnet50": Size(32, 15),
+    "transformer": Size(16, 15),
+    "embedding": Size(256, 45),
+}
+
+# How far weights may be apart: a part of the largest update of the tensor, and
+# what rounding comes to where the update is tiny.
+TOLERANCE = 1e-2
+ATOL = 2e-8
+
+
+# In the process of a rival ---------------------------------------------------
+
+
+def strategies() -> dict[str, Callable[[list[str]], Any]]:
+    import tensorflow as tf
+
+    import keras_allreduce
+
+    def mirrored(cross_device_ops: Callable[[], Any]):
+        return lambda devices: tf.distribute.MirroredStrategy(
+            devices, cross_device_ops=cross_device_ops()
+        )
+
+    return {
+        ALONE: lambda devices: tf.distribute.get_strategy(),
+        MIRRORED: tf.distribute.MirroredStrategy,
+        "ReductionToOneDevice": mirrored(tf.distribute.ReductionToOneDevice),
+        "HierarchicalCopyAllReduce": mirrored(
+            tf.distribute.HierarchicalCopyAllReduce
+        ),
+        "no clocks": mirrored(keras_allreduce.BatchAllReduce),
+        "AllReduceStrategy": keras_allreduce.AllReduceStrategy,
+    }
+
+
+class Trainer:
+    """One model under one strategy; its methods are what a rival is asked.
+
+    Args:
+        strategy: Key of `strategies()`.
+        model: Key of `MODELS`.
+        replicas: Number of host devices, but for "no strategy".
+        batch_size: Samples in a global batch.
+    """
+
+    def __init__(
+        self, strategy: str, model: str, replicas: int, batch_size: int
+    ):
+        self._strategy = strategy
+        self._model_name = model
+        self._replicas = replicas
+        self._batch_size = batch_size
+
+    def start(self, initial: str, after: str) -> dict[str, Any]:
+        """Makes the model and trains its first step.
+
+        Args:
+            initial: File of weights to start from. Made if it is not there.
+            after: File to write the weights after the step to.
+
+        Returns:
+            Seconds of the step, labels in a batch, and whether it is seen in
+            the weights how a batch was split.
+        """
+        import keras
+        import models
+        import tensorflow as tf
+
+        import keras_allreduce
+
+        devices = []
+        if self._strategy != ALONE:
+            devices = keras_allreduce.host_devices(self._replicas)
+        setup = models.MODELS[self._model_name]
+        with strategies()[self._strategy](devices).scope():
+            self._model = setup.make()
+            self._model.compile(
+                keras.optimizers.SGD(0.01),
+                keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            )
+        if not Path(initial).exists():
+            np.savez(initial, *self._model.get_weights())
+        self._model.set_weights(read_weights(initial))
+        x, y = models.batch(setup, self._batch_size)
+        # As `fit` does with arrays: batches whose size is not known in advance.
+        data = tf.data.Dataset.from_tensor_slices((x, y)).repeat()
+        self._data = data.batch(self._batch_size)
+        seconds = self._fit(1)[0]
+        np.savez(after, *self._model.get_weights())
+        is_split_seen = any(
+            isinstance(layer, keras.layers.BatchNormalization)
+            for layer in self._model.layers
+        )
+        return {
+            "first_step_seconds": seconds,
+            "labels_per_step": y.size,
+            "is_split_seen": is_split_seen,
+        }
+
+    def fit(self, steps: int) -> float:
+        """Mean seconds of the steps of a `fit` after the first few."""
+        ends = self._fit(steps)[SKIPPED_STEPS - 1 :]
+        return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+    def peak_mib(self) -> float:
+        """Most memory of the process so far."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def _fit(self, steps: int) -> list[float]:
+        """Seconds from the call of `fit` to the end of each step."""
+        import keras
+
+        ends = []
+        timer = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: ends.append(
+                time.perf_counter() - start
+            )
+        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            start = time.perf_counter()
+            self._model.fit(
+                self._data, steps_per_epoch=steps, verbose=1, callbacks=[timer]
+            )
+        return ends
+
+
+def serve(**options: Any) -> None:
+    """Answers `{"value": ...}`, or `{"error": ...}` for what is raised."""
+    trainer = Trainer(**options)
+
+    def turn(ask: str, **arguments: Any) -> dict[str, Any]:
+        faulthandler.dump_traceback_later(DEADLINE_SECONDS, exit=True)
+        try:
+            return {"value": getattr(trainer, ask)(**arguments)}
+        except Exception as error:
+            return {"error": describe(error)}
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    rivals.serve(turn)
+
+
+def describe(error: Exception) -> str:
+    """The kind of an error and the first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = [
+        line for line in lines if line and line != "Graph execution error:"
+    ]
+    return f"{type(error).__name__}: {telling[0] if telling else ''}"
+
+
+def read_weights(file: str | Path) -> list[np.ndarray]:
+    with np.load(file) as arrays:
+        return [arrays[name] for name in arrays.files]
+
+
+# In the process that starts them ---------------------------------------------
+
+
+@dataclass
+class Entry:
+    """A rival, and what came of it so far.
+
+    `error` is set once it has failed; it gets no more turns.
+    """
+
+    rival: rivals.Rival
+    after: Path
+    started: dict[str, Any] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    peak_mib: float = 0.0
+    error: str = ""
+
+    def ask(self, **request: Any) -> Any:
+        """What the rival answers, or `None` if it fails."""
+        if self.error:
+            return None
+        try:
+            answer = self.rival.ask(**request)
+        except SystemExit as end:
+            answer = {"error": str(end).splitlines()[-1]}
+        self.error = answer.get("error", "")
+        return answer.get("value")
+
+
+def reference(entries: dict[str, Entry]) -> str:
+    """Name of the strategy that the others must agree with."""
+    names = [name for name in STRATEGIES if name in entries]
+    names = [name for name in names if not entries[name].error]
+    if names and entries[names[0]].started["is_split_seen"]:
+        names = [name for name in names if name != ALONE]
+    return names[0] if names else ""
+
+
+def check_agree(entries: dict[str, Entry], initial: Path) -> str:
+    """Gives an error to each entry whose first step came out differently.
+
+    Returns:
+        A line that tells how well they agree.
+    """
+    expected_of = reference(entries)
+    if not expected_of:
+        return "none to compare"
+    largest = 0.0
+    for name, entry in entries.items():
+        seen = entry.started.get("is_split_seen")
+        if entry.error or (name == ALONE and seen):
+            continue
+        difference = update_difference(
+            entry.after, entries[expected_of].after, initial
+        )
+        if not difference <= 1:
+            entry.error = (
+                f"weights unlike those of {expected_of}: {difference:.0f} "
+                "times what is tolerated"
+            )
+        largest = max(largest, difference)
+    return f"within {largest:.2f} of what is tolerated from {expected_of}"
+
+
+def update_difference(got: Path, expected: Path, initial: Path) -> float:
+    """Largest difference of a weight, as a multiple of what is tolerated."""
+    files = [read_weights(file) for file in (got, expected, initial)]
+    differences = []
+    for one, other, before in zip(*files, strict=True):
+        tolerated = TOLERANCE * np.abs(other - before).max() + ATOL
+        differences.append(np.abs(one - other).max() / tolerated)
+    return float(np.max(differences))
+
+
+def measure(
+    model: str, replicas: int, size: Size, args: argparse.Namespace
+) -> tuple[dict[str, Entry], str]:
+    """The rivals on one model, by strategy, and how well they agree."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        initial = folder / "initial.npz"
+        entries = {}
+        # One after the other: a first step has the machine to itself.
+        for number, name in enumerate(args.strategies):
+            options = {
+                "strategy": name,
+                "model": model,
+                "replicas": replicas,
+                "batch_size": size.batch,
+            }
+            rival = rivals.Rival(
+                name,
+                [sys.executable, __file__, "--rival", json.dumps(options)],
+                folder / f"stderr-{number}",
+                {"CUDA_VISIBLE_DEVICES": "-1"},
+            )
+            after = folder / f"after-{number}.npz"
+            entry = Entry(stack.enter_context(rival), after)
+            entry.started = (
+                entry.ask(ask="start", initial=str(initial), after=str(after))
+                or {}
+            )
+            entries[name] = entry
+        agreement = check_agree(entries, initial)
+        for entry in entries.values():
+            entry.ask(ask="fit", steps=SKIPPED_STEPS + 1)
+        for number in range(args.rounds):
+            # Every other round goes backwards, against a drift within rounds.
+            for name in args.strategies[:: -1 if number % 2 else 1]:
+                seconds = entries[name].ask(ask="fit", steps=size.steps)
+                entries[name].seconds.append(seconds)
+        for entry in entries.values():
+            entry.peak_mib = entry.ask(ask="peak_mib")
+    return entries, agreement
+
+
+# The tables ------------------------------------------------------------------
+
+
+def best_stock(entries: dict[str, Entry]) -> str:
+    running = {
+        name: np.median(entry.seconds)
+        for name, entry in entries.items()
+        if name in STOCK and not entry.error
+    }
+    return min(running, key=running.get, default="")
+
+
+def ratio(entry: Entry, other: Entry | None) -> str:
+    """Median of the ratios within a round."""
+    if other is None or other.error:
+        return "-"
+    return f"{np.median(np.divide(entry.seconds, other.seconds)):.3f}"
+
+
+def row(model: str, name: str, entries: dict[str, Entry]) -> str:
+    entry = entries[name]
+    if entry.error:
+        error = textwrap.shorten(entry.error.replace("|", "\\|"), 150)
+        return f"| {model} | {name} | {error} | | | | | |"
+    low, median, high = np.percentile(entry.seconds, [25, 50, 75])
+    cells = [
+        model,
+        name,
+        f"{median * 1e3:.2f} ({low * 1e3:.2f}-{high * 1e3:.2f})",
+        f"{entry.started['labels_per_step'] / median:.0f}",
+        ratio(entry, entries.get(MIRRORED)),
+        ratio(entry, entries.get(best_stock(entries))),
+        f"{entry.started['first_step_seconds']:.1f}",
+        f"{entry.peak_mib:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def environment(args: argparse.Namespace, sizes: dict[str, Size]) -> str:
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("tensorflow", "keras", "keras_allreduce")
+    )
+    each = ", ".join(
+        f"{model} {size.batch} and {size.steps - SKIPPED_STEPS}"
+        for model, size in sizes.items()
+    )
+    return (
+        f"{versions}, Python {platform.python_version()}, "
+        f"{os.cpu_count()} cores ({platform.machine()}), "
+        f"{args.rounds} rounds; global batch and timed steps of a round: {each}"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--replicas", type=int, nargs="+", default=[2])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"per turn, with {SKIPPED_STEPS} that are not timed; default: "
+        "as fits the model",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="default: as fits the model"
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), default=list(MODELS)
+    )
+    parser.add_argument(
+        "--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES
+    )
+    parser.add_argument("--rival", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.steps is not None and args.steps <= SKIPPED_STEPS:
+        parser.error(
+            f"--steps must be more than the {SKIPPED_STEPS} that are not "
+            f"timed. Received: {args.steps}"
+        )
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    if args.rival:
+        serve(**json.loads(args.rival))
+        return
+    # So that the rivals go too. `Entry.ask` would take a SystemExit for theirs.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sizes = {
+        model: Size(
+            args.batch_size or MODELS[model].batch,
+            args.steps or MODELS[model].steps,
+        )
+        for model in args.models
+    }
+    print(environment(args, sizes), flush=True)
+    for replicas in args.replicas:
+        print(
+            f"\n{replicas} replicas:\n\n"
+            "| model | strategy | ms/step (p25-p75) | samples/s "
+            "| vs MirroredStrategy | vs best stock | first step s | peak MiB |"
+            "\n|---|---|---|---|---|---|---|---|",
+            flush=True,
+        )
+        agreements = {}
+        for model, size in sizes.items():
+            entries, agreements[model] = measure(model, replicas, size, args)
+            for name in args.strategies:
+                print(row(model, name, entries), flush=True)
+        print("\nWeights after the first step:\n")
+        for model, agreement in agreements.items():
+            print(f"- {model}: {agreement}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
