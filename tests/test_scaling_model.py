@@ -1,0 +1,195 @@
+"""The cost model of benchmarks/scaling_model.py, with numbers by hand."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import scaling_model
+from scaling_model import Inside, Link, Point
+
+from keras_allreduce import wire
+
+MIB = 2**20
+
+# 1 ms a step, 100 MB/s, 1 ns to add up a byte.
+LINK = Link(alpha=1e-3, bandwidth=1e8, gamma=1e-9)
+
+
+def test_a_ring_of_two_takes_two_steps_of_half_the_bytes():
+    # 2 x 1 ms, 2 x 5 ms for half of a MB, and 0.5 ms to add half of it up.
+    seconds = scaling_model.ring_seconds(1_000_000, 2, LINK)
+    assert seconds == pytest.approx(12.5e-3)
+
+
+def test_a_ring_of_four_takes_six_steps_of_a_quarter():
+    # 6 x 1 ms, 6 x 2.5 ms, 0.75 ms.
+    seconds = scaling_model.ring_seconds(1_000_000, 4, LINK)
+    assert seconds == pytest.approx(21.75e-3)
+
+
+def test_an_exchange_of_three_takes_two_steps_of_all_bytes():
+    # 2 x 1 ms, 2 x 0.1 ms, 0.02 ms.
+    seconds = scaling_model.exchange_seconds(10_000, 3, LINK)
+    assert seconds == pytest.approx(2.22e-3)
+
+
+def test_small_tensors_are_exchanged_and_larger_ones_go_round():
+    small, large = 2**14, 2**14 + 4
+    assert scaling_model.workers_seconds(
+        small, 2, LINK
+    ) == scaling_model.exchange_seconds(small, 2, LINK)
+    assert scaling_model.workers_seconds(
+        large, 2, LINK
+    ) == scaling_model.ring_seconds(large, 2, LINK)
+
+
+def test_small_means_what_the_package_takes_for_small():
+    assert scaling_model.SMALL_BYTES == wire.SMALL_BYTES
+
+
+@pytest.mark.parametrize("nbytes", [4096, MIB])
+def test_one_worker_sends_nothing(nbytes):
+    assert scaling_model.workers_seconds(nbytes, 1, LINK) == 0
+
+
+def test_more_workers_are_never_cheaper():
+    costs = [
+        scaling_model.ring_seconds(MIB, workers, LINK)
+        for workers in range(1, 100)
+    ]
+    assert costs == sorted(costs)
+
+
+def test_a_ring_without_latency_costs_at_most_twice_the_bytes():
+    link = Link(alpha=0.0, bandwidth=1e8)
+    assert scaling_model.ring_seconds(1e8, 4096, link) == pytest.approx(
+        2.0, rel=1e-3
+    )
+
+
+def test_a_sum_inside_reads_each_other_device_once():
+    inside = Inside(fixed=1e-3, gamma=1e-9)
+    assert scaling_model.inside_seconds(1e6, 8, inside) == pytest.approx(8e-3)
+
+
+def test_one_device_has_nothing_to_sum():
+    assert scaling_model.inside_seconds(1e6, 1, Inside(1e-3, 1e-9)) == 0
+
+
+@pytest.mark.parametrize("machines", [1, 2, 8])
+def test_hierarchical_with_one_device_each_is_the_ring(machines):
+    inside = Inside(fixed=1e-3, gamma=1e-9)
+    assert scaling_model.hierarchical_seconds(
+        MIB, machines, 1, LINK, inside
+    ) == scaling_model.ring_seconds(MIB, machines, LINK)
+
+
+def test_hierarchical_is_the_sum_inside_and_the_ring_of_machines():
+    # 2 ms inside, 12.5 ms for the ring of two.
+    seconds = scaling_model.hierarchical_seconds(
+        1_000_000, 2, 2, LINK, Inside(fixed=1e-3, gamma=1e-9)
+    )
+    assert seconds == pytest.approx(14.5e-3)
+
+
+@pytest.mark.parametrize(
+    ("processes", "factor"), [(1, 1.0), (2, 1.0), (3, 1.5), (4, 2.0)]
+)
+def test_processes_beyond_the_cores_share_them(processes, factor):
+    assert scaling_model.crowding(processes, cores=2) == factor
+
+
+def test_crowded_cores_slow_the_bytes_only_where_they_carry_them():
+    assert LINK.crowded(2.0, by_cores=True) == Link(2e-3, 5e7, 2e-9)
+    assert LINK.crowded(2.0, by_cores=False) == Link(2e-3, 1e8, 2e-9)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1e-9])
+def test_the_fit_finds_what_made_the_points(gamma):
+    link = Link(alpha=7e-4, bandwidth=3e8, gamma=gamma)
+    points = [
+        Point(nbytes, 2, scaling_model.workers_seconds(nbytes, 2, link))
+        for nbytes in (4096, 65536, MIB, 16 * MIB)
+    ]
+    found = scaling_model.fit_link(points, gamma)
+    assert found.alpha == pytest.approx(7e-4)
+    assert found.bandwidth == pytest.approx(3e8)
+
+
+def test_the_fit_inside_finds_what_made_the_points():
+    inside = Inside(fixed=5e-5, gamma=2e-10)
+    points = [
+        Point(
+            nbytes,
+            devices,
+            scaling_model.inside_seconds(nbytes, devices, inside),
+        )
+        for nbytes in (4096, MIB)
+        for devices in (2, 4)
+    ]
+    found = scaling_model.fit_inside(points)
+    assert found.fixed == pytest.approx(5e-5)
+    assert found.gamma == pytest.approx(2e-10)
+
+
+def test_one_point_is_too_few_to_fit():
+    with pytest.raises(ValueError, match="from 1 points"):
+        scaling_model.fit_link([Point(MIB, 2, 1e-2)])
+
+
+def test_larger_messages_that_cost_less_are_not_fitted():
+    points = [Point(65536, 2, 2e-2), Point(MIB, 2, 1e-3)]
+    with pytest.raises(ValueError, match="positive cost"):
+        scaling_model.fit_link(points)
+
+
+def test_all_but_the_last_pack_hides_behind_a_slow_backprop():
+    exposed = scaling_model.exposed_seconds(
+        4 * MIB, compute=1.0, pack_bytes=MIB, cost=lambda nbytes: 0.1
+    )
+    assert exposed == pytest.approx(0.1)
+
+
+def test_packs_queue_where_they_cost_more_than_backprop():
+    # Ready at 0.5, 0.6667, 0.8333 and 1; the first starts at 0.5 and each
+    # takes 1 s.
+    exposed = scaling_model.exposed_seconds(
+        4 * MIB, compute=1.0, pack_bytes=MIB, cost=lambda nbytes: 1.0
+    )
+    assert exposed == pytest.approx(3.5)
+
+
+def test_the_last_pack_carries_what_is_left():
+    sizes = []
+    scaling_model.exposed_seconds(
+        5, 1.0, 2, cost=lambda nbytes: sizes.append(nbytes) or 0.0
+    )
+    assert sizes == [2, 2, 1]
+
+
+def test_latency_asks_for_larger_packs():
+    def cost(nbytes):
+        return scaling_model.ring_seconds(nbytes, 64, LINK)
+
+    # 1 MiB costs 0.15 s, of which 0.13 s are latency.
+    assert scaling_model.best_pack(8 * MIB, 0.1, cost) == 8 * MIB
+
+
+@pytest.mark.parametrize("workers", [1, 2, 64, 4096])
+def test_efficiency_is_above_0_and_at_most_1(workers):
+    exposed = scaling_model.exposed_seconds(
+        102_000_000,
+        0.2,
+        MIB,
+        lambda nbytes: scaling_model.ring_seconds(nbytes, workers, LINK),
+    )
+    assert 0 < scaling_model.efficiency(0.2, exposed) <= 1
+
+
+def test_efficiency_is_the_share_of_computing():
+    assert scaling_model.efficiency(0.3, 0.1) == pytest.approx(0.75)
+    assert scaling_model.efficiency(0.3, 0.0) == 1
+    assert math.isclose(scaling_model.efficiency(0.1, 0.1), 0.5)
