@@ -45,39 +45,45 @@ def with_a_sample(data: Any, share: tf.Tensor, spare: Any) -> Any:
     return keras.tree.pack_sequence_as(data, chosen)
 
 
-def state(model: keras.Model) -> list[tuple[Any, tf.Tensor]]:
-    """What the replica gathers on its own in a step, as it is before.
+def moving_statistics(model: keras.Model) -> list[Any]:
+    """Variables in which each replica gathers what it sees on its own.
 
-    Metrics and moving statistics; not the seeds, which all replicas draw, and
-    not the statistics of synchronized layers, which are those of all replicas
-    that have samples.
+    Not those of synchronized layers, which are the statistics of all replicas
+    that have samples. Frozen weights are among them: nobody updates those.
     """
-    counted = {
-        id(variable)
-        for metric in internals.loss_metrics(model)
-        for variable in metric.variables
-    }
     shared = {
         id(variable)
         for layer in internals.layers(model)
         if getattr(layer, "synchronized", False)
         for variable in layer.non_trainable_variables
     }
-    statistics = [
+    return [
         variable
         for variable in model.non_trainable_variables
         if tf.as_dtype(variable.dtype).is_floating
         and id(variable) not in shared
+        and _is_replicas_own(variable.value)
     ]
+
+
+def state(model: keras.Model) -> list[tuple[Any, tf.Tensor]]:
+    """What the replica gathers on its own in a step, as it is before.
+
+    Metrics and moving statistics; not the seeds, which all replicas draw.
+    """
+    counted = {
+        id(variable)
+        for metric in internals.loss_metrics(model)
+        for variable in metric.variables
+    }
     results = [
         variable
         for variable in model.metrics_variables
-        if id(variable) not in counted
+        if id(variable) not in counted and _is_replicas_own(variable.value)
     ]
     return [
         (variable.value, tf.identity(variable.value))
-        for variable in (*statistics, *results)
-        if _is_replicas_own(variable.value)
+        for variable in (*moving_statistics(model), *results)
     ]
 
 

@@ -268,12 +268,16 @@ class MultiWorkerAllReduceExtended(
 
     def shares_of(self, amounts: list[tf.Tensor]) -> list[tf.Tensor]:
         """Share of each replica of this worker in the whole batch."""
-        if self._num_workers == 1:
-            return super().shares_of(amounts)
-        total = self._exact.all_reduce(tf.add_n(amounts), "batch")
+        total = self.sum_over_workers(tf.add_n(amounts), "batch")
         return weighing.shares(
             amounts, total=total, count=self._num_replicas_in_sync
         )
+
+    def sum_over_workers(self, value: tf.Tensor, name: str) -> tf.Tensor:
+        """The sum of a tensor that each worker has, in its own dtype."""
+        if self._num_workers == 1:
+            return value
+        return self._exact.all_reduce(value, name)
 
     def _update_config_proto(self, config_proto: Any) -> Any:
         # TensorFlow's defaults cut what a worker sends into strings of 4 KiB

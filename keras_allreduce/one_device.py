@@ -16,6 +16,8 @@ they were; no class is touched.
                                                      finite check, accumulate,
                                                      clip, update
     seed_generator.next          Step.next_seed      another one per replica
+    statistics.assign            Step.note_update    then one mean for all
+                                                     workers
 """
 
 import contextlib
@@ -29,7 +31,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce import empty_replica, internals, summing, weighing
+from keras_allreduce import (
+    empty_replica,
+    internals,
+    summing,
+    weighing,
+    worker_statistics,
+)
+from keras_allreduce.shadowing import shadowed
 
 _thread = threading.local()
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -62,6 +71,10 @@ class Step:
         # TensorFlow leaves values of a worker's only replica as they are.
         self._alone_on_worker = len(strategy.extended.worker_devices) == 1
         self._share_of_replica: Any = None
+        self._trains_on_workers = (
+            name == "train_step" and strategy.extended.num_workers > 1
+        )
+        self._updated: dict[int, Any] = {}
         # In a step that is not Keras's own this cannot be known.
         self._in_backprop = getattr(type(model), name) is not getattr(
             keras.Model, name
@@ -111,9 +124,13 @@ class Step:
 
         with contextlib.ExitStack() as stack:
             for owner, methods in self._shadows():
-                stack.enter_context(_shadowed(owner, methods))
+                stack.enter_context(shadowed(owner, methods))
             outputs, seen = call_for_each_replica(
                 on_replica, (shares, corrections, data, *rest), kwargs
+            )
+        if self._updated:
+            worker_statistics.share(
+                list(self._updated.values()), shares, self._strategy
             )
         return self._weigh_logs(outputs, seen)
 
@@ -214,6 +231,10 @@ class Step:
                 generator,
                 {"next": functools.partial(self.next_seed, generator.next)},
             )
+        if self._trains_on_workers:
+            for variable in empty_replica.moving_statistics(model):
+                note = functools.partial(self.note_update, variable)
+                yield variable, {"assign": note}
 
     @staticmethod
     def _bind(method: Callable[..., Any], model: keras.Model) -> Any:
@@ -301,6 +322,11 @@ class Step:
         # Far apart, whatever seeds the layers of the model were given.
         return seed + replica * tf.constant([1_000_003, 0], seed.dtype)
 
+    def note_update(self, variable: Any, value: Any) -> Any:
+        """Assigns as ever; workers then agree on one value."""
+        self._updated[id(variable)] = variable
+        return type(variable).assign(variable, value)
+
     # Around the step -----------------------------------------------------
 
     def _spare_sample(self, value: Any) -> Any:
@@ -363,27 +389,6 @@ class Step:
         if self._model not in _warned:
             _warned.add(self._model)
             warnings.warn(doubt, stacklevel=2)
-
-
-@contextlib.contextmanager
-def _shadowed(owner: Any, methods: dict[str, Any]) -> Iterator[None]:
-    """Gives one object other methods inside the block."""
-    # Past __setattr__, in which Keras tracks what is assigned.
-    own = vars(owner)
-    before = {name: own[name] for name in methods if name in own}
-    own.update(
-        {
-            # Plain Python, also inside a tf.function of the user's.
-            name: tf.autograph.experimental.do_not_convert(method)
-            for name, method in methods.items()
-        }
-    )
-    try:
-        yield
-    finally:
-        for name in methods:
-            del own[name]
-        own.update(before)
 
 
 def _optimizers_of(model: keras.Model) -> list[Any]:

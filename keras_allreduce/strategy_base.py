@@ -135,6 +135,10 @@ class ExtendedBase(internals.MirroredExtended):
         """Share of each replica in the batch, times the number of replicas."""
         return weighing.shares(amounts)
 
+    def sum_over_workers(self, value: tf.Tensor, name: str) -> tf.Tensor:
+        """The sum of a tensor that each worker has, in its own dtype."""
+        return value
+
     def sum_gradients(self, gradients: Sequence[Any]) -> list[Any]:
         """Sums distributed gradients; those of an empty replica are 0."""
         return self._sum_over_replicas(

@@ -38,6 +38,8 @@ ORDER = [
     "summing",
     "weighing",
     "empty_replica",
+    "shadowing",
+    "worker_statistics",
     "one_device",
     "meter",
     "fit_log",

@@ -24,19 +24,8 @@ ON_TWO_DEVICES_EACH = [
 ]
 
 
-# What differs, and why; docs/multi_worker.md has what to do instead.
-DIFFERS = {
-    "batch_normalization": "Each worker has moving statistics of its own.",
-}
-
-
-def cases():
-    for name in worker_cases.CASES:
-        if name in DIFFERS:
-            mark = pytest.mark.xfail(strict=True, reason=DIFFERS[name])
-            yield pytest.param(name, marks=mark)
-        elif name != "dropout":
-            yield name
+# With a test of their own below.
+DIFFER_FROM_ONE_DEVICE = ["batch_normalization", "dropout"]
 
 
 def selected(request):
@@ -80,7 +69,10 @@ def agree(name, results):
         )
 
 
-@pytest.mark.parametrize("name", list(cases()))
+@pytest.mark.parametrize(
+    "name",
+    [name for name in worker_cases.CASES if name not in DIFFER_FROM_ONE_DEVICE],
+)
 def test_workers_train_as_one_device_does(name, on_workers):
     agree(name, on_workers)
 
@@ -115,6 +107,33 @@ def test_a_narrow_wire_trains_nearly_as_one_device(name, on_a_narrow_wire):
         np.testing.assert_allclose(got, wanted, atol=5e-3)
     # Something did cross in fewer bits.
     assert first["weights"] != expected["weights"]
+
+
+def agree_on_statistics(name, results):
+    """Batches of 32 and 1: each worker counts as many times as its samples."""
+    first, other = [result[name] for result in results]
+    assert "error" not in first, first["error"]
+    assert other == first
+    expected = worker_cases.run(name, tf.distribute.get_strategy())
+    np.testing.assert_allclose(
+        first["moving_mean"], expected["moving_mean"], rtol=1e-5
+    )
+    # The variance is one within the part of each, as it is on replicas.
+    np.testing.assert_allclose(
+        first["moving_variance"], expected["moving_variance"], rtol=0.2
+    )
+
+
+@pytest.mark.parametrize("name", ["batch_normalization"])
+def test_workers_have_the_same_moving_statistics(name, on_workers):
+    agree_on_statistics(name, on_workers)
+
+
+@pytest.mark.parametrize("name", ["batch_normalization"])
+def test_workers_of_two_devices_have_the_same_moving_statistics(
+    name, on_workers_of_two_devices
+):
+    agree_on_statistics(name, on_workers_of_two_devices)
 
 
 @pytest.mark.parametrize("name", ["dropout"])
