@@ -282,7 +282,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sets", nargs="+", choices=sets, default=sets)
     parser.add_argument("--rival", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if min(args.rounds, args.steps, *args.replicas) < 1:
+        parser.error("--rounds, --steps and --replicas must be 1 or more.")
+    return args
 
 
 def main() -> None:

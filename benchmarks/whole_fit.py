@@ -45,7 +45,7 @@ import numpy as np
 import rivals
 
 SKIPPED_STEPS = 5
-DEADLINE_SECONDS = 300
+DEADLINE_SECONDS = 600
 
 ALONE = "no strategy"
 MIRRORED = "MirroredStrategy"

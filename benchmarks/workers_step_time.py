@@ -1,4 +1,4 @@
-"""Step time of `model.fit` between workers, on loopback or a slow network.
+"""Step time between workers, on loopback or a slow network.
 
     python benchmarks/workers_step_time.py --link 1gbit
 
@@ -8,15 +8,28 @@ within a round. The rival is TensorFlow's MultiWorkerMirroredStrategy with a
 minimal mend of the two faults that keep it from running under Keras 3 at all:
 the shapes of the first batch, and the mean of scalar logs.
 
+"exposed ms" is what communication adds to a step: the step less the same one
+without communication. For that, each worker trains alone on its share of the
+batch, all at the same time on the same cores, in every round. The baseline of
+a strategy has its malloc too, as MultiWorkerAllReduceStrategy changes that
+("freed memory kept").
+
+PyTorch's DistributedDataParallel over gloo takes part where PyTorch is
+installed: in a plain loop instead of `fit`, with a baseline of its own. Its
+workers share the cores out among them, as more threads than cores make it
+many times slower (`torchrun` sees to the same); OMP_NUM_THREADS says otherwise.
+
 A link other than loopback is one of `tests/namespaces.py`: each worker in a
 network namespace of its own, with that rate in each direction, and no other
-delay. After the steps all workers must have the weights of the rival's.
+delay. After the steps all workers must have the weights of the rival's; those
+of DistributedDataParallel must have each other's.
 """
 
 import argparse
 import contextlib
-import functools
+import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -26,152 +39,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 import numpy as np
+from worker_jobs import (
+    ALONE_PYTORCH,
+    BASELINES,
+    BATCH_SIZE,
+    DDP,
+    OURS,
+    OURS_BFLOAT16,
+    SKIPPED_STEPS,
+    STOCK,
+    Job,
+    Result,
+    read_answer,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import namespaces
 
-SKIPPED_STEPS = 10
-BATCH_SIZE = 64
 DEADLINE_SECONDS = 400
 
-STOCK = "MultiWorkerMirroredStrategy (mended)"
-OURS = "MultiWorkerAllReduceStrategy"
-ATOL = {STOCK: 1e-4, OURS: 1e-4, f"{OURS} bfloat16": 2e-2}
+# How far weights may be from the rival's.
+ATOL = {STOCK: 1e-4, OURS: 1e-4, OURS_BFLOAT16: 2e-2}
 
 MODELS = ["mlp", "deep_narrow", "cnn", "wide"]
 LINKS = ["loopback", "1gbit", "10gbit"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one worker does. It travels to its process as JSON."""
-
-    strategy: str
-    model: str
-    devices: int
-    steps: int
-    folder: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a job came to, on the chief.
-
-    `all_reduce_ms` and `overlap` are `nan` for a strategy that has no clocks.
-    """
-
-    ms_per_step: float
-    all_reduce_ms: float
-    overlap: float
-
-
-# In the processes of the workers -------------------------------------------
-
-
-def strategies() -> dict[str, Callable]:
-    import keras
-    import tensorflow as tf
-
-    import keras_allreduce
-
-    class Mended(tf.distribute.MultiWorkerMirroredStrategy):
-        def reduce(self, reduce_op, value, axis):
-            if keras.tree.is_nested(value):
-                return keras.tree.map_structure(
-                    lambda leaf: self.experimental_local_results(leaf)[0],
-                    value,
-                )
-            if axis == 0 and str(reduce_op).upper() == "MEAN":
-                value = tf.convert_to_tensor(
-                    self.experimental_local_results(value)[0]
-                )
-                total = self.extended.reduce_to("SUM", value, value)
-                return total / self.num_replicas_in_sync
-            return super().reduce(reduce_op, value, axis)
-
-    ours = keras_allreduce.MultiWorkerAllReduceStrategy
-    return {
-        STOCK: Mended,
-        OURS: ours,
-        f"{OURS} bfloat16": functools.partial(ours, wire_dtype="bfloat16"),
-    }
-
-
-def make_model(name: str):
-    """A model and the shape of its samples."""
-    import models
-
-    setup = models.MODELS[name]
-    return setup.make(), setup.shape
-
-
-def samples(shape: tuple[int, ...]):
-    import tensorflow as tf
-
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(BATCH_SIZE, *shape)).astype("float32")
-    y = rng.integers(0, 10, BATCH_SIZE)
-    data = tf.data.Dataset.from_tensor_slices((x, y)).repeat()
-    options = tf.data.Options()
-    options.experimental_distribute.auto_shard_policy = (
-        tf.data.experimental.AutoShardPolicy.DATA
-    )
-    return data.batch(BATCH_SIZE).with_options(options)
-
-
-def work(job: Job) -> None:
-    """Runs as one worker; leaves its result and its weights in the folder."""
-    import keras
-
-    import keras_allreduce
-
-    if job.devices > 1:
-        keras_allreduce.host_devices(job.devices)
-    strategy = strategies()[job.strategy]()
-    read_stats = getattr(strategy, "all_reduce_stats", lambda: None)
-
-    class Timer(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            if batch + 1 == SKIPPED_STEPS:
-                read_stats()  # The next ones are over the timed steps alone.
-                self.start = time.perf_counter()
-            self.end = time.perf_counter()
-
-    keras.utils.set_random_seed(1)
-    with strategy.scope():
-        model, shape = make_model(job.model)
-        model.compile(
-            keras.optimizers.SGD(0.01),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        )
-    timer = Timer()
-    model.fit(
-        samples(shape),
-        steps_per_epoch=job.steps,
-        epochs=1,
-        verbose=0,
-        callbacks=[timer],
-    )
-    stats = read_stats()
-    seconds = timer.end - timer.start
-    index = strategy.cluster_resolver.task_id
-    np.savez(Path(job.folder, f"weights-{index}.npz"), *model.get_weights())
-    result = Result(
-        seconds / (job.steps - SKIPPED_STEPS) * 1e3,
-        stats.all_reduce_ms if stats else float("nan"),
-        stats.overlap if stats else float("nan"),
-    )
-    Path(job.folder, f"result-{index}").write_text(json.dumps(asdict(result)))
-
-
-# In the process that starts them --------------------------------------------
 
 
 def free_ports(count: int) -> list[int]:
@@ -184,22 +78,31 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start(job: Job, index: int, addresses: list[str], network):
+def start(job: Job, network) -> subprocess.Popen:
     """Starts a worker, whose stderr goes to a file."""
-    command = [sys.executable, __file__, "--work", json.dumps(asdict(job))]
-    task = {"type": "worker", "index": index}
-    config = {"cluster": {"worker": addresses}, "task": task}
-    with open(Path(job.folder, f"stderr-{index}"), "wb") as stderr:
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
+    program = "worker_fit.py"
+    if job.strategy in (DDP, ALONE_PYTORCH):
+        env["OMP_NUM_THREADS"] = pytorch_threads(len(job.addresses))
+        program = "ddp_gloo.py"
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name(program)),
+        json.dumps(dataclasses.asdict(job)),
+    ]
+    with open(Path(job.folder, f"stderr-{job.index}"), "wb") as stderr:
         return subprocess.Popen(
-            network.command(index, command) if network else command,
-            env={
-                **os.environ,
-                "TF_CONFIG": json.dumps(config),
-                "CUDA_VISIBLE_DEVICES": "-1",
-            },
+            network.command(job.index, command) if network else command,
+            env=env,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
         )
+
+
+def pytorch_threads(num_workers: int) -> str:
+    """How many threads PyTorch is to compute with, in each worker."""
+    share = max(1, (os.cpu_count() or 1) // num_workers)
+    return os.environ.get("OMP_NUM_THREADS", str(share))
 
 
 def wait(processes: list[subprocess.Popen]) -> list[int | None]:
@@ -213,19 +116,16 @@ def wait(processes: list[subprocess.Popen]) -> list[int | None]:
     return codes
 
 
-def run(job: Job, num_workers: int, network) -> tuple[Result, list]:
-    """The result of the chief and the weights of every worker.
+def run(jobs: list[Job], network) -> tuple[Result, list]:
+    """The result of the slowest worker and the weights of every worker.
 
     Raises:
         SystemExit: If a worker fails or is too slow, with what it said last.
     """
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(num_workers)]
-    if network:
-        addresses = [f"{host}:12345" for host in network.addresses]
     processes = []
     try:
-        for index in range(num_workers):
-            processes.append(start(job, index, addresses, network))
+        for job in jobs:
+            processes.append(start(job, network))
         codes = wait(processes)
     finally:
         for process in processes:
@@ -233,86 +133,154 @@ def run(job: Job, num_workers: int, network) -> tuple[Result, list]:
             process.wait()
     if any(code != 0 for code in codes):
         said = [
-            f"--- worker {index}, exit code {code}\n"
-            + Path(job.folder, f"stderr-{index}").read_text()[-3000:]
-            for index, code in enumerate(codes)
+            f"--- worker {job.index}, exit code {code}\n"
+            + Path(job.folder, f"stderr-{job.index}").read_text()[-3000:]
+            for job, code in zip(jobs, codes, strict=True)
         ]
         raise SystemExit(
             "\n".join(said) + f"\n{job.strategy} failed on {job.model}. "
             "Exit code None: it had not ended when the others were stopped."
         )
-    result = json.loads(Path(job.folder, "result-0").read_text())
-    weights = []
-    for index in range(num_workers):
-        with np.load(Path(job.folder, f"weights-{index}.npz")) as file:
-            weights.append([file[name] for name in file.files])
-    return Result(**result), weights
+    results, weights = zip(*map(read_answer, jobs), strict=True)
+    # In step, all take the same time. Alone, the others would wait for it.
+    slowest = max(results, key=lambda result: result.ms_per_step)
+    return slowest, list(weights)
 
 
-def check_agree(job: Job, weights: list, expected: list) -> float:
-    """The largest difference of any worker's weights from the expected.
+def run_strategy(name: str, model: str, args: argparse.Namespace, network):
+    """What `run` returns, of all workers of a strategy or baseline."""
+    ports = free_ports(args.workers)
+    addresses = [f"127.0.0.1:{port}" for port in ports]
+    if network:
+        addresses = [f"{host}:12345" for host in network.addresses]
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(
+            name,
+            model,
+            args.devices,
+            args.steps,
+            folder,
+            addresses,
+            interface="eth0" if network else "lo",
+        )
+        jobs = [
+            dataclasses.replace(job, index=index)
+            for index in range(args.workers)
+        ]
+        return run(jobs, network)
 
-    Raises:
-        SystemExit: If it is too large.
-    """
-    largest = max(
+
+def largest_difference(weights: list, expected: list) -> float:
+    """Of any worker's weights from the expected."""
+    return max(
         float(np.abs(one - other).max())
         for worker in weights
         for one, other in zip(worker, expected, strict=True)
     )
-    if not largest <= ATOL[job.strategy]:
+
+
+def check_weights(name: str, model: str, weights: dict[str, list]) -> float:
+    """How far the weights that a strategy came to are from the expected.
+
+    Those of DistributedDataParallel have other initial values than Keras's:
+    they must be of the same sizes, and its workers must have the same.
+
+    Raises:
+        SystemExit: If they are too far.
+    """
+    rival = weights[STOCK][0]
+    if name == DDP:
+        expected, whose, limit = weights[DDP][0], "its first worker's", 0.0
+        if sizes(expected) != sizes(rival):
+            raise SystemExit(f"{DDP} trains another model than {model}.")
+    else:
+        expected, whose, limit = rival, f"those of {STOCK}", ATOL[name]
+    largest = largest_difference(weights[name], expected)
+    if not largest <= limit:
         raise SystemExit(
-            f"{job.strategy} trains {job.model} to other weights than {STOCK}: "
-            f"they differ by up to {largest:.1e}, "
-            f"at most {ATOL[job.strategy]:.0e} is expected."
+            f"{name} trains {model} to weights that are not {whose}: they "
+            f"differ by up to {largest:.1e}, at most {limit:.0e} is expected."
         )
     return largest
 
 
+def sizes(weights: list) -> list[int]:
+    return sorted(weight.size for weight in weights)
+
+
 def measure(model: str, args: argparse.Namespace, network):
-    """Results and largest difference of weights by strategy."""
-    results = {name: [] for name in args.strategies}
+    """Results by strategy or baseline, and differences of weights."""
+    # Baselines first, each once.
+    names = dict.fromkeys(BASELINES[name] for name in args.strategies)
+    names = [*names, *args.strategies]
+    results = {name: [] for name in names}
     differences = dict.fromkeys(args.strategies, 0.0)
     for number in range(args.rounds):
         weights = {}
         # Every other round goes backwards, against a drift within rounds.
-        for name in args.strategies[:: -1 if number % 2 else 1]:
-            with tempfile.TemporaryDirectory() as folder:
-                job = Job(name, model, args.devices, args.steps, folder)
-                result, weights[name] = run(job, args.workers, network)
+        for name in names[:: -1 if number % 2 else 1]:
+            result, weights[name] = run_strategy(name, model, args, network)
             results[name].append(result)
         for name in args.strategies:
-            job = Job(name, model, args.devices, args.steps, "")
-            largest = check_agree(job, weights[name], weights[STOCK][0])
+            largest = check_weights(name, model, weights)
             differences[name] = max(differences[name], largest)
     return results, differences
 
 
+def step_ms(results: list[Result]) -> np.ndarray:
+    return np.array([result.ms_per_step for result in results])
+
+
+def exposed_ms(name: str, results: dict[str, list[Result]]) -> np.ndarray:
+    return step_ms(results[name]) - step_ms(results[BASELINES[name]])
+
+
+def spread(values: np.ndarray) -> str:
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return f"{median:.1f} ({low:.1f} to {high:.1f})"
+
+
 def row(model: str, name: str, results: dict[str, list[Result]]) -> str:
-    ms = np.array([result.ms_per_step for result in results[name]])
-    stock = np.array([result.ms_per_step for result in results[STOCK]])
-    low, median, high = np.percentile(ms, [25, 50, 75])
-    all_reduce_ms = np.median([one.all_reduce_ms for one in results[name]])
-    overlap = np.median([one.overlap for one in results[name]])
-    return (
-        f"| {model} | {name} | {median:.1f} ({low:.1f}-{high:.1f}) "
-        f"| {np.median(ms / stock):.2f} | "
-        + ("| |" if name == STOCK else f"{all_reduce_ms:.1f} | {overlap:.2f} |")
-    )
+    ms = step_ms(results[name])
+    ratio = np.median(ms / step_ms(results[STOCK]))
+    cells = [model, name, spread(ms), f"{ratio:.2f}"]
+    if name in BASELINES:
+        exposed, stock = exposed_ms(name, results), exposed_ms(STOCK, results)
+        cells += [spread(exposed), f"{np.median(exposed / stock):.2f}"]
+        clocks = ("all_reduce_ms", 1), ("overlap", 2)
+        for clock, digits in clocks:
+            value = np.median([getattr(one, clock) for one in results[name]])
+            cells.append("" if np.isnan(value) else f"{value:.{digits}f}")
+    else:
+        cells += [""] * 4
+    return f"| {' | '.join(cells)} |"
 
 
 def environment(args: argparse.Namespace) -> str:
+    packages = ["tensorflow", "keras"]
+    threads = ""
+    if DDP in args.strategies:
+        packages.append("torch")
+        threads = f" (threads per worker: {pytorch_threads(args.workers)})"
     versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("tensorflow", "keras")
+        f"{name} {importlib.metadata.version(name)}" for name in packages
     )
     return (
-        f"{versions}, Python {platform.python_version()}, "
+        f"{versions}{threads}, Python {platform.python_version()}, "
         f"{os.cpu_count()} cores ({platform.machine()}), link {args.link}, "
         f"{args.workers} workers of {args.devices} host devices, "
         f"global batch {BATCH_SIZE}, {args.rounds} rounds of "
         f"{args.steps - SKIPPED_STEPS} timed steps"
     )
+
+
+def why_no_ddp(args: argparse.Namespace) -> str:
+    """Why DistributedDataParallel cannot take part; empty: it can."""
+    if not importlib.util.find_spec("torch"):
+        return "PyTorch is not installed (pip install torch)"
+    if args.devices > 1:
+        return "it has one host device per worker"
+    return ""
 
 
 def arguments() -> argparse.Namespace:
@@ -327,9 +295,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=SKIPPED_STEPS + 60)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument(
-        "--strategies", nargs="+", choices=list(ATOL), default=list(ATOL)
+        "--strategies",
+        nargs="+",
+        choices=list(BASELINES),
+        default=list(BASELINES),
     )
-    parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.steps <= SKIPPED_STEPS:
         parser.error(
@@ -341,13 +311,36 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def print_tables(args: argparse.Namespace, network) -> None:
+    print(f"{environment(args)}\n", flush=True)
+    print(
+        "| model | strategy | ms/step (p25 to p75) | ratio "
+        "| exposed ms (p25 to p75) | ratio of exposed | all_reduce_ms "
+        "| overlap |\n|---|---|---|---|---|---|---|---|",
+        flush=True,
+    )
+    differences = dict.fromkeys(args.strategies, 0.0)
+    for model in args.models:
+        results, largest = measure(model, args, network)
+        for name in results:
+            print(row(model, name, results), flush=True)
+        for name in args.strategies:
+            differences[name] = max(differences[name], largest[name])
+    print(
+        "\nLargest difference of a weight from the rival's "
+        "(DistributedDataParallel: from its first worker's):"
+    )
+    for name, difference in differences.items():
+        print(f"- {name}: {difference:.1e}")
+
+
 def main() -> None:
     args = arguments()
-    if args.work:
-        work(Job(**json.loads(args.work)))
-        return
     # So that the workers and the network go too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped."))
+    if DDP in args.strategies and why_no_ddp(args):
+        print(f"Left out: {DDP}, as {why_no_ddp(args)}.\n")
+        args.strategies.remove(DDP)
     with contextlib.ExitStack() as stack:
         network = None
         if args.link != "loopback":
@@ -356,23 +349,7 @@ def main() -> None:
             network = stack.enter_context(
                 namespaces.network(args.workers, rate=args.link)
             )
-        print(f"{environment(args)}\n", flush=True)
-        print(
-            "| model | strategy | ms/step (p25-p75) | ratio | all_reduce_ms "
-            "| overlap |\n|---|---|---|---|---|---|",
-            flush=True,
-        )
-        differences = {}
-        for model in args.models:
-            results, largest = measure(model, args, network)
-            for name in args.strategies:
-                differences[name] = max(
-                    differences.get(name, 0.0), largest[name]
-                )
-                print(row(model, name, results), flush=True)
-        print("\nLargest difference of a weight from the rival's:")
-        for name, largest in differences.items():
-            print(f"- {name}: {largest:.1e}")
+        print_tables(args, network)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,8 @@ class Step:
 
     def _shadows(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         model = self._model
-        yield model, {"compute_loss": self._bind(self.compute_loss, model)}
+        compute = functools.partial(self.compute_loss, model.compute_loss)
+        yield model, {"compute_loss": compute}
         for metric in internals.loss_metrics(model):
             yield (
                 metric,
@@ -235,10 +236,6 @@ class Step:
             for variable in empty_replica.moving_statistics(model):
                 note = functools.partial(self.note_update, variable)
                 yield variable, {"assign": note}
-
-    @staticmethod
-    def _bind(method: Callable[..., Any], model: keras.Model) -> Any:
-        return functools.partial(method, model.compute_loss)
 
     def compute_loss(
         self,
