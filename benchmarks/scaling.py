@@ -59,6 +59,8 @@ def settings(args: argparse.Namespace) -> list[Setting]:
 def measure(about: dict, args: argparse.Namespace) -> list[Measurement]:
     found = []
     chosen = settings(args)
+    if args.backwards:
+        chosen.reverse()
     for number in range(args.passes):
         # Every other pass goes backwards, against a drift within passes.
         for setting in chosen[:: -1 if number % 2 else 1]:
@@ -240,6 +242,7 @@ def arguments() -> argparse.Namespace:
         help="of workers; one process is always measured",
     )
     add("--passes", type=int, default=2)
+    add("--backwards", action="store_true", help="begin with the last setting")
     add("--rounds", type=int, default=3)
     add("--max-bytes", default="16M")
     add("--json", help="write what was measured to this file")
