@@ -5,12 +5,15 @@
 Each strategy trains each model in a process of its own, and the processes
 take turns: every round gives each of them one call of `fit`, verbose=1 with
 the output thrown away. A turn's time is the mean step after the first few.
-Ratios are taken within a round, and below 1 is faster. "no strategy" trains
-the same global batch on one device that has all cores. "best stock" is the
-variant of MirroredStrategy that was fastest for that model in that run. "no
-clocks" is this package's cross-device op inside a stock MirroredStrategy: the
-same sums, without the clocks, the fit log and what makes N replicas equal one
-device.
+Ratios are taken within a round, and below 1 is faster. The transformer counts
+tokens, the others samples.
+
+"no strategy" trains the same global batch on one device that has all cores.
+"best stock" is the variant of MirroredStrategy that was fastest for that
+model in that run. "no clocks" is this package's cross-device op inside a
+stock MirroredStrategy: the same sums, without the clocks, the fit log and
+what makes N replicas equal one device. A strategy that fails has the first
+line of its error in the table.
 
 Before that, all start from the same weights and train one step on the same
 batch; its time, from the call of `fit`, is the first step, with tracing. The
@@ -442,7 +445,7 @@ def main() -> None:
     for replicas in args.replicas:
         print(
             f"\n{replicas} replicas:\n\n"
-            "| model | strategy | ms/step (p25-p75) | samples/s "
+            "| model | strategy | ms/step (p25-p75) | samples or tokens/s "
             "| vs MirroredStrategy | vs best stock | first step s | peak MiB |"
             "\n|---|---|---|---|---|---|---|---|",
             flush=True,
