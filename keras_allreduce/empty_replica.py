@@ -32,16 +32,16 @@ def first_sample(value: Any) -> Any:
     return first
 
 
-def with_a_sample(data: Any, share: tf.Tensor, spare: Any) -> Any:
+def with_a_sample(data: Any, has_samples: tf.Tensor, spare: Any) -> Any:
     """The replica's part of the batch, or `spare` if it is empty.
 
     Args:
         data: Nested structure of tensors, batch first.
-        share: Share of the batch, 0 if the part is empty.
+        has_samples: bool scalar; false if the part is empty.
         spare: One sample in the same structure.
     """
     filled, borrowed = keras.tree.flatten(data), keras.tree.flatten(spare)
-    chosen = tf.cond(share > 0, lambda: filled, lambda: borrowed)
+    chosen = tf.cond(has_samples, lambda: filled, lambda: borrowed)
     return keras.tree.pack_sequence_as(data, chosen)
 
 
@@ -87,14 +87,16 @@ def state(model: keras.Model) -> list[tuple[Any, tf.Tensor]]:
     ]
 
 
-def restore(share: tf.Tensor, before: Sequence[tuple[Any, tf.Tensor]]) -> None:
+def restore(
+    has_samples: tf.Tensor, before: Sequence[tuple[Any, tf.Tensor]]
+) -> None:
     """Puts back the state from before the step if the replica was empty."""
 
     def put_back() -> None:
         for variable, value in before:
             variable.assign(value)
 
-    tf.cond(share > 0, lambda: None, put_back)
+    tf.cond(has_samples, lambda: None, put_back)
 
 
 def _is_replicas_own(variable: Any) -> bool:

@@ -70,7 +70,7 @@ class Step:
         self._weigh_gradients = weigh_samples is True
         # TensorFlow leaves values of a worker's only replica as they are.
         self._alone_on_worker = len(strategy.extended.worker_devices) == 1
-        self._share_of_replica: Any = None
+        self._has_samples: Any = None
         self._trains_on_workers = (
             name == "train_step" and strategy.extended.num_workers > 1
         )
@@ -98,35 +98,39 @@ class Step:
         """Runs `fn` on every replica, as `call_for_each_replica` does."""
         data, *rest = args
         shares, corrections = self._shares(data)
-        self._share_of_replica = shares
+        has_samples = self._has_samples
         spare = None
         if shares is not None:
             spare = keras.tree.map_structure(self._spare_sample, data)
 
         @tf.autograph.experimental.do_not_convert
         def on_replica(
-            share: Any, correction: Any, data: Any, *args: Any, **kw: Any
+            weights: Any, has_samples: Any, data: Any, *args: Any, **kw: Any
         ) -> tuple[Any, Any]:
-            _thread.share, _thread.correction = share, correction
+            _thread.share, _thread.correction = weights
+            _thread.has_samples = has_samples
             _thread.scaled = False
             try:
-                if share is None or self._rule.kind == "as_is":
+                if has_samples is None or self._rule.kind == "as_is":
                     return fn(data, *args, **kw), None
                 before = empty_replica.state(self._model)
-                data = empty_replica.with_a_sample(data, share, spare)
+                data = empty_replica.with_a_sample(data, has_samples, spare)
                 outputs = fn(data, *args, **kw)
-                empty_replica.restore(share, before)
+                empty_replica.restore(has_samples, before)
                 if not self._keras_logs:
                     return outputs, None
                 return self._model.get_metrics_result(), self._samples_seen()
             finally:
                 _thread.share = _thread.correction = None
+                _thread.has_samples = None
 
         with contextlib.ExitStack() as stack:
             for owner, methods in self._shadows():
                 stack.enter_context(shadowed(owner, methods))
             outputs, seen = call_for_each_replica(
-                on_replica, (shares, corrections, data, *rest), kwargs
+                on_replica,
+                ((shares, corrections), has_samples, data, *rest),
+                kwargs,
             )
         if self._updated:
             worker_statistics.share(
@@ -149,6 +153,8 @@ class Step:
             sizes = weighing.sizes(
                 replicas, self._strategy.extended.num_workers
             )
+            # Known without the other workers: no forward pass waits for them.
+            self._has_samples = sizes and self._place([n > 0 for n in sizes])
             shares = sizes and self._strategy.extended.shares_of(sizes)
             goal = self._goal(sample_weight, shares)
             return self._place(shares), self._place(goal)
@@ -211,7 +217,7 @@ class Step:
                     )
                 },
             )
-        for optimizer in _optimizers_of(model):
+        for optimizer in summing.optimizers_of(model):
             yield (
                 optimizer,
                 {
@@ -250,8 +256,8 @@ class Step:
         loss = keras_compute_loss(x, y, y_pred, sample_weight, **training)
         if self._rule.kind == "as_is":
             return loss
-        if _thread.share is not None:
-            loss = weighing.times(loss, _thread.share > 0)
+        if _thread.has_samples is not None:
+            loss = weighing.times(loss, _thread.has_samples)
         scalar = weighing.returns_one_value(self._rule.suspects, y, y_pred)
         if scalar is not None:
             self._warn(weighing.doubt_of_scalar(scalar))
@@ -340,14 +346,14 @@ class Step:
 
     def part_of_replicas_with_samples(self, value: Any) -> Any:
         """A distributed value, with 0 in the place of empty replicas."""
-        if self._share_of_replica is None or self._rule.kind == "as_is":
+        if self._has_samples is None or self._rule.kind == "as_is":
             return value
         parts = []
-        for part, share in zip(
-            self._values(value), self._share_of_replica.values, strict=True
+        for part, has_samples in zip(
+            self._values(value), self._has_samples.values, strict=True
         ):
-            with tf.device(share.device):
-                parts.append(weighing.times(part, share > 0))
+            with tf.device(has_samples.device):
+                parts.append(weighing.times(part, has_samples))
         return internals.PerReplica(tuple(parts))
 
     def part_that_flows_back(self, total: Any) -> Any:
@@ -386,15 +392,3 @@ class Step:
         if self._model not in _warned:
             _warned.add(self._model)
             warnings.warn(doubt, stacklevel=2)
-
-
-def _optimizers_of(model: keras.Model) -> list[Any]:
-    """All optimizers that a step of the model may use."""
-    candidates = [getattr(model, "optimizer", None), *vars(model).values()]
-    found: list[Any] = []
-    for candidate in candidates:
-        if isinstance(candidate, keras.optimizers.Optimizer) and not any(
-            candidate is other for other in found
-        ):
-            found.append(candidate)
-    return found

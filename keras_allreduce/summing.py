@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from keras_allreduce import internals
@@ -136,3 +137,15 @@ def all_reduce(
     for index, total in zip(moving, sums, strict=True):
         reduced[index] = total
     return reduced
+
+
+def optimizers_of(model: keras.Model) -> list[Any]:
+    """All optimizers that a step of the model may use."""
+    candidates = [getattr(model, "optimizer", None), *vars(model).values()]
+    found: list[Any] = []
+    for candidate in candidates:
+        if isinstance(candidate, keras.optimizers.Optimizer) and not any(
+            candidate is other for other in found
+        ):
+            found.append(candidate)
+    return found
