@@ -1,9 +1,10 @@
 """Freed memory stays with the process, where the C library can be told so.
 
-What crosses between workers passes through buffers of several megabytes. By
-default glibc takes such a buffer from the system and gives it back each time,
-and the system clears and maps every page of it anew: that took longer than the
-sending itself (see "Freed memory" in benchmarks/RESULTS.md).
+Every step on host devices makes gradients of several megabytes, and what
+crosses between workers passes through buffers as large. By default glibc takes
+such a buffer from the system and gives it back each time, and the system clears
+and maps every page of it anew: that took longer than summing and sending (see
+"Freed memory" in benchmarks/RESULTS.md).
 """
 
 import ctypes
