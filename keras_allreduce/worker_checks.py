@@ -9,12 +9,15 @@ from typing import Any
 import tensorflow as tf
 
 from keras_allreduce import internals
+from keras_allreduce.worker_limit import limited
 from keras_allreduce.worker_meeting import Cluster, meet
 
 # The jobs of tf.distribute that train together, in the order of their ranks.
 JOBS = ("chief", "worker")
 
 _OTHER_JOBS = ("evaluator", "ps")
+
+_LATER_THAN_TENSORFLOW_SECONDS = 5
 
 _EXAMPLE = (
     '{"cluster": {"worker": ["10.0.0.1:12345", "10.0.0.2:12345"]}, '
@@ -189,8 +192,16 @@ def starting(resolver: Any, timeout_seconds: float) -> Iterator[Cluster | None]:
         {job: jobs.count(job) for job in JOBS if job in jobs},
         timeout_seconds,
     )
+    # TensorFlow has the same limit, but not wherever it waits.
+    limit = limited(
+        timeout_seconds + _LATER_THAN_TENSORFLOW_SECONDS,
+        "keras_allreduce: All workers must stay while they connect. Received: "
+        f"{cluster.name(cluster.rank)} still waits for one that is lost. Look "
+        "for the worker whose log ends first, and start all again.",
+    )
     try:
-        yield cluster
+        with limit:
+            yield cluster
     except tf.errors.OpError as error:
         raise RuntimeError(
             "All workers must stay while they connect. Received: "

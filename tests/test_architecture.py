@@ -32,6 +32,7 @@ ORDER = [
     "wire",
     "worker_all_reduce",
     "worker_meeting",
+    "worker_limit",
     "worker_checks",
     "worker_agreement",
     "worker_watch",

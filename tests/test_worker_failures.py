@@ -75,3 +75,12 @@ def test_a_worker_may_work_on_alone_after_the_others_ended(last):
     assert codes == [0, 0], outputs
     assert "keras_allreduce" not in outputs[last]
     assert "All workers" not in outputs[last]
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
+def test_a_worker_that_dies_while_they_connect_ends_the_other(index):
+    codes, outputs = ends("die_after_the_meeting", index, 8)
+    assert codes[1 - index] not in (0, None)
+    rule = "All workers must stay while they connect. Received: "
+    last = outputs[1 - index].strip().splitlines()[-1]
+    assert rule in last, outputs[1 - index]

@@ -247,6 +247,26 @@ def fit_what_differs(what):
     model.fit(worker_cases.X, worker_cases.TARGET, verbose=0)
 
 
+def die_after_the_meeting(index, timeout_seconds):
+    """Worker `index` ends when all have met, before TensorFlow connects."""
+    import worker_cases
+
+    import keras_allreduce
+    from keras_allreduce import worker_checks
+
+    meet = worker_checks.meet
+
+    def meet_and_die(*arguments):
+        meet(*arguments)
+        os._exit(3)
+
+    if worker_cases.worker_index() == index:
+        worker_checks.meet = meet_and_die
+    keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=timeout_seconds
+    )
+
+
 def start_without(absent, timeout_seconds):
     """Makes a strategy, but worker `absent` does not."""
     import worker_cases
