@@ -22,6 +22,9 @@ from keras_allreduce.worker_watch import WorkerWatch
 
 TIMEOUT_SECONDS = 600.0
 
+# As in PyTorch DistributedDataParallel.
+NCCL_BYTES_PER_PACK = 25 * 2**20
+
 HOST_DEVICES = "KERAS_ALLREDUCE_HOST_DEVICES"
 """Environment variable with the number of host devices per worker."""
 
@@ -185,13 +188,12 @@ class MultiWorkerAllReduceExtended(
             cluster_resolver, timeout_seconds
         ) as cluster:
             if cluster is not None or not on_gpus():
-                # Before TensorFlow starts its threads: told later, it has no
-                # effect.
+                # Has no effect once TensorFlow has started its threads.
                 memory.keep_freed()
             super().__init__(
                 container_strategy,
                 cluster_resolver=cluster_resolver,
-                communication_options=options,
+                communication_options=_of_nccl(options),
             )
         self._gradient_ops: BatchAllReduce
         if cluster is None:
@@ -263,8 +265,8 @@ class MultiWorkerAllReduceExtended(
             tf.constant([wait], tf.float64), "waits"
         )
         waits = [float(each) for each in gathered.numpy()]
-        none = any(math.isnan(each) for each in waits)
-        return [math.nan] * len(waits) if none else waits
+        incomplete = any(math.isnan(each) for each in waits)
+        return [math.nan] * len(waits) if incomplete else waits
 
     def shares_of(self, amounts: list[tf.Tensor]) -> list[tf.Tensor]:
         """Share of each replica of this worker in the whole batch."""
@@ -337,9 +339,8 @@ class MultiWorkerAllReduceExtended(
     def _reduce_to(
         self, reduce_op: Any, value: Any, destinations: Any, options: Any
     ) -> Any:
-        inside_a_function = not tf.executing_eagerly()
         if (
-            inside_a_function
+            not tf.executing_eagerly()
             and self._num_workers > 1
             and reduce_op == tf.distribute.ReduceOp.SUM
             and isinstance(value, tf.Tensor)
@@ -358,6 +359,22 @@ class MultiWorkerAllReduceExtended(
         if tf.executing_eagerly():
             return self._progress.during()
         return contextlib.nullcontext()
+
+
+def _of_nccl(
+    options: tf.distribute.experimental.CommunicationOptions,
+) -> tf.distribute.experimental.CommunicationOptions:
+    """Options for what TensorFlow's own cross-device op sums.
+
+    On GPUs it sums the gradients, by default all in one pack, which leaves
+    when backprop has ended.
+    """
+    if options.bytes_per_pack or not on_gpus():
+        return options
+    return tf.distribute.experimental.CommunicationOptions(
+        bytes_per_pack=NCCL_BYTES_PER_PACK,
+        implementation=options.implementation,
+    )
 
 
 def _is_mean(reduce_op: Any) -> bool:

@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 from graph_walk import ancestors, ops_of_type
 
-from keras_allreduce import BatchAllReduce, internals, nccl
+import keras_allreduce
+from keras_allreduce import BatchAllReduce, internals, multi_worker, nccl
 
 GPUS = ["/device:GPU:0", "/device:GPU:1", "/device:GPU:2"]
 SUM = tf.distribute.ReduceOp.SUM
@@ -222,3 +223,16 @@ def test_nccl_between_host_devices_is_an_error():
         match=r"between GPUs only\. Received: .*CPU:0.* Use algorithm='auto'",
     ):
         BatchAllReduce("nccl").choose(["/device:CPU:0", "/device:CPU:1"])
+
+
+@pytest.mark.parametrize(("asked", "used"), [(0, 25 * 2**20), (1000, 1000)])
+def test_packs_between_gpus_of_several_workers_leave_early(
+    asked, used, monkeypatch
+):
+    # TensorFlow's own op, whose default is one pack after all of backprop.
+    monkeypatch.setattr(multi_worker, "on_gpus", lambda: True)
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        bytes_per_pack=asked
+    )
+    options = strategy.extended._communication_options
+    assert options.bytes_per_pack == used
