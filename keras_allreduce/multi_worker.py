@@ -48,7 +48,7 @@ class MultiWorkerAllReduceStrategy(
             below.
         bytes_per_pack: Capacity of a pack in bytes; 0: chosen for you.
         timeout_seconds: How long a worker waits for the others before the
-            step ends in an error, in seconds.
+            step ends in an error, in seconds; 20 if one does not answer.
         wire_dtype: `"bfloat16"` or `"float16"`: gradients of wider float
             dtypes cross between workers in this one, at half the bytes of
             float32, and are summed in their own. Rounds each worker's part:
