@@ -29,10 +29,8 @@ A sum can cost less: gradients that were just made may still be in a cache.
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import signal
 import statistics
 import sys
@@ -45,6 +43,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import command_line
 import gradient_sets
 import numpy as np
 import rivals
@@ -254,15 +253,10 @@ def row(label: str, name: str, added: dict[str, np.ndarray]) -> str:
 
 
 def environment(args: argparse.Namespace) -> str:
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("tensorflow", "keras")
-    )
     return (
-        f"{versions}, Python {platform.python_version()}, "
-        f"{os.cpu_count()} cores ({platform.machine()}), host devices of one "
-        f"process, {args.rounds} rounds of {args.steps} or more "
-        "groups of 4 timed steps"
+        f"{command_line.environment('tensorflow', 'keras')}, host devices of "
+        f"one process, {args.rounds} rounds of {args.steps} or more groups of "
+        "4 timed steps"
     )
 
 

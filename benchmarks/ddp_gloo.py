@@ -60,14 +60,18 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def train(job: Job, model: nn.Module, shape: tuple[int, ...]) -> float:
-    """Milliseconds per step."""
+def train(job: Job, model: nn.Module, shape: tuple[int, ...]) -> Stopwatch:
+    """Trains; the stopwatch has the time of a step and the weights."""
     generator = torch.Generator().manual_seed(job.index)
     x = torch.randn((job.local_batch_size, *shape), generator=generator)
     y = torch.randint(10, (job.local_batch_size,), generator=generator)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     loss_function = nn.CrossEntropyLoss()
-    stopwatch = Stopwatch(job)
+
+    def read_weights() -> list:
+        return [w.detach().numpy().copy() for w in model.parameters()]
+
+    stopwatch = Stopwatch(job, read_weights)
     for _ in range(job.all_steps):
         optimizer.zero_grad()
         loss = loss_function(model(x), y)
@@ -76,7 +80,7 @@ def train(job: Job, model: nn.Module, shape: tuple[int, ...]) -> float:
         stopwatch.step_ended()
     if not torch.isfinite(loss):
         raise RuntimeError(f"The loss became {loss}.")
-    return stopwatch.ms_per_step
+    return stopwatch
 
 
 def work(job: Job) -> None:
@@ -85,7 +89,7 @@ def work(job: Job) -> None:
     make, shape = MODELS[job.model]
     model = make()
     if job.strategy == ALONE_PYTORCH:
-        ms_per_step = train(job, model, shape)
+        stopwatch = train(job, model, shape)
     elif job.strategy == DDP:
         os.environ["GLOO_SOCKET_IFNAME"] = job.interface
         torch.distributed.init_process_group(
@@ -95,12 +99,11 @@ def work(job: Job) -> None:
             rank=job.index,
         )
         parallel = nn.parallel.DistributedDataParallel(model)
-        ms_per_step = train(job, parallel, shape)
+        stopwatch = train(job, parallel, shape)
         torch.distributed.destroy_process_group()
     else:
         raise ValueError(f"No such strategy: {job.strategy!r}")
-    weights = [weight.detach().numpy() for weight in model.parameters()]
-    answer(job, Result(ms_per_step), weights)
+    answer(job, Result(stopwatch.ms_per_step), stopwatch.weights)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import command_line
 import namespaces
 import scaling_report
 from scaling_report import (
@@ -132,7 +133,10 @@ def in_namespaces(network: namespaces.Network, arguments: list[str]) -> str:
             stack.callback(process.wait)
             stack.callback(process.kill)
             processes.append(process)
-        wait(processes)
+        command_line.wait(processes, DEADLINE_SECONDS)
+        for process in processes:
+            process.kill()
+            process.wait()
         said = []
         for file in files:
             file.seek(0)
@@ -143,18 +147,6 @@ def in_namespaces(network: namespaces.Network, arguments: list[str]) -> str:
             "\n".join(text[-3000:] for text in said) + f"\nExit codes: {codes}"
         )
     return said[0]
-
-
-def wait(processes: list[subprocess.Popen]) -> None:
-    """Until all have ended, one has failed, or time is up; none is left."""
-    end = time.monotonic() + DEADLINE_SECONDS
-    codes: list[int | None] = [None]
-    while time.monotonic() < end and None in codes and not any(codes):
-        time.sleep(0.05)
-        codes = [process.poll() for process in processes]
-    for process in processes:
-        process.kill()
-        process.wait()
 
 
 def document_in(output: str) -> dict:

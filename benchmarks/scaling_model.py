@@ -24,9 +24,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-SMALL_BYTES = 2**14
-"""Up to this size workers exchange all they have: keras_allreduce/wire.py."""
-
 BACKWARD_SHARE = 2 / 3
 """Backprop does two matrix products for each one of the forward pass."""
 
@@ -100,9 +97,17 @@ def exchange_seconds(nbytes: float, workers: int, link: Link) -> float:
     return steps * (link.alpha + nbytes / link.bandwidth) + sums
 
 
+def small_bytes(workers: int) -> int:
+    """Up to this size workers exchange all they have: keras_allreduce/wire.py.
+
+    That module loads TensorFlow, so this is written again; a test compares.
+    """
+    return 2**18 if workers == 2 else 2**14
+
+
 def workers_seconds(nbytes: float, workers: int, link: Link) -> float:
     """Cost of what keras_allreduce does between workers at this size."""
-    small = nbytes <= SMALL_BYTES
+    small = nbytes <= small_bytes(workers)
     return (exchange_seconds if small else ring_seconds)(nbytes, workers, link)
 
 

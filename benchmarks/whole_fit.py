@@ -26,11 +26,9 @@ that the process had in use, with TensorFlow itself.
 import argparse
 import contextlib
 import faulthandler
-import importlib.metadata
 import io
 import json
 import os
-import platform
 import resource
 import signal
 import sys
@@ -44,6 +42,7 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import command_line
 import numpy as np
 import rivals
 
@@ -380,18 +379,14 @@ def row(model: str, name: str, entries: dict[str, Entry]) -> str:
 
 
 def environment(args: argparse.Namespace, sizes: dict[str, Size]) -> str:
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("tensorflow", "keras", "keras_allreduce")
-    )
+    versions = ("tensorflow", "keras", "keras_allreduce")
     each = ", ".join(
         f"{model} {size.batch} and {size.steps - SKIPPED_STEPS}"
         for model, size in sizes.items()
     )
     return (
-        f"{versions}, Python {platform.python_version()}, "
-        f"{os.cpu_count()} cores ({platform.machine()}), "
-        f"{args.rounds} rounds; global batch and timed steps of a round: {each}"
+        f"{command_line.environment(*versions)}, {args.rounds} rounds; "
+        f"global batch and timed steps of a round: {each}"
     )
 
 
@@ -419,11 +414,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rival", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.steps is not None and args.steps <= SKIPPED_STEPS:
-        parser.error(
-            f"--steps must be more than the {SKIPPED_STEPS} that are not "
-            f"timed. Received: {args.steps}"
-        )
+    if args.steps is not None:
+        command_line.check_steps(parser, args.steps, SKIPPED_STEPS)
     return args
 
 

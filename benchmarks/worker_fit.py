@@ -20,8 +20,7 @@ from worker_jobs import (
     ALONE,
     ALONE_KEPT,
     BATCH_SIZE,
-    OURS,
-    OURS_BFLOAT16,
+    OPTIONS,
     STOCK,
     Job,
     Result,
@@ -59,11 +58,9 @@ def make_strategy(job: Job) -> Any:
         devices = keras_allreduce.host_devices(job.devices)
     if job.strategy == STOCK:
         return Mended()
-    if job.strategy == OURS:
-        return keras_allreduce.MultiWorkerAllReduceStrategy()
-    if job.strategy == OURS_BFLOAT16:
+    if job.strategy in OPTIONS:
         return keras_allreduce.MultiWorkerAllReduceStrategy(
-            wire_dtype="bfloat16"
+            **OPTIONS[job.strategy]
         )
     if job.strategy == ALONE_KEPT:
         memory.keep_freed()
@@ -102,8 +99,13 @@ def work(job: Job) -> None:
     """Runs as one worker; leaves its result and its weights in the folder."""
     strategy = make_strategy(job)
     read_stats = getattr(strategy, "all_reduce_stats", lambda: None)
-    # At the start, so that the next ones are over the timed steps alone.
-    stopwatch = Stopwatch(job, on_start=read_stats)
+
+    def read_weights() -> list:
+        # So that the next stats are over the timed steps alone.
+        read_stats()
+        return model.get_weights()
+
+    stopwatch = Stopwatch(job, read_weights)
     keras.utils.set_random_seed(1)
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = models.MODELS[job.model].make()
@@ -121,7 +123,7 @@ def work(job: Job) -> None:
     stats = None if job.alone else read_stats()
     clocks = (stats.all_reduce_ms, stats.overlap) if stats else ()
     result = Result(stopwatch.ms_per_step, *clocks)
-    answer(job, result, model.get_weights())
+    answer(job, result, stopwatch.weights)
 
 
 def main() -> None:

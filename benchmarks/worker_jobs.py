@@ -1,7 +1,8 @@
 """What the workers of workers_step_time.py are told, and what they answer.
 
 A worker is a process that runs worker_fit.py or ddp_gloo.py with a `Job`. It
-leaves its `Result` and its weights in the job's folder.
+leaves its `Result`, and the weights it had before the timed steps, in the job's
+folder.
 """
 
 import json
@@ -25,12 +26,21 @@ ALONE = "no communication"
 ALONE_KEPT = "no communication, freed memory kept"
 ALONE_PYTORCH = "PyTorch, no communication"
 
+OPTIONS = {
+    OURS: {},
+    OURS_BFLOAT16: {"wire_dtype": "bfloat16"},
+    **{
+        f"{OURS} {kib} KiB": {"bytes_per_pack": kib * 1024}
+        for kib in (256, 512, 1024, 2048, 4096, 25600)
+    },
+}
+"""What MultiWorkerAllReduceStrategy is made with, by name in the tables."""
+
 # MultiWorkerAllReduceStrategy lets malloc keep freed memory, which alone makes
 # some models faster: that is no communication saved, so it is in its baseline.
 BASELINES = {
     STOCK: ALONE,
-    OURS: ALONE_KEPT,
-    OURS_BFLOAT16: ALONE_KEPT,
+    **dict.fromkeys(OPTIONS, ALONE_KEPT),
     DDP: ALONE_PYTORCH,
 }
 
@@ -99,19 +109,19 @@ class Stopwatch:
 
     Args:
         job: The job.
-        on_start: Called before the first step that is timed.
+        read_weights: Called before the first step that is timed.
     """
 
-    def __init__(self, job: Job, on_start: Callable[[], object] = lambda: None):
+    def __init__(self, job: Job, read_weights: Callable[[], list[np.ndarray]]):
         self._job = job
-        self._on_start = on_start
+        self._read_weights = read_weights
         self._ended_steps = 0
 
     def step_ended(self) -> None:
         """To be called at the end of every step."""
         self._ended_steps += 1
         if self._ended_steps == SKIPPED_STEPS:
-            self._on_start()
+            self.weights = self._read_weights()
             if self._job.alone:
                 self._meet()
             self._start = time.perf_counter()

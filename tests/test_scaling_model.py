@@ -36,18 +36,15 @@ def test_an_exchange_of_three_takes_two_steps_of_all_bytes():
     assert seconds == pytest.approx(2.22e-3)
 
 
-def test_small_tensors_are_exchanged_and_larger_ones_go_round():
-    small, large = 2**14, 2**14 + 4
+@pytest.mark.parametrize("workers", [2, 3])
+def test_small_tensors_are_exchanged_and_larger_ones_go_round(workers):
+    small = wire.small_bytes(workers)
     assert scaling_model.workers_seconds(
-        small, 2, LINK
-    ) == scaling_model.exchange_seconds(small, 2, LINK)
+        small, workers, LINK
+    ) == scaling_model.exchange_seconds(small, workers, LINK)
     assert scaling_model.workers_seconds(
-        large, 2, LINK
-    ) == scaling_model.ring_seconds(large, 2, LINK)
-
-
-def test_small_means_what_the_package_takes_for_small():
-    assert scaling_model.SMALL_BYTES == wire.SMALL_BYTES
+        small + 4, workers, LINK
+    ) == scaling_model.ring_seconds(small + 4, workers, LINK)
 
 
 @pytest.mark.parametrize("nbytes", [4096, MIB])
