@@ -34,7 +34,6 @@ import namespaces
 import scaling_report
 from scaling_report import (
     LOOPBACK,
-    MIB,
     PROCESS,
     WIRE,
     WORKERS,
@@ -247,7 +246,7 @@ def arguments() -> argparse.Namespace:
     add("--plot", help="draw an SVG; needs matplotlib")
     add("--gradient-bytes", type=int, default=102_000_000, help="of a step")
     add("--compute-ms", type=float, default=200.0, help="of a step")
-    add("--pack-bytes", type=int, default=MIB)
+    add("--pack-bytes", type=int, help="default: as the package has it")
     add("--devices", type=int, default=8, help="of each machine")
     add("--latency-us", type=float, default=50.0, help="assumed, of a step")
     args = parser.parse_args()

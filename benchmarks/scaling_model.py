@@ -105,6 +105,11 @@ def small_bytes(workers: int) -> int:
     return 2**18 if workers == 2 else 2**14
 
 
+def default_bytes_per_pack(workers: int) -> int:
+    """As in keras_allreduce/worker_all_reduce.py; a test compares."""
+    return 2**20 * math.isqrt(workers)
+
+
 def workers_seconds(nbytes: float, workers: int, link: Link) -> float:
     """Cost of what keras_allreduce does between workers at this size."""
     small = nbytes <= small_bytes(workers)

@@ -75,21 +75,21 @@ def _draw_costs(axis, times, models) -> None:
 
 
 def _draw_efficiency(axis, title, alpha, inside, args) -> None:
-    pack, compute = args.pack_bytes, args.compute_ms / 1e3
+    compute = args.compute_ms / 1e3
     ways = {
-        f"ring, packs of {scaling_report.size(pack)}": ("-", 1, pack),
-        f"{args.devices} a machine, same packs": ("--", args.devices, pack),
-        f"{args.devices} a machine, best packs": (":", args.devices, None),
+        "ring": ("-", 1, False),
+        f"{args.devices} a machine": ("--", args.devices, False),
+        f"{args.devices} a machine, best packs": (":", args.devices, True),
     }
     for rate, color in zip(
         scaling_report.RATES.values(), RATE_COLORS, strict=True
     ):
         link = scaling_model.Link(alpha, rate, inside.gamma)
-        for dashes, devices, capacity in ways.values():
+        for dashes, devices, best in ways.values():
             shares = []
             for workers in scaling_report.WORKERS:
                 waited, _ = scaling_report.exposed(
-                    workers, link, inside, devices, args, capacity
+                    workers, link, inside, devices, args, best
                 )
                 shares.append(scaling_model.efficiency(compute, waited))
             axis.plot(

@@ -108,20 +108,31 @@ def off(predicted: float, measured: float) -> float:
 
 
 def exposed(
-    replicas: int, link: Link, inside: Inside, devices: int, args, pack=None
+    replicas: int,
+    link: Link,
+    inside: Inside,
+    devices: int,
+    args,
+    best: bool = False,
 ) -> tuple[float, int]:
     """Seconds that a step waits, and the capacity of a pack in bytes.
 
-    `devices` of each machine are summed first; without `pack` it is the best.
+    `devices` of each machine are summed first. The capacity is the best, or
+    else that of --pack-bytes or the package's own.
     """
+    machines = replicas // devices
 
     def cost(nbytes: float) -> float:
         return scaling_model.hierarchical_seconds(
-            nbytes, replicas // devices, devices, link, inside
+            nbytes, machines, devices, link, inside
         )
 
     compute = args.compute_ms / 1e3
-    pack = pack or scaling_model.best_pack(args.gradient_bytes, compute, cost)
+    if best:
+        pack = scaling_model.best_pack(args.gradient_bytes, compute, cost)
+    else:
+        default = scaling_model.default_bytes_per_pack(machines)
+        pack = args.pack_bytes or default
     seconds = scaling_model.exposed_seconds(
         args.gradient_bytes, compute, pack, cost
     )
@@ -213,11 +224,12 @@ def predicted_table(alpha: float, inside: Inside, args) -> list[str]:
     for name, rate in RATES.items():
         link = Link(alpha, rate, inside.gamma)
         for workers in WORKERS:
-            ring = exposed(workers, link, inside, 1, args, args.pack_bytes)
+            ring = exposed(workers, link, inside, 1, args)
             grouped = (workers, link, inside, args.devices, args)
-            flat, best = exposed(*grouped, args.pack_bytes), exposed(*grouped)
-            cells = [name, str(workers), *shown(ring, args), *shown(flat, args)]
-            cells += [size(best[1]), *shown(best, args)]
+            hierarchical, best = exposed(*grouped), exposed(*grouped, best=True)
+            cells = [name, str(workers), *shown(ring, args)]
+            cells += [*shown(hierarchical, args), size(best[1])]
+            cells += shown(best, args)
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 

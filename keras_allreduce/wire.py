@@ -30,7 +30,6 @@ def small_bytes(num_workers: int) -> int:
     return 2**18 if num_workers == 2 else 2**14
 
 
-
 class Wire:
     """Sums between workers.
 

@@ -3,6 +3,7 @@
 Each pack crosses between workers once per worker, not once per device.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,9 +16,16 @@ from keras_allreduce.buckets import GradientSpec
 from keras_allreduce.records import ReducePlan, size_of
 from keras_allreduce.wire import Wire
 
-# What the last pack takes cannot be hidden behind backprop, so packs are small
-# where gradients are: see "Pack sizes between workers" in RESULTS.md.
-_PACK_SIZE = PackSize(2**20)
+
+def default_bytes_per_pack(num_workers: int) -> int:
+    """Capacity of a pack where none is asked for, in bytes.
+
+    What the last pack takes cannot be hidden behind backprop, so packs are
+    small: see "Pack sizes between workers" in RESULTS.md. But a pack makes
+    2 (W - 1) steps, whatever its size, so that the best one grows about as the
+    root of W: docs/scaling.md.
+    """
+    return 2**20 * math.isqrt(num_workers)
 
 
 class WorkerAllReduce(BatchAllReduce):
@@ -118,4 +126,4 @@ class WorkerAllReduce(BatchAllReduce):
 
     def _pack_size(self, algorithm: str, options: Any) -> PackSize:
         asked = getattr(options, "bytes_per_pack", 0) or self.bytes_per_pack
-        return PackSize(asked) if asked else _PACK_SIZE
+        return PackSize(asked or default_bytes_per_pack(self._num_workers))

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import scaling_model
 from scaling_model import Inside, Link, Point
 
-from keras_allreduce import wire
+from keras_allreduce import wire, worker_all_reduce
 
 MIB = 2**20
 
@@ -45,6 +45,12 @@ def test_small_tensors_are_exchanged_and_larger_ones_go_round(workers):
     assert scaling_model.workers_seconds(
         small + 4, workers, LINK
     ) == scaling_model.ring_seconds(small + 4, workers, LINK)
+
+
+@pytest.mark.parametrize(("workers", "mib"), [(2, 1), (4, 2), (64, 8)])
+def test_packs_are_as_large_as_the_package_makes_them(workers, mib):
+    assert scaling_model.default_bytes_per_pack(workers) == mib * MIB
+    assert worker_all_reduce.default_bytes_per_pack(workers) == mib * MIB
 
 
 @pytest.mark.parametrize("nbytes", [4096, MIB])
