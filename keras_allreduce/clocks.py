@@ -142,7 +142,7 @@ def free_running_clock(variable: tf.Variable) -> Any:
     to read one.
     """
 
-    @tf.function
+    @tf.function(autograph=False)
     def now() -> tf.Tensor:
         variable.read_value()
         return tf.timestamp()
