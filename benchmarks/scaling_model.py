@@ -107,7 +107,7 @@ def small_bytes(workers: int) -> int:
 
 def default_bytes_per_pack(workers: int) -> int:
     """As in keras_allreduce/worker_all_reduce.py; a test compares."""
-    return 2**20 * math.isqrt(workers)
+    return 2**19 * math.isqrt(workers)
 
 
 def workers_seconds(nbytes: float, workers: int, link: Link) -> float:

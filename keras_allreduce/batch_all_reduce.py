@@ -46,7 +46,7 @@ class PackSize:
 # copy into the pack has a price, so only gradients travel together whose ops
 # cost more than their bytes: see "Pack sizes" in benchmarks/RESULTS.md.
 _DEFAULT_PACK_SIZES = {
-    "nccl": PackSize(25 * 2**20, 2**20),
+    "nccl": PackSize(nccl.BYTES_PER_PACK, 2**20),
     "ring": PackSize(4 * 2**20, 2**20),
     "shared_memory": PackSize(2**20, 2**18, alone_above=2**14),
 }

@@ -5,7 +5,7 @@ as soon as there is a public way.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -169,15 +169,38 @@ class SpecFirstDataset(_DistributedDataset):
         return dataset
 
 
+def steps_of_keras_epoch() -> int | None:
+    """Steps of an epoch of the data set that Keras wants to have distributed.
+
+    Keras's iterator knows them, and gives the strategy the data set alone. To
+    be called where a strategy distributes a data set.
+
+    Returns:
+        The number; -1 if Keras will find out in the first epoch, `None` if it
+        is not Keras that asks.
+    """
+    for frame in _calling_frames():
+        iterator = frame.f_locals.get("self")
+        if hasattr(iterator, "enumerate_epoch"):
+            known = (
+                iterator.steps_per_epoch,
+                iterator.data_adapter.num_batches,
+            )
+            return min((int(steps) for steps in known if steps), default=-1)
+    return None
+
+
 def _called_from(name: str) -> bool:
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(8):
-        if frame is None:
-            return False
-        if frame.f_code.co_name == name:
-            return True
-        frame = frame.f_back
-    return False
+    return any(frame.f_code.co_name == name for frame in _calling_frames())
+
+
+def _calling_frames() -> Iterator[FrameType]:
+    """The frames from which a function of this module was called."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(10):
+        if frame is not None:
+            yield frame
+            frame = frame.f_back
 
 
 def _example(element_spec: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce import internals, memory, weighing, worker_checks
+from keras_allreduce import internals, memory, nccl, weighing, worker_checks
 from keras_allreduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.checks import host_devices, on_gpus
 from keras_allreduce.collectives import Collectives, WorkerGroup
@@ -21,9 +21,6 @@ from keras_allreduce.worker_all_reduce import WorkerAllReduce
 from keras_allreduce.worker_watch import WorkerWatch
 
 TIMEOUT_SECONDS = 600.0
-
-# As in PyTorch DistributedDataParallel.
-NCCL_BYTES_PER_PACK = 25 * 2**20
 
 HOST_DEVICES = "KERAS_ALLREDUCE_HOST_DEVICES"
 """Environment variable with the number of host devices per worker."""
@@ -193,7 +190,7 @@ class MultiWorkerAllReduceExtended(
             super().__init__(
                 container_strategy,
                 cluster_resolver=cluster_resolver,
-                communication_options=_of_nccl(options),
+                communication_options=nccl.options_between_workers(options),
             )
         self._gradient_ops: BatchAllReduce
         if cluster is None:
@@ -304,6 +301,14 @@ class MultiWorkerAllReduceExtended(
             )
         return devices, kind
 
+    def _experimental_distribute_dataset(
+        self, dataset: Any, options: Any
+    ) -> Any:
+        steps = internals.steps_of_keras_epoch()
+        if steps is not None and self._agreement is not None:
+            self._agreement.compare_steps(steps)
+        return super()._experimental_distribute_dataset(dataset, options)
+
     def _sum_over_replicas(
         self, reduce_op: Any, value_destination_pairs: Any, options: Any
     ) -> Any:
@@ -359,22 +364,6 @@ class MultiWorkerAllReduceExtended(
         if tf.executing_eagerly():
             return self._progress.during()
         return contextlib.nullcontext()
-
-
-def _of_nccl(
-    options: tf.distribute.experimental.CommunicationOptions,
-) -> tf.distribute.experimental.CommunicationOptions:
-    """Options for what TensorFlow's own cross-device op sums.
-
-    On GPUs it sums the gradients, by default all in one pack, which leaves
-    when backprop has ended.
-    """
-    if options.bytes_per_pack or not on_gpus():
-        return options
-    return tf.distribute.experimental.CommunicationOptions(
-        bytes_per_pack=NCCL_BYTES_PER_PACK,
-        implementation=options.implementation,
-    )
 
 
 def _is_mean(reduce_op: Any) -> bool:

@@ -109,6 +109,18 @@ class Agreement:
             self._lists.append(facts)
             self.compare("models and steps", facts, next(self._points))
 
+    def compare_steps(self, steps: int) -> None:
+        """Compares how many steps an epoch has; -1 if that is not known.
+
+        Keras ends an epoch after as many as it knows of, and the others would
+        wait for this worker.
+
+        Raises:
+            RuntimeError: See `compare`.
+        """
+        facts = {"steps in an epoch": steps if steps >= 0 else "not known"}
+        self.compare("models and steps", facts, next(self._points))
+
     def compare_initial_value(self, initial_value: Any) -> Any:
         """Compares a variable as it is made; its value comes from the chief.
 

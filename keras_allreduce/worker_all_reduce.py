@@ -17,15 +17,17 @@ from keras_allreduce.records import ReducePlan, size_of
 from keras_allreduce.wire import Wire
 
 
-def default_bytes_per_pack(num_workers: int) -> int:
-    """Capacity of a pack where none is asked for, in bytes.
+def default_pack_size(num_workers: int) -> PackSize:
+    """Sizes of packs where none is asked for.
 
     What the last pack takes cannot be hidden behind backprop, so packs are
-    small: see "Pack sizes between workers" in RESULTS.md. But a pack makes
-    2 (W - 1) steps, whatever its size, so that the best one grows about as the
-    root of W: docs/scaling.md.
+    small, and of what is half as large nothing waits for another gradient: see
+    "Pack sizes between workers" in RESULTS.md. But a pack makes 2 (W - 1)
+    steps, whatever its size, so that the best one grows about as the root of
+    the number of workers W: docs/scaling.md.
     """
-    return 2**20 * math.isqrt(num_workers)
+    capacity = 2**19 * math.isqrt(num_workers)
+    return PackSize(capacity, alone_above=capacity // 2)
 
 
 class WorkerAllReduce(BatchAllReduce):
@@ -126,4 +128,6 @@ class WorkerAllReduce(BatchAllReduce):
 
     def _pack_size(self, algorithm: str, options: Any) -> PackSize:
         asked = getattr(options, "bytes_per_pack", 0) or self.bytes_per_pack
-        return PackSize(asked or default_bytes_per_pack(self._num_workers))
+        return (
+            PackSize(asked) if asked else default_pack_size(self._num_workers)
+        )

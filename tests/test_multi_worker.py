@@ -197,11 +197,30 @@ def test_a_frozen_worker_ends_the_other_in_an_error(index):
     assert seconds < 60
 
 
-def test_datasets_of_other_known_lengths_end_in_an_error_after_the_timeout():
+def test_a_worker_that_falls_behind_ends_the_other_after_the_timeout():
     with workers.running(
-        "fit_with_other_lengths", 5, deadline_seconds=100
+        "fit_and_fall_behind", 5, deadline_seconds=100
     ) as pair:
         code = pair[0].wait()
         assert code not in (0, None), pair[0].output
         last = pair[0].output.splitlines()[-1]
         assert last.startswith("keras_allreduce: All workers must"), last
+
+
+def test_datasets_of_other_known_lengths_end_in_an_error_at_once():
+    # Long before the timeout, which is 600 s.
+    with workers.running(
+        "fit_with_other_lengths", None, deadline_seconds=100
+    ) as pair:
+        for worker in pair:
+            assert worker.wait() == 1, worker.output
+            last = worker.output.splitlines()[-1]
+            assert "steps in an epoch: worker 0" in last
+            assert "has 4, worker 1" in last
+
+
+def test_datasets_of_other_lengths_train_as_many_steps_as_are_asked_for():
+    chief, other = workers.results(
+        "fit_with_other_lengths", 2, deadline_seconds=100
+    )
+    assert chief == other

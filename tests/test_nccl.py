@@ -7,7 +7,7 @@ import tensorflow as tf
 from graph_walk import ancestors, ops_of_type
 
 import keras_allreduce
-from keras_allreduce import BatchAllReduce, internals, multi_worker, nccl
+from keras_allreduce import BatchAllReduce, internals, nccl
 
 GPUS = ["/device:GPU:0", "/device:GPU:1", "/device:GPU:2"]
 SUM = tf.distribute.ReduceOp.SUM
@@ -230,7 +230,7 @@ def test_packs_between_gpus_of_several_workers_leave_early(
     asked, used, monkeypatch
 ):
     # TensorFlow's own op, whose default is one pack after all of backprop.
-    monkeypatch.setattr(multi_worker, "on_gpus", lambda: True)
+    monkeypatch.setattr(nccl, "on_gpus", lambda: True)
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
         bytes_per_pack=asked
     )

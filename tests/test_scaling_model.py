@@ -47,10 +47,12 @@ def test_small_tensors_are_exchanged_and_larger_ones_go_round(workers):
     ) == scaling_model.ring_seconds(small + 4, workers, LINK)
 
 
-@pytest.mark.parametrize(("workers", "mib"), [(2, 1), (4, 2), (64, 8)])
+@pytest.mark.parametrize(("workers", "mib"), [(2, 0.5), (4, 1), (64, 4)])
 def test_packs_are_as_large_as_the_package_makes_them(workers, mib):
     assert scaling_model.default_bytes_per_pack(workers) == mib * MIB
-    assert worker_all_reduce.default_bytes_per_pack(workers) == mib * MIB
+    size = worker_all_reduce.default_pack_size(workers)
+    assert size.bytes_per_pack == mib * MIB
+    assert size.alone_above == mib * MIB / 2
 
 
 @pytest.mark.parametrize("nbytes", [4096, MIB])

@@ -192,16 +192,14 @@ def fit_until_ended(timeout_seconds):
     )
 
 
-def fit_with_other_lengths(timeout_seconds):
+def fit_with_other_lengths(steps_per_epoch):
     """Trains on four batches on the chief and on two on the other worker."""
     import tensorflow as tf
     import worker_cases
 
     import keras_allreduce
 
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=timeout_seconds
-    )
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy()
     with strategy.scope():
         model = worker_cases.dense()
         model.compile("sgd", "mse")
@@ -213,7 +211,42 @@ def fit_with_other_lengths(timeout_seconds):
     options.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.OFF
     )
-    model.fit(data.batch(8).with_options(options), verbose=0)
+    model.fit(
+        data.batch(8).with_options(options),
+        steps_per_epoch=steps_per_epoch,
+        epochs=2,
+        verbose=0,
+    )
+    return [weight.tolist() for weight in model.get_weights()]
+
+
+def fit_and_fall_behind(timeout_seconds):
+    """Trains; worker 1 sleeps in a callback until it is too late."""
+    import time
+
+    import keras
+    import worker_cases
+
+    import keras_allreduce
+
+    class Sleep(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 1 and worker_cases.worker_index() == 1:
+                time.sleep(20 * timeout_seconds)
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=timeout_seconds
+    )
+    with strategy.scope():
+        model = worker_cases.dense()
+        model.compile("sgd", "mse")
+    model.fit(
+        worker_cases.X,
+        worker_cases.TARGET,
+        batch_size=8,
+        verbose=0,
+        callbacks=[Sleep()],
+    )
 
 
 def fit_what_differs(what):
