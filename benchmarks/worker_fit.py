@@ -99,13 +99,12 @@ def work(job: Job) -> None:
     """Runs as one worker; leaves its result and its weights in the folder."""
     strategy = make_strategy(job)
     read_stats = getattr(strategy, "all_reduce_stats", lambda: None)
-
-    def read_weights() -> list:
-        # So that the next stats are over the timed steps alone.
-        read_stats()
-        return model.get_weights()
-
-    stopwatch = Stopwatch(job, read_weights)
+    stopwatch = Stopwatch(
+        job,
+        read_weights=lambda: model.get_weights(),
+        # So that the next ones are over the timed steps alone.
+        on_start=read_stats,
+    )
     keras.utils.set_random_seed(1)
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = models.MODELS[job.model].make()

@@ -1,7 +1,7 @@
 """What the workers of workers_step_time.py are told, and what they answer.
 
 A worker is a process that runs worker_fit.py or ddp_gloo.py with a `Job`. It
-leaves its `Result`, and the weights it had before the timed steps, in the job's
+leaves its `Result`, and the weights it had after the first step, in the job's
 folder.
 """
 
@@ -109,19 +109,28 @@ class Stopwatch:
 
     Args:
         job: The job.
-        read_weights: Called before the first step that is timed.
+        read_weights: Called after the first step.
+        on_start: Called before the first step that is timed.
     """
 
-    def __init__(self, job: Job, read_weights: Callable[[], list[np.ndarray]]):
+    def __init__(
+        self,
+        job: Job,
+        read_weights: Callable[[], list[np.ndarray]],
+        on_start: Callable[[], object] = lambda: None,
+    ):
         self._job = job
         self._read_weights = read_weights
+        self._on_start = on_start
         self._ended_steps = 0
 
     def step_ended(self) -> None:
         """To be called at the end of every step."""
         self._ended_steps += 1
-        if self._ended_steps == SKIPPED_STEPS:
+        if self._ended_steps == 1:
             self.weights = self._read_weights()
+        if self._ended_steps == SKIPPED_STEPS:
+            self._on_start()
             if self._job.alone:
                 self._meet()
             self._start = time.perf_counter()
