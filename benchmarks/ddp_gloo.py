@@ -108,3 +108,5 @@ def work(job: Job) -> None:
 
 if __name__ == "__main__":
     work(told())
+    # Torn down, gloo sometimes ends the process with SIGABRT.
+    os._exit(0)

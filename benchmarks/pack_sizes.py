@@ -63,7 +63,7 @@ class Sized(BatchAllReduce):
         super().__init__(algorithm)
         self._size = size
 
-    def _pack_size(self, algorithm, options):
+    def _pack_size(self, algorithm, options, specs):
         return self._size
 
 

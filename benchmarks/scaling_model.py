@@ -105,9 +105,9 @@ def small_bytes(workers: int) -> int:
     return 2**18 if workers == 2 else 2**14
 
 
-def default_bytes_per_pack(workers: int) -> int:
+def default_bytes_per_pack(workers: int, nbytes: int) -> int:
     """As in keras_allreduce/worker_all_reduce.py; a test compares."""
-    return 2**19 * math.isqrt(workers)
+    return max(2**19, nbytes // 16) * math.isqrt(workers)
 
 
 def workers_seconds(nbytes: float, workers: int, link: Link) -> float:

@@ -131,7 +131,9 @@ def exposed(
     if best:
         pack = scaling_model.best_pack(args.gradient_bytes, compute, cost)
     else:
-        default = scaling_model.default_bytes_per_pack(machines)
+        default = scaling_model.default_bytes_per_pack(
+            machines, args.gradient_bytes
+        )
         pack = args.pack_bytes or default
     seconds = scaling_model.exposed_seconds(
         args.gradient_bytes, compute, pack, cost

@@ -239,7 +239,7 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
             is_sparse = isinstance(replicas[0], tf.IndexedSlices)
             (rows if is_sparse else dense).append(index)
         specs = [_spec(gradients[index][0]) for index in dense]
-        size = self._pack_size(algorithm, options)
+        size = self._pack_size(algorithm, options, specs)
         buckets = [
             [dense[position] for position in bucket.indices]
             for bucket in plan_buckets(
@@ -352,9 +352,18 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
             num_replicas=self._count(devices),
         )
 
-    def _pack_size(self, algorithm: str, options: Any) -> PackSize:
+    def _pack_size(
+        self, algorithm: str, options: Any, specs: Sequence[GradientSpec]
+    ) -> PackSize:
         asked = getattr(options, "bytes_per_pack", 0) or self.bytes_per_pack
-        return PackSize(asked) if asked else _DEFAULT_PACK_SIZES[algorithm]
+        if asked:
+            return PackSize(asked)
+        return self._default_pack_size(algorithm, specs)
+
+    def _default_pack_size(
+        self, algorithm: str, specs: Sequence[GradientSpec]
+    ) -> PackSize:
+        return _DEFAULT_PACK_SIZES[algorithm]
 
 
 def _pack(

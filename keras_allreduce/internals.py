@@ -169,24 +169,20 @@ class SpecFirstDataset(_DistributedDataset):
         return dataset
 
 
-def steps_of_keras_epoch() -> int | None:
-    """Steps of an epoch of the data set that Keras wants to have distributed.
+def steps_of_keras_epochs() -> tuple[int | None, int | None] | None:
+    """Steps and batches of the data set that Keras wants to have distributed.
 
     Keras's iterator knows them, and gives the strategy the data set alone. To
     be called where a strategy distributes a data set.
 
     Returns:
-        The number; -1 if Keras will find out in the first epoch, `None` if it
-        is not Keras that asks.
+        The steps of an epoch that were asked for and the batches of the data
+        set, each `None` if not known; `None` if it is not Keras that asks.
     """
     for frame in _calling_frames():
-        iterator = frame.f_locals.get("self")
+        iterator: Any = frame.f_locals.get("self")
         if hasattr(iterator, "enumerate_epoch"):
-            known = (
-                iterator.steps_per_epoch,
-                iterator.data_adapter.num_batches,
-            )
-            return min((int(steps) for steps in known if steps), default=-1)
+            return iterator.steps_per_epoch, iterator.data_adapter.num_batches
     return None
 
 

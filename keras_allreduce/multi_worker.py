@@ -304,9 +304,9 @@ class MultiWorkerAllReduceExtended(
     def _experimental_distribute_dataset(
         self, dataset: Any, options: Any
     ) -> Any:
-        steps = internals.steps_of_keras_epoch()
+        steps = internals.steps_of_keras_epochs()
         if steps is not None and self._agreement is not None:
-            self._agreement.compare_steps(steps)
+            self._agreement.compare_steps(*steps)
         return super()._experimental_distribute_dataset(dataset, options)
 
     def _sum_over_replicas(

@@ -24,6 +24,28 @@ _numbers = itertools.count()
 _READ_SECONDS = 1.0
 _GRACE_SECONDS = 10.0
 
+_REMEDY = "Run the same script, in the same environment, on all workers."
+
+
+def steps_of_epochs(asked: int | None, batches: int | None) -> str:
+    """How many steps Keras makes in the epochs of `fit`, as a message says it.
+
+    Keras counts batches across epochs: a data set of 5 that is asked for 2
+    steps gives 2, 2 and 1, and begins again.
+
+    Args:
+        asked: `steps_per_epoch`, or `None`.
+        batches: Batches of the data set, or `None` if not known.
+    """
+    if asked is None:
+        return "not known" if batches is None else str(batches)
+    if batches is None or batches % asked == 0:
+        return str(asked)
+    if batches < asked:
+        return str(batches)
+    number = batches // asked + 1
+    return f"{asked}, but {batches % asked} in epoch {number}"
+
 
 class Agreement:
     """Compares what the workers do under one strategy.
@@ -51,7 +73,11 @@ class Agreement:
         self._points = itertools.count()
 
     def compare(
-        self, name: str, facts: Mapping[str, Any], point: int | None = None
+        self,
+        name: str,
+        facts: Mapping[str, Any],
+        point: int | None = None,
+        remedy: str = _REMEDY,
     ) -> None:
         """Raises on every worker if the facts of one differ from the chief's.
 
@@ -59,6 +85,7 @@ class Agreement:
             name: What the facts are about.
             facts: Values by name, whose `str` is compared.
             point: Number of the comparison, if `name` is compared repeatedly.
+            remedy: What to do if they differ.
 
         Raises:
             RuntimeError: If they differ, or if a worker does not publish its
@@ -83,8 +110,7 @@ class Agreement:
         self._let_all_read(key)
         raise RuntimeError(
             f"All workers must have the same {name}. Received: "
-            f"{'; '.join(differences)}. Run the same script, in the same "
-            "environment, on all workers."
+            f"{'; '.join(differences)}. {remedy}"
         )
 
     def compare_gradients(self, gradients: Sequence[Any]) -> None:
@@ -109,17 +135,26 @@ class Agreement:
             self._lists.append(facts)
             self.compare("models and steps", facts, next(self._points))
 
-    def compare_steps(self, steps: int) -> None:
-        """Compares how many steps an epoch has; -1 if that is not known.
+    def compare_steps(self, asked: int | None, batches: int | None) -> None:
+        """Compares how many steps each epoch of a data set has.
 
         Keras ends an epoch after as many as it knows of, and the others would
         wait for this worker.
 
+        Args:
+            asked: `steps_per_epoch`, or `None`.
+            batches: Batches of the data set, or `None` if not known.
+
         Raises:
             RuntimeError: See `compare`.
         """
-        facts = {"steps in an epoch": steps if steps >= 0 else "not known"}
-        self.compare("models and steps", facts, next(self._points))
+        self.compare(
+            "models and steps",
+            {"steps in an epoch": steps_of_epochs(asked, batches)},
+            next(self._points),
+            remedy="Give all workers as many batches, or a data set of no "
+            "known length: `dataset.repeat()` with `steps_per_epoch`.",
+        )
 
     def compare_initial_value(self, initial_value: Any) -> Any:
         """Compares a variable as it is made; its value comes from the chief.

@@ -17,16 +17,21 @@ from keras_allreduce.records import ReducePlan, size_of
 from keras_allreduce.wire import Wire
 
 
-def default_pack_size(num_workers: int) -> PackSize:
+def default_pack_size(num_workers: int, nbytes: int) -> PackSize:
     """Sizes of packs where none is asked for.
 
     What the last pack takes cannot be hidden behind backprop, so packs are
-    small, and of what is half as large nothing waits for another gradient: see
-    "Pack sizes between workers" in RESULTS.md. But a pack makes 2 (W - 1)
-    steps, whatever its size, so that the best one grows about as the root of
-    the number of workers W: docs/scaling.md.
+    small, and of what is half as large nothing waits for another gradient. But
+    each pack costs time of its own, so that one is a sixteenth of all; and that
+    time grows with the workers, so that the best one grows about as the root
+    of their number. See "Pack sizes between workers" in RESULTS.md and
+    docs/scaling.md.
+
+    Args:
+        num_workers: Number of workers.
+        nbytes: Size of all gradients in bytes.
     """
-    capacity = 2**19 * math.isqrt(num_workers)
+    capacity = max(2**19, nbytes // 16) * math.isqrt(num_workers)
     return PackSize(capacity, alone_above=capacity // 2)
 
 
@@ -126,8 +131,8 @@ class WorkerAllReduce(BatchAllReduce):
             total += (spec.nbytes or 0) * narrowed
         return total
 
-    def _pack_size(self, algorithm: str, options: Any) -> PackSize:
-        asked = getattr(options, "bytes_per_pack", 0) or self.bytes_per_pack
-        return (
-            PackSize(asked) if asked else default_pack_size(self._num_workers)
-        )
+    def _default_pack_size(
+        self, algorithm: str, specs: Sequence[GradientSpec]
+    ) -> PackSize:
+        nbytes = sum(spec.nbytes or 0 for spec in specs)
+        return default_pack_size(self._num_workers, nbytes)

@@ -217,6 +217,7 @@ def test_datasets_of_other_known_lengths_end_in_an_error_at_once():
             last = worker.output.splitlines()[-1]
             assert "steps in an epoch: worker 0" in last
             assert "has 4, worker 1" in last
+            assert "`dataset.repeat()` with `steps_per_epoch`" in last
 
 
 def test_datasets_of_other_lengths_train_as_many_steps_as_are_asked_for():
