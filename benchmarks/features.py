@@ -11,11 +11,9 @@ History is the same.
 """
 
 import argparse
-import importlib.metadata
 import multiprocessing
 import os
 import pathlib
-import platform
 import re
 import signal
 import tempfile
@@ -29,6 +27,7 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import command_line
 import keras
 import numpy as np
 import tensorflow as tf
@@ -158,13 +157,9 @@ def main() -> None:
     # it, starts faster than a new one.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["keras_allreduce"])
-    versions = [
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("keras_allreduce", "tensorflow", "keras")
-    ]
+    packages = ("keras_allreduce", "tensorflow", "keras")
     print(
-        f"{', '.join(versions)}, {os.cpu_count()} cores "
-        f"({platform.machine()}), {args.replicas} replicas\n\n"
+        f"{command_line.environment(*packages)}, {args.replicas} replicas\n\n"
         "| feature | MirroredStrategy | AllReduceStrategy |\n|---|---|---|"
     )
     chosen = [each for each in FEATURES if re.search(args.only, each.name)]

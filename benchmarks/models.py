@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 SEQUENCE, VOCABULARY = 64, 8000
 WORDS, EMBEDDED_WORDS = 32, 50_000
@@ -143,3 +144,24 @@ def batch(setup: Setup, size: int) -> tuple[np.ndarray, np.ndarray]:
     else:
         x = rng.normal(size=(size, *setup.shape)).astype("float32")
     return x, rng.integers(0, setup.labels, (size, *setup.labels_shape))
+
+
+def compiled(setup: Setup) -> keras.Model:
+    """The model, made and compiled where the caller is: in a scope."""
+    model = setup.make()
+    model.compile(
+        keras.optimizers.SGD(0.01),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    return model
+
+
+def endless(
+    samples: tuple[np.ndarray, np.ndarray], batch_size: int
+) -> tf.data.Dataset:
+    """Batches without an end, of a size that is not known in advance.
+
+    As `fit` makes them of arrays.
+    """
+    data = tf.data.Dataset.from_tensor_slices(samples)
+    return data.repeat().batch(batch_size)

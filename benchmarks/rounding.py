@@ -35,13 +35,8 @@ def weights_by_steps(strategy: tf.distribute.Strategy, name: str) -> list:
     setup = models.MODELS[name]
     keras.utils.set_random_seed(1)
     with strategy.scope():
-        model = setup.make()
-        model.compile(
-            keras.optimizers.SGD(0.01),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        )
-    data = tf.data.Dataset.from_tensor_slices(models.batch(setup, BATCH_SIZE))
-    data = data.repeat().batch(BATCH_SIZE)
+        model = models.compiled(setup)
+    data = models.endless(models.batch(setup, BATCH_SIZE), BATCH_SIZE)
     found = []
     for steps in np.diff([0, *STEPS]):
         model.fit(data, steps_per_epoch=int(steps), verbose=0)

@@ -140,7 +140,6 @@ class Trainer:
         """
         import keras
         import models
-        import tensorflow as tf
 
         import keras_allreduce
 
@@ -149,18 +148,12 @@ class Trainer:
             devices = keras_allreduce.host_devices(self._replicas)
         setup = models.MODELS[self._model_name]
         with strategies()[self._strategy](devices).scope():
-            self._model = setup.make()
-            self._model.compile(
-                keras.optimizers.SGD(0.01),
-                keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            )
+            self._model = models.compiled(setup)
         if not Path(initial).exists():
             np.savez(initial, *self._model.get_weights())
         self._model.set_weights(read_weights(initial))
         x, y = models.batch(setup, self._batch_size)
-        # As `fit` does with arrays: batches whose size is not known in advance.
-        data = tf.data.Dataset.from_tensor_slices((x, y)).repeat()
-        self._data = data.batch(self._batch_size)
+        self._data = models.endless((x, y), self._batch_size)
         seconds = self._fit(1)[0]
         np.savez(after, *self._model.get_weights())
         is_split_seen = any(

@@ -75,12 +75,11 @@ def make_strategy(job: Job) -> Any:
 
 def samples(job: Job) -> tf.data.Dataset:
     size = job.local_batch_size if job.alone else BATCH_SIZE
-    data = models.batch(models.MODELS[job.model], size)
+    data = models.endless(models.batch(models.MODELS[job.model], size), size)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.DATA
     )
-    data = tf.data.Dataset.from_tensor_slices(data).repeat().batch(size)
     return data.with_options(options)
 
 
@@ -99,19 +98,11 @@ def work(job: Job) -> None:
     """Runs as one worker; leaves its result and its weights in the folder."""
     strategy = make_strategy(job)
     read_stats = getattr(strategy, "all_reduce_stats", lambda: None)
-    stopwatch = Stopwatch(
-        job,
-        read_weights=lambda: model.get_weights(),
-        # So that the next ones are over the timed steps alone.
-        on_start=read_stats,
-    )
     keras.utils.set_random_seed(1)
     with strategy.scope() if strategy else contextlib.nullcontext():
-        model = models.MODELS[job.model].make()
-        model.compile(
-            keras.optimizers.SGD(0.01),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        )
+        model = models.compiled(models.MODELS[job.model])
+    # Stats are read at the start, so that the next are of the timed steps.
+    stopwatch = Stopwatch(job, model.get_weights, on_start=read_stats)
     model.fit(
         samples(job),
         steps_per_epoch=job.all_steps,

@@ -140,8 +140,6 @@ def fit_and_signal(name, index, timeout_seconds):
     import keras
     import worker_cases
 
-    import keras_allreduce
-
     class Signal(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if batch == 5 and worker_cases.worker_index() == index:
@@ -149,47 +147,18 @@ def fit_and_signal(name, index, timeout_seconds):
             elif batch == 5:
                 print("the other worker is gone", flush=True)
 
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=timeout_seconds
-    )
-    with strategy.scope():
-        model = worker_cases.dense()
-        model.compile("sgd", "mse")
-    model.fit(
-        worker_cases.X,
-        worker_cases.TARGET,
-        batch_size=4,
-        epochs=1000,
-        verbose=0,
-        callbacks=[Signal()],
-    )
+    _fit(timeout_seconds, Signal(), batch_size=4, epochs=1000)
 
 
 def fit_until_ended(timeout_seconds):
     """Trains without an end; says when an epoch has ended."""
     import keras
-    import worker_cases
-
-    import keras_allreduce
 
     class Report(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             print("an epoch has ended", flush=True)
 
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=timeout_seconds
-    )
-    with strategy.scope():
-        model = worker_cases.dense()
-        model.compile("sgd", "mse")
-    model.fit(
-        worker_cases.X,
-        worker_cases.TARGET,
-        batch_size=4,
-        epochs=10**6,
-        verbose=0,
-        callbacks=[Report()],
-    )
+    _fit(timeout_seconds, Report(), batch_size=4, epochs=10**6)
 
 
 def fit_with_other_lengths(steps_per_epoch):
@@ -222,17 +191,22 @@ def fit_with_other_lengths(steps_per_epoch):
 
 def fit_and_fall_behind(timeout_seconds):
     """Trains; worker 1 sleeps in a callback until it is too late."""
-    import time
-
     import keras
     import worker_cases
-
-    import keras_allreduce
 
     class Sleep(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if batch == 1 and worker_cases.worker_index() == 1:
                 time.sleep(20 * timeout_seconds)
+
+    _fit(timeout_seconds, Sleep(), batch_size=8)
+
+
+def _fit(timeout_seconds, callback, **options):
+    """Trains a small model; `options` are those of `model.fit`."""
+    import worker_cases
+
+    import keras_allreduce
 
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
         timeout_seconds=timeout_seconds
@@ -243,9 +217,9 @@ def fit_and_fall_behind(timeout_seconds):
     model.fit(
         worker_cases.X,
         worker_cases.TARGET,
-        batch_size=8,
         verbose=0,
-        callbacks=[Sleep()],
+        callbacks=[callback],
+        **options,
     )
 
 
