@@ -8,6 +8,9 @@ import subprocess
 import time
 from collections.abc import Sequence
 
+# Of a GPU that has to do for several replicas.
+GPU_MIB = 10_000
+
 
 def environment(*packages: str) -> str:
     """Versions of `packages` and Python, and the machine, for a table."""
@@ -18,6 +21,33 @@ def environment(*packages: str) -> str:
         f"{', '.join(versions)}, Python {platform.python_version()}, "
         f"{os.cpu_count()} cores ({platform.machine()})"
     )
+
+
+def devices(replicas: int, on_gpus: bool = False) -> list[str]:
+    """Names of host devices or of GPUs, one for each replica.
+
+    With fewer GPUs than replicas, all of them are parts of the first.
+    """
+    import tensorflow as tf
+
+    import keras_allreduce
+
+    if not on_gpus:
+        return keras_allreduce.host_devices(replicas)
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        raise SystemExit("There is no GPU.")
+    if len(gpus) < replicas:
+        part = tf.config.LogicalDeviceConfiguration(
+            memory_limit=GPU_MIB // replicas
+        )
+        tf.config.set_visible_devices(gpus[:1], "GPU")
+        tf.config.set_logical_device_configuration(gpus[0], [part] * replicas)
+    else:
+        tf.config.set_visible_devices(gpus[:replicas], "GPU")
+        for gpu in gpus[:replicas]:
+            tf.config.experimental.set_memory_growth(gpu, True)
+    return [f"/gpu:{index}" for index in range(replicas)]
 
 
 def check_steps(

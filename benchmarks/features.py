@@ -1,6 +1,6 @@
 """Which features of Keras train on N replicas as they do on one device.
 
-    python benchmarks/features.py --replicas 2
+    python benchmarks/features.py --replicas 2 [--gpus]
 
 Every feature of `feature_cases.py` is trained on one device, under
 `tf.distribute.MirroredStrategy` and under `keras_allreduce.AllReduceStrategy`,
@@ -43,9 +43,9 @@ STRATEGIES: dict[str, Callable[[list[str]], Any]] = {
 }
 
 
-def train(name: str, strategy: str, replicas: int) -> Outcome:
+def train(name: str, strategy: str, replicas: int, on_gpus: bool) -> Outcome:
     (chosen,) = (each for each in FEATURES if each.name == name)
-    devices = keras_allreduce.host_devices(replicas)
+    devices = command_line.devices(replicas, on_gpus)
 
     def make_strategy(those: list[str] = devices) -> Any:
         return STRATEGIES[strategy](those)
@@ -152,7 +152,14 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--only", default="", help="pattern of feature names")
     parser.add_argument("--timeout-seconds", type=int, default=60)
+    parser.add_argument("--gpus", action="store_true")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="that train at a time"
+    )
     args = parser.parse_args()
+    if args.gpus:
+        # Products in float32, not rounded to the 11 bits of TF32.
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     # A fork of a process that has imported TensorFlow, and done nothing with
     # it, starts faster than a new one.
     context = multiprocessing.get_context("forkserver")
@@ -163,7 +170,7 @@ def main() -> None:
         "| feature | MirroredStrategy | AllReduceStrategy |\n|---|---|---|"
     )
     chosen = [each for each in FEATURES if re.search(args.only, each.name)]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(args.processes) as pool:
         rows = [
             [
                 pool.submit(
@@ -173,6 +180,7 @@ def main() -> None:
                     each.name,
                     strategy,
                     args.replicas,
+                    args.gpus,
                 )
                 for strategy in STRATEGIES
             ]

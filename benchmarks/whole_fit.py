@@ -1,6 +1,6 @@
 """Whole steps of `model.fit` under each strategy, interleaved in one run.
 
-    python benchmarks/whole_fit.py --replicas 1 2 4
+    python benchmarks/whole_fit.py --replicas 1 2 4 [--gpus]
 
 Each strategy trains each model in a process of its own, and the processes
 take turns: every round gives each of them one call of `fit`, verbose=1 with
@@ -19,7 +19,8 @@ batch; its time, from the call of `fit`, is the first step, with tracing. The
 weights must then agree with those of "no strategy". Where a model has
 BatchNormalization, whose statistics are those of each replica's own part,
 they must agree with those of MirroredStrategy. The peak is the most memory
-that the process had in use, with TensorFlow itself.
+that the process had in use, with TensorFlow itself; on GPUs, the most that a
+replica had of its GPU.
 """
 
 import argparse
@@ -50,9 +51,15 @@ DEADLINE_SECONDS = 600
 
 ALONE = "no strategy"
 MIRRORED = "MirroredStrategy"
-STOCK = [MIRRORED, "ReductionToOneDevice", "HierarchicalCopyAllReduce"]
+STOCK = [
+    MIRRORED,
+    "ReductionToOneDevice",
+    "HierarchicalCopyAllReduce",
+    "NcclAllReduce",
+]
 OURS, OURS_NO_CLOCKS = "AllReduceStrategy", "no clocks"
-STRATEGIES = [ALONE, *STOCK, OURS_NO_CLOCKS, OURS]
+STRATEGIES = [ALONE, *STOCK, OURS_NO_CLOCKS, OURS, "AllReduceStrategy nccl"]
+NEED_GPUS = ["NcclAllReduce", "AllReduceStrategy nccl"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,10 @@ def strategies() -> dict[str, Callable[[list[str]], Any]]:
         "HierarchicalCopyAllReduce": mirrored(
             tf.distribute.HierarchicalCopyAllReduce
         ),
+        "NcclAllReduce": mirrored(tf.distribute.NcclAllReduce),
+        "AllReduceStrategy nccl": lambda devices: (
+            keras_allreduce.AllReduceStrategy(devices, algorithm="nccl")
+        ),
         OURS_NO_CLOCKS: without_clocks,
         OURS: keras_allreduce.AllReduceStrategy,
     }
@@ -115,17 +126,25 @@ class Trainer:
     Args:
         strategy: Key of `strategies()`.
         model: Key of `MODELS`.
-        replicas: Number of host devices, but for "no strategy".
+        replicas: Number of devices, but for "no strategy".
         batch_size: Samples in a global batch.
+        on_gpus: Whether the devices are GPUs.
     """
 
     def __init__(
-        self, strategy: str, model: str, replicas: int, batch_size: int
+        self,
+        strategy: str,
+        model: str,
+        replicas: int,
+        batch_size: int,
+        on_gpus: bool,
     ):
         self._strategy = strategy
         self._model_name = model
         self._replicas = replicas
         self._batch_size = batch_size
+        self._on_gpus = on_gpus
+        self._devices: list[str] = []
 
     def start(self, initial: str, after: str) -> dict[str, Any]:
         """Makes the model and trains its first step.
@@ -141,13 +160,12 @@ class Trainer:
         import keras
         import models
 
-        import keras_allreduce
-
-        devices = []
         if self._strategy != ALONE:
-            devices = keras_allreduce.host_devices(self._replicas)
+            self._devices = command_line.devices(self._replicas, self._on_gpus)
+        elif self._on_gpus:
+            self._devices = command_line.devices(1, on_gpus=True)
         setup = models.MODELS[self._model_name]
-        with strategies()[self._strategy](devices).scope():
+        with strategies()[self._strategy](self._devices).scope():
             self._model = models.compiled(setup)
         if not Path(initial).exists():
             np.savez(initial, *self._model.get_weights())
@@ -172,7 +190,13 @@ class Trainer:
         return (ends[-1] - ends[0]) / (len(ends) - 1)
 
     def peak_mib(self) -> float:
-        """Most memory of the process so far."""
+        """Most memory of the process so far, or of a replica on its GPU."""
+        if self._on_gpus:
+            import tensorflow as tf
+
+            memory = tf.config.experimental.get_memory_info
+            peaks = [memory(d[1:].upper())["peak"] for d in self._devices]
+            return max(peaks) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def _fit(self, steps: int) -> list[float]:
@@ -312,12 +336,13 @@ def measure(
                 "model": model,
                 "replicas": replicas,
                 "batch_size": size.batch,
+                "on_gpus": args.gpus,
             }
             rival = rivals.Rival(
                 name,
                 [sys.executable, __file__, "--rival", json.dumps(options)],
                 folder / f"stderr-{number}",
-                {"CUDA_VISIBLE_DEVICES": "-1"},
+                {} if args.gpus else {"CUDA_VISIBLE_DEVICES": "-1"},
             )
             after = folder / f"after-{number}.npz"
             entry = Entry(stack.enter_context(rival), after)
@@ -419,12 +444,21 @@ def arguments() -> argparse.Namespace:
         "--models", nargs="+", choices=list(MODELS), default=list(MODELS)
     )
     parser.add_argument(
-        "--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES
+        "--strategies",
+        nargs="+",
+        choices=STRATEGIES,
+        help="default: all that the devices have",
+    )
+    parser.add_argument(
+        "--gpus", action="store_true", help="instead of host devices"
     )
     parser.add_argument("--rival", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.steps is not None:
         command_line.check_steps(parser, args.steps, SKIPPED_STEPS)
+    args.strategies = args.strategies or [
+        name for name in STRATEGIES if args.gpus or name not in NEED_GPUS
+    ]
     return args
 
 

@@ -11,28 +11,32 @@ run again only when it has come back, which one step after the other ensures.
 import itertools
 import weakref
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce import internals
 from keras_allreduce.progress import Progress
+
+_SUM = {"merge_op": "Add", "final_op": "Id"}
 
 _group_keys = itertools.count(1_000_000)
 
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """The host devices of all workers, one each.
+    """The host devices of all workers, one each, or all of their GPUs.
 
     Attributes:
-        num_workers: Number of workers.
+        size: Number of devices in the group.
         device: Host device of this worker.
         key: Number of the group; strategies are made in one order on all
             workers.
     """
 
-    num_workers: int
+    size: int
     device: str
     key: int = field(default_factory=lambda: next(_group_keys))
 
@@ -53,6 +57,7 @@ class Collectives:
         self._seen: weakref.WeakKeyDictionary[Any, dict[str, int]] = (
             weakref.WeakKeyDictionary()
         )
+        self._tokens: dict[str, tf.Variable] = {}
 
     @property
     def device(self) -> str:
@@ -70,13 +75,44 @@ class Collectives:
         Returns:
             The sum, on the host device of this worker.
         """
-        return self._run(
-            tf.raw_ops.CollectiveReduceV2,
-            tensor,
-            purpose,
-            merge_op="Add",
-            final_op="Id",
-        )
+        return self._run(tf.raw_ops.CollectiveReduceV2, tensor, purpose, **_SUM)
+
+    def all_reduce_on_gpus(
+        self, tensors: Sequence[tf.Tensor], devices: Sequence[str], purpose: str
+    ) -> list[tf.Tensor]:
+        """Sums one tensor of each GPU of the group, with NCCL.
+
+        NCCL hangs if two workers start their sums in different orders, so each
+        waits, on its own GPU, for the one traced before it.
+
+        Args:
+            tensors: Those of the GPUs of this worker, of one shape and dtype
+                on all.
+            devices: Those GPUs.
+            purpose: As for `all_reduce`.
+
+        Returns:
+            The sum, on each of `devices`.
+        """
+
+        def launch(ready: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+            sums = []
+            for tensor, device in zip(ready, devices, strict=True):
+                with tf.device(device):
+                    sums.append(
+                        tf.raw_ops.CollectiveReduceV2(
+                            input=tensor,
+                            ordering_token=[self._token_of(device)],
+                            communication_hint="nccl",
+                            **_SUM,
+                            **place,
+                        )
+                    )
+            return sums
+
+        with tf.device(self._group.device):
+            place = self._place(tensors[0], purpose)
+            return self._progress.watched(launch, list(tensors))
 
     def all_gather(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
         """Concatenates `tensor`, of one shape on all workers, along axis 0."""
@@ -104,7 +140,7 @@ class Collectives:
             padding = tf.pad(missing, [[0, tf.rank(tensor) - 1], [0, 0]])
             padded = tf.pad(tensor, padding)
             gathered = self.all_gather(padded, purpose)
-            parts = tf.split(gathered, self._group.num_workers)
+            parts = tf.split(gathered, self._group.size)
             return tf.concat(
                 [part[: lengths[worker]] for worker, part in enumerate(parts)],
                 axis=0,
@@ -126,6 +162,7 @@ class Collectives:
             return self._progress.watched(
                 lambda ready: op(
                     input=ready,
+                    ordering_token=_new_token(),
                     communication_hint="ring",
                     **attributes,
                     **place,
@@ -139,11 +176,36 @@ class Collectives:
         name = f"{purpose} {tensor.dtype.name} {tensor.shape}"
         seen[name] = seen.get(name, 0) + 1
         return {
-            "group_size": self._group.num_workers,
+            "group_size": self._group.size,
             "group_key": self._group.key,
             "instance_key": _instance(f"{name} {seen[name]}", tensor),
-            "ordering_token": [],
         }
+
+    def _token_of(self, gpu: str) -> tf.Tensor:
+        """What orders all collectives on a GPU."""
+        if gpu not in self._tokens:
+            with tf.init_scope(), tf.device(gpu):
+                self._tokens[gpu] = internals.ResourceVariable(
+                    0.0, trainable=False
+                )
+        return self._tokens[gpu].handle
+
+
+def _new_token() -> list[tf.Tensor]:
+    """What keeps a collective in a graph from waiting for the one before it.
+
+    TensorFlow chains the stateful ops of a function, but for those that read
+    or write different variables.
+    """
+    if tf.executing_eagerly():
+        return []
+    with tf.init_scope():
+        token = internals.ResourceVariable(0.0, trainable=False)
+    # The graph keeps it alive, as long as it can run.
+    tf.compat.v1.get_default_graph().add_to_collection(
+        "keras_allreduce_tokens", token
+    )
+    return [token.handle]
 
 
 def _instance(name: str, tensor: tf.Tensor) -> Any:

@@ -3,9 +3,12 @@
 import argparse
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from keras_allreduce import launch_gpus
 
 HOST_DEVICES = "KERAS_ALLREDUCE_HOST_DEVICES"
 """Tells MultiWorkerAllReduceStrategy how many host devices to make."""
@@ -33,7 +36,8 @@ class LaunchOptions:
     Attributes:
         command: The script, or `-m` and a module, and its arguments.
         num_workers: Workers to start here; 1 if `hosts` are given.
-        devices_per_worker: Host devices of each worker.
+        devices_per_worker: Host devices of each worker; `None`: not said.
+        gpus: GPUs of each worker started here; empty: as the environment says.
         restarts: How often the job may start again after a failure.
         hosts: `host:port` of all workers, or empty: all run here.
         host_index: Which of `hosts` this one is.
@@ -42,7 +46,8 @@ class LaunchOptions:
 
     command: tuple[str, ...]
     num_workers: int
-    devices_per_worker: int
+    devices_per_worker: int | None
+    gpus: tuple[tuple[str, ...], ...]
     restarts: int
     hosts: tuple[str, ...]
     host_index: int
@@ -64,12 +69,14 @@ def parse(arguments: Sequence[str] | None = None) -> LaunchOptions:
         _check(given)
         hosts = parse_hosts(given.hosts) if given.hosts is not None else ()
         _check_place(given, hosts)
+        gpus = _gpus(given)
     except ValueError as error:
         parser.error(str(error))
     return LaunchOptions(
         command=_command(given),
         num_workers=given.workers or 1,
         devices_per_worker=given.devices_per_worker,
+        gpus=gpus,
         restarts=given.restarts,
         hosts=hosts,
         host_index=given.host_index or 0,
@@ -126,7 +133,9 @@ def _environment(
     }
     # Lines arrive as they are written, not when a buffer is full.
     added = {"TF_CONFIG": json.dumps(config), "PYTHONUNBUFFERED": "1"}
-    if options.devices_per_worker > 1:
+    if options.gpus:
+        added[launch_gpus.VISIBLE] = ",".join(options.gpus[index])
+    elif (options.devices_per_worker or 1) > 1:
         added[HOST_DEVICES] = str(options.devices_per_worker)
     return added
 
@@ -143,10 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--devices-per-worker",
         type=int,
-        default=1,
         metavar="D",
-        help="host (CPU) devices of each worker, if more than 1: sets "
-        f"{HOST_DEVICES}=D, which MultiWorkerAllReduceStrategy reads",
+        help="GPUs of each worker, an equal share by default (sets "
+        f"{launch_gpus.VISIBLE}); on a machine without, its host (CPU) "
+        f"devices, 1 by default (sets {HOST_DEVICES}=D, which "
+        "MultiWorkerAllReduceStrategy reads)",
     )
     add(
         "--restarts",
@@ -191,6 +201,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     return parser
+
+
+def _gpus(given: argparse.Namespace) -> tuple[tuple[str, ...], ...]:
+    """GPUs of each worker, if there are workers to deal them out to."""
+    if given.hosts is not None or given.workers < 2:
+        return ()
+    return launch_gpus.deal(
+        launch_gpus.visible_gpus(os.environ),
+        given.workers,
+        given.devices_per_worker,
+        shared=os.environ.get(launch_gpus.SHARED) == "1",
+    )
 
 
 def _command(given: argparse.Namespace) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce import internals, memory, nccl, weighing, worker_checks
+from keras_allreduce import internals, memory, weighing, worker_checks
 from keras_allreduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.checks import host_devices, on_gpus
 from keras_allreduce.collectives import Collectives, WorkerGroup
@@ -190,7 +190,7 @@ class MultiWorkerAllReduceExtended(
             super().__init__(
                 container_strategy,
                 cluster_resolver=cluster_resolver,
-                communication_options=nccl.options_between_workers(options),
+                communication_options=options,
             )
         self._gradient_ops: BatchAllReduce
         if cluster is None:
@@ -206,7 +206,7 @@ class MultiWorkerAllReduceExtended(
         self._agreement.compare(
             "versions, devices and options",
             {
-                **environment(len(self.worker_devices)),
+                **environment(self.worker_devices),
                 "bytes_per_pack": options.bytes_per_pack,
                 "timeout_seconds": timeout_seconds,
                 "wire_dtype": wire_dtype,
@@ -215,17 +215,17 @@ class MultiWorkerAllReduceExtended(
                 "weigh_samples": container_strategy.weigh_samples,
             },
         )
+        host = f"{self._worker_device}/device:CPU:0"
         self._collectives = Collectives(
-            WorkerGroup(
-                self._num_workers,
-                f"{self._worker_device}/device:CPU:0",
-            ),
-            self._progress,
+            WorkerGroup(self._num_workers, host), self._progress
         )
         self._exact = Wire(self._collectives, self._num_workers)
         self._wire = Wire(self._collectives, self._num_workers, wire_dtype)
         self._gradient_ops = WorkerAllReduce(
             self._wire,
+            Collectives(
+                WorkerGroup(self._num_replicas_in_sync, host), self._progress
+            ),
             self._num_workers,
             options.bytes_per_pack,
             sparse_as_dense=sparse_as_dense,
@@ -312,8 +312,7 @@ class MultiWorkerAllReduceExtended(
     def _sum_over_replicas(
         self, reduce_op: Any, value_destination_pairs: Any, options: Any
     ) -> Any:
-        on_gpus = self._local_device_type == "GPU" and self._num_workers > 1
-        if not (tf.executing_eagerly() or on_gpus):
+        if not tf.executing_eagerly():
             return self._gradient_ops.batch_reduce(
                 reduce_op, value_destination_pairs, options
             )

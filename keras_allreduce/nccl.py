@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from keras_allreduce.checks import on_gpus
-
 # As in PyTorch DistributedDataParallel.
 BYTES_PER_PACK = 25 * 2**20
 
@@ -55,20 +53,3 @@ def all_reduce(
                 )
         sums.append(summed)
     return sums
-
-
-def options_between_workers(
-    options: tf.distribute.experimental.CommunicationOptions,
-) -> tf.distribute.experimental.CommunicationOptions:
-    """Options for TensorFlow's own sums between the GPUs of several workers.
-
-    By default it sums all gradients in one pack, which leaves when backprop has
-    ended. Options with a `bytes_per_pack`, and those of workers without GPUs,
-    stay as they are.
-    """
-    if options.bytes_per_pack or not on_gpus():
-        return options
-    return tf.distribute.experimental.CommunicationOptions(
-        bytes_per_pack=BYTES_PER_PACK,
-        implementation=options.implementation,
-    )

@@ -12,13 +12,15 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
 
 from keras_allreduce import internals
 from keras_allreduce.clocks import free_running_clock
+
+_T = TypeVar("_T", tf.Tensor, list[tf.Tensor])
 
 
 class _Counters:
@@ -66,16 +68,14 @@ class Progress:
         )
         self._calls: dict[object, float] = {}
 
-    def watched(
-        self, collective: Callable[[tf.Tensor], tf.Tensor], tensor: tf.Tensor
-    ) -> tf.Tensor:
-        """Returns `collective(tensor)`, which is under way until it is there.
+    def watched(self, collective: Callable[[_T], _T], tensors: _T) -> _T:
+        """Returns `collective(tensors)`, under way until all of it is there.
 
-        It begins when `tensor` is ready.
+        It begins when all of `tensors` are ready: one tensor, or a list.
         """
         if tf.executing_eagerly():
             with self.during():
-                return collective(tensor)
+                return collective(tensors)
         counters = _Counters(self.timed)
         # The graph keeps them alive, as long as it can run.
         tf.compat.v1.get_default_graph().add_to_collection(
@@ -83,15 +83,16 @@ class Progress:
         )
         with self._lock:
             self._counters.add(counters)
-        with tf.control_dependencies([tensor]):
+        with tf.control_dependencies(tf.nest.flatten(tensors)):
             times = counters.begun.assign_add(1)
         start = counters.now_begun() if self.timed else times
         with tf.control_dependencies([start]):
-            result = collective(tensor)
-        with tf.control_dependencies([result]):
+            result = collective(tensors)
+        results = tf.nest.flatten(result)
+        with tf.control_dependencies(results):
             counters.ended.assign_add(1, read_value=False)
         if self.timed:
-            with tf.control_dependencies([result]):
+            with tf.control_dependencies(results):
                 seconds = counters.now_ended() - start
             counts = times > 1
             counters.seconds.assign_add(

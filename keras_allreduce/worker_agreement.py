@@ -255,13 +255,18 @@ def _spec(gradient: Any) -> str:
     return f"{kind}{gradient.dtype.name} {shape}"
 
 
-def environment(num_devices: int) -> dict[str, Any]:
-    """What must be the same on all workers before anything is traced."""
+def environment(devices: Sequence[str]) -> dict[str, Any]:
+    """What must be the same on all workers before anything is traced.
+
+    Args:
+        devices: Names of the devices of this worker.
+    """
     python = platform.python_version_tuple()
     return {
         "keras_allreduce": __version__,
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
         "python": ".".join(python[:2]),
-        "devices": num_devices,
+        "devices": len(devices),
+        "device_type": tf.DeviceSpec.from_string(devices[0]).device_type,
     }

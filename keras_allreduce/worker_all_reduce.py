@@ -1,6 +1,8 @@
-"""The cross-device op of several workers: sum inside, then between, then share.
+"""The cross-device op of several workers.
 
-Each pack crosses between workers once per worker, not once per device.
+Host devices: sum inside, then between, then share, so that each pack crosses
+between workers once per worker, not once per device. GPUs: NCCL between all of
+them, which does the same by itself.
 """
 
 import math
@@ -10,9 +12,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce import shared_memory, sparse
+from keras_allreduce import nccl, shared_memory, sparse
 from keras_allreduce.batch_all_reduce import BatchAllReduce, PackSize
 from keras_allreduce.buckets import GradientSpec
+from keras_allreduce.collectives import Collectives
 from keras_allreduce.records import ReducePlan, size_of
 from keras_allreduce.wire import Wire
 
@@ -40,6 +43,7 @@ class WorkerAllReduce(BatchAllReduce):
 
     Args:
         wire: Sums between the workers.
+        gpus: Sums between the GPUs of all workers.
         num_workers: Number of workers.
         bytes_per_pack: See `BatchAllReduce`.
         sparse_as_dense: See `BatchAllReduce`.
@@ -50,6 +54,7 @@ class WorkerAllReduce(BatchAllReduce):
     def __init__(
         self,
         wire: Wire,
+        gpus: Collectives,
         num_workers: int,
         bytes_per_pack: int = 0,
         *,
@@ -57,9 +62,10 @@ class WorkerAllReduce(BatchAllReduce):
         compare: Callable[[Sequence[Any]], None] = lambda gradients: None,
     ):
         super().__init__(
-            "shared_memory", bytes_per_pack, sparse_as_dense=sparse_as_dense
+            "auto", bytes_per_pack, sparse_as_dense=sparse_as_dense
         )
         self._wire = wire
+        self._gpus = gpus
         self._num_workers = num_workers
         self._compare = compare
 
@@ -83,6 +89,13 @@ class WorkerAllReduce(BatchAllReduce):
     ) -> list[list[tf.Tensor]]:
         sums = []
         for pack in packs:
+            dtype = pack[0].dtype
+            crossing = self._wire.dtype_of(dtype)
+            if algorithm == "nccl" and crossing in nccl.DTYPES:
+                sent = _cast(pack, crossing, devices)
+                totals = self._gpus.all_reduce_on_gpus(sent, devices, "pack")
+                sums.append(_cast(totals, dtype, devices))
+                continue
             inside = shared_memory.add(pack, devices[0])
             total = self._wire.all_reduce(inside, "pack")
             sums.append(shared_memory.share(total, devices))
@@ -109,7 +122,10 @@ class WorkerAllReduce(BatchAllReduce):
         between = f"between {self._num_workers} workers"
         if plan.nbytes is not None:
             # Reduce-scatter and all-gather: docs/algorithms.md.
-            share = 2 * (self._num_workers - 1) / self._num_workers
+            members = self._num_workers
+            if plan.algorithm == "nccl":
+                members = plan.num_replicas
+            share = 2 * (members - 1) / members
             sent = size_of(round(self._wire_bytes(specs) * share))
             between += f", {sent} sent by each in a step"
         dtypes = [tf.as_dtype(spec.dtype) for spec in specs]
@@ -134,5 +150,18 @@ class WorkerAllReduce(BatchAllReduce):
     def _default_pack_size(
         self, algorithm: str, specs: Sequence[GradientSpec]
     ) -> PackSize:
+        if algorithm == "nccl":
+            return super()._default_pack_size(algorithm, specs)
         nbytes = sum(spec.nbytes or 0 for spec in specs)
         return default_pack_size(self._num_workers, nbytes)
+
+
+def _cast(
+    replicas: Sequence[tf.Tensor], dtype: tf.DType, devices: Sequence[str]
+) -> list[tf.Tensor]:
+    """Each replica's tensor in `dtype`, cast where it is."""
+    cast = []
+    for tensor, device in zip(replicas, devices, strict=True):
+        with tf.device(device):
+            cast.append(tf.cast(tensor, dtype))
+    return cast

@@ -28,25 +28,20 @@ ON_TWO_DEVICES_EACH = [
 DIFFER_FROM_ONE_DEVICE = ["batch_normalization", "dropout"]
 
 
-def selected(request):
-    """The cases for the fixture that this run of pytest has selected."""
-    return [
-        item.callspec.params["name"]
-        for item in request.session.items
-        if request.fixturename in getattr(item, "fixturenames", ())
-    ]
-
-
 @pytest.fixture(scope="module")
 def on_workers(request):
     """Results of each of two workers, by case."""
-    return workers.results("cases", selected(request), deadline_seconds=400)
+    return workers.results(
+        "cases", workers.selected(request), deadline_seconds=400
+    )
 
 
 @pytest.fixture(scope="module")
 def on_workers_of_two_devices(request):
     return workers.results(
-        "cases_on_two_devices_each", selected(request), deadline_seconds=300
+        "cases_on_two_devices_each",
+        workers.selected(request),
+        deadline_seconds=300,
     )
 
 

@@ -6,8 +6,11 @@ import pytest
 import tensorflow as tf
 from graph_walk import ancestors, ops_of_type
 
-import keras_allreduce
 from keras_allreduce import BatchAllReduce, internals, nccl
+from keras_allreduce.collectives import Collectives, WorkerGroup
+from keras_allreduce.progress import Progress
+from keras_allreduce.wire import Wire
+from keras_allreduce.worker_all_reduce import WorkerAllReduce
 
 GPUS = ["/device:GPU:0", "/device:GPU:1", "/device:GPU:2"]
 SUM = tf.distribute.ReduceOp.SUM
@@ -225,14 +228,123 @@ def test_nccl_between_host_devices_is_an_error():
         BatchAllReduce("nccl").choose(["/device:CPU:0", "/device:CPU:1"])
 
 
-@pytest.mark.parametrize(("asked", "used"), [(0, 25 * 2**20), (1000, 1000)])
-def test_packs_between_gpus_of_several_workers_leave_early(
-    asked, used, monkeypatch
-):
-    # TensorFlow's own op, whose default is one pack after all of backprop.
-    monkeypatch.setattr(nccl, "on_gpus", lambda: True)
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        bytes_per_pack=asked
-    )
-    options = strategy.extended._communication_options
-    assert options.bytes_per_pack == used
+class TestBetweenWorkers:
+    """Two workers with two GPUs each, seen from one of them."""
+
+    HOST = "/device:CPU:0"
+    DEVICES = GPUS[:2]
+
+    @pytest.fixture
+    def reduced(self, graph, monkeypatch):
+        """Traces the sums of gradients; `(graph, results)`."""
+        monkeypatch.setattr(internals, "has_nccl", lambda: True)
+
+        def reduce(gradients, wire_dtype=None):
+            between = Collectives(WorkerGroup(2, self.HOST), Progress())
+            ops = WorkerAllReduce(
+                Wire(between, 2, wire_dtype),
+                Collectives(WorkerGroup(4, self.HOST), Progress()),
+                2,
+                bytes_per_pack=1,
+            )
+
+            def step():
+                values = [
+                    internals.PerReplica(tuple(pack_on(self.DEVICES, *each)))
+                    for each in gradients
+                ]
+                pairs = [(value, value) for value in values]
+                totals = ops.batch_reduce(SUM, pairs)
+                return [total.values for total in totals]
+
+            return self.traced(step)
+
+        return reduce
+
+    def traced(self, step):
+        """The graph of a step, and what it returns there.
+
+        Variables that it makes are in the graph of the test, where they need
+        no GPU.
+        """
+        returned = []
+
+        def keep_returned():
+            returned[:] = [step()]
+
+        function = tf.function(keep_returned).get_concrete_function()
+        return function.graph, returned[0]
+
+    def collectives_of(self, graph):
+        return ops_of_type(graph, "CollectiveReduceV2")
+
+    def input_of(self, op, name):
+        names = [arg.name for arg in op.op_def.input_arg]
+        return int(tf.get_static_value(op.inputs[names.index(name)]))
+
+    def test_a_pack_is_one_op_on_each_gpu_of_the_worker(self, reduced):
+        graph, _ = reduced([(tf.float32, [4])])
+        ops = self.collectives_of(graph)
+        assert [op.device for op in ops] == self.DEVICES
+        for op in ops:
+            assert op.get_attr("communication_hint") == b"nccl"
+            assert op.get_attr("merge_op") == b"Add"
+            assert self.input_of(op, "group_size") == 4
+        for name in ("group_key", "instance_key"):
+            assert len({self.input_of(op, name) for op in ops}) == 1
+
+    def test_packs_have_names_of_their_own(self, reduced):
+        graph, _ = reduced([(tf.float32, [4])] * 3)
+        keys = [
+            self.input_of(op, "instance_key")
+            for op in self.collectives_of(graph)
+        ]
+        assert len(keys) == 6
+        assert len(set(keys)) == 3
+
+    def test_every_gpu_launches_them_in_one_order(self, reduced):
+        graph, _ = reduced([(tf.float32, [4])] * 4)
+        ops = self.collectives_of(graph)
+        for device in self.DEVICES:
+            mine = [op for op in ops if op.device == device]
+            for earlier, later in itertools.pairwise(mine):
+                assert earlier in later.control_inputs
+
+    def test_the_order_goes_on_in_the_next_batch(self, graph):
+        gpus = Collectives(WorkerGroup(4, self.HOST), Progress())
+
+        def step():
+            for _ in range(2):
+                pack = pack_on(self.DEVICES)
+                gpus.all_reduce_on_gpus(pack, self.DEVICES, "pack")
+
+        ops = self.collectives_of(self.traced(step)[0])
+        assert ops[0] in ops[2].control_inputs
+        assert ops[1] in ops[3].control_inputs
+
+    def test_a_gpu_does_not_wait_for_another(self, reduced):
+        # It would for ever: a sum is there when all have come to it.
+        graph, _ = reduced([(tf.float32, [4])] * 2)
+        ops = self.collectives_of(graph)
+        for one, other in [ops[:2], ops[2:]]:
+            assert one not in ancestors(other)
+            assert other not in ancestors(one)
+
+    def test_results_stay_on_their_gpu(self, reduced):
+        _, results = reduced([(tf.float32, [2, 3]), (tf.float64, [])])
+        for replicas, shape in zip(results, [[2, 3], []], strict=True):
+            assert [part.device for part in replicas] == self.DEVICES
+            assert all(part.shape == shape for part in replicas)
+
+    def test_what_nccl_does_not_take_crosses_from_the_host(self, reduced):
+        graph, results = reduced([(tf.bfloat16, [4]), (tf.float32, [4])])
+        assert len(self.collectives_of(graph)) == 2
+        (exchange,) = ops_of_type(graph, "CollectiveGatherV2")
+        assert exchange.device == self.HOST
+        assert [part.device for part in results[0]] == self.DEVICES
+
+    def test_a_narrow_wire_is_narrow_only_between_gpus(self, reduced):
+        graph, results = reduced([(tf.float32, [4])], "float16")
+        dtypes = {op.inputs[0].dtype for op in self.collectives_of(graph)}
+        assert dtypes == {tf.float16}
+        assert {part.dtype for part in results[0]} == {tf.float32}

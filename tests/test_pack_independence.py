@@ -1,11 +1,17 @@
 """Packs in the graph: how many, and that none waits for another's gradients."""
 
+import sys
+
 import pytest
 import tensorflow as tf
 from conftest import DEVICES
 from graph_walk import ancestors, ops_of_type
 
 from keras_allreduce import BatchAllReduce, internals
+from keras_allreduce.collectives import Collectives, WorkerGroup
+from keras_allreduce.progress import Progress
+from keras_allreduce.wire import Wire
+from keras_allreduce.worker_all_reduce import WorkerAllReduce
 
 SUM = tf.distribute.ReduceOp.SUM
 
@@ -138,3 +144,28 @@ def test_a_pack_leaves_while_backprop_goes_on():
     # On each replica: 3 of the forward pass, one for each layer above that the
     # gradient comes down through, and one for the kernel itself.
     assert products == [2 * 4, 2 * 5, 2 * 6]
+
+
+def test_no_collective_between_workers_waits_for_another():
+    between = Collectives(WorkerGroup(3, DEVICES[0]), Progress())
+    op = WorkerAllReduce(Wire(between, 3), between, 3, bytes_per_pack=1)
+
+    @tf.function
+    def step():
+        # Small, so exchanged, and large, so round the ring; and what else
+        # TensorFlow would put into its chain.
+        gradients = [tf.ones([size]) for size in (10, 10, 5000, 5000)]
+        tf.print("here", output_stream=sys.stderr)
+        values = [internals.PerReplica((each,)) for each in gradients]
+        totals = op.batch_reduce(SUM, [(v, v) for v in values])
+        return [total.values for total in totals]
+
+    graph = step.get_concrete_function().graph
+    collectives = [
+        op for op in graph.get_operations() if op.type.startswith("Collective")
+    ]
+    assert len(collectives) == 4
+    for collective in collectives:
+        waits_for = {op.type for op in ancestors(collective)}
+        assert "PrintV2" not in waits_for
+        assert not ancestors(collective) & set(collectives)

@@ -53,6 +53,18 @@ class Worker:
         return json.loads(path.read_text()) if path.exists() else None
 
 
+def selected(request):
+    """The cases for the fixture that this run of pytest has selected.
+
+    A test of a case takes its `name`.
+    """
+    return [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if request.fixturename in getattr(item, "fixturenames", ())
+    ]
+
+
 def free_ports(count):
     """Ports of loopback that nobody listens on."""
     with contextlib.ExitStack() as stack:
@@ -67,7 +79,12 @@ def free_ports(count):
 
 @contextlib.contextmanager
 def running(
-    function, *arguments, deadline_seconds, num_workers=2, network=None
+    function,
+    *arguments,
+    deadline_seconds,
+    num_workers=2,
+    network=None,
+    environment=None,
 ):
     """Starts workers that call a function of `worker_script.py`.
 
@@ -78,6 +95,7 @@ def running(
         num_workers: Number of workers.
         network: `namespaces.Network` for the workers, each in its namespace;
             `None`: all on loopback.
+        environment: Variables of each worker, besides those of this process.
 
     Yields:
         List of `Worker`. At the end of the block all are gone.
@@ -102,6 +120,7 @@ def running(
                             [function, *arguments],
                             deadline_seconds,
                             network,
+                            environment[index] if environment else {},
                         ),
                         own,
                         end,
@@ -114,21 +133,13 @@ def running(
                 worker.process.wait()
 
 
-def results(
-    function, *arguments, deadline_seconds, num_workers=2, network=None
-):
-    """What the function returns on each worker.
+def results(function, *arguments, **options):
+    """What the function returns on each worker; see `running`.
 
     Raises:
         RuntimeError: If a worker fails or is too slow, with its output.
     """
-    with running(
-        function,
-        *arguments,
-        deadline_seconds=deadline_seconds,
-        num_workers=num_workers,
-        network=network,
-    ) as workers:
+    with running(function, *arguments, **options) as workers:
         codes = [worker.wait() for worker in workers]
         if any(codes) or None in codes:
             outputs = "\n".join(
@@ -147,7 +158,7 @@ def _addresses(num_workers, network):
     return [f"{host}:12345" for host in network.addresses[:num_workers]]
 
 
-def _start(folder, cluster, call, deadline_seconds, network):
+def _start(folder, cluster, call, deadline_seconds, network, environment):
     command = [
         sys.executable,
         str(SCRIPT),
@@ -168,5 +179,6 @@ def _start(folder, cluster, call, deadline_seconds, network):
                 "TF_CONFIG": json.dumps(cluster),
                 "TF_CPP_MIN_LOG_LEVEL": "3",
                 "CUDA_VISIBLE_DEVICES": "-1",
+                **environment,
             },
         )

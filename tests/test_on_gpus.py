@@ -1,0 +1,209 @@
+"""What runs on two GPUs, or on the halves of one; skipped without.
+
+NCCL takes the halves of one GPU only if told to, which versions from 2.30 on
+can be:
+
+    NCCL_MULTI_RANK_GPU_ENABLE=1 pytest tests/test_on_gpus.py
+"""
+
+import os
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import worker_cases
+import workers
+from conftest import GPUS
+
+from keras_allreduce import AllReduceStrategy, BatchAllReduce, internals
+
+pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")
+
+NUM_PHYSICAL = len(tf.config.list_physical_devices("GPU"))
+NCCL_RUNS = (
+    NUM_PHYSICAL > 1 or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+)
+needs_nccl = pytest.mark.skipif(
+    not NCCL_RUNS, reason="needs two GPUs or NCCL_MULTI_RANK_GPU_ENABLE=1"
+)
+ALGORITHMS = [
+    "shared_memory",
+    "ring",
+    pytest.param("nccl", marks=needs_nccl),
+]
+
+SUM = tf.distribute.ReduceOp.SUM
+
+# These differ from one device in more than rounding, and have tests of their
+# own on host devices.
+DIFFER_FROM_ONE_DEVICE = {
+    "batch_normalization",
+    "dropout",
+    "synchronized_batch_normalization_on_a_worker_without_data",
+    "worker_that_runs_out_of_batches",
+}
+CASES = [n for n in worker_cases.CASES if n not in DIFFER_FROM_ONE_DEVICE]
+
+
+def agree(got, expected):
+    """Asserts that what a case returned is what it is on one GPU."""
+    keras.tree.assert_same_structure(got, expected)
+    for (path, value), (_, wanted) in zip(
+        keras.tree.flatten_with_path(got),
+        keras.tree.flatten_with_path(expected),
+        strict=True,
+    ):
+        np.testing.assert_allclose(
+            value, wanted, rtol=2e-5, atol=2e-6, err_msg=str(path)
+        )
+
+
+def on_one_gpu(name):
+    keras.utils.clear_session(free_memory=False)  # The same names again.
+    return worker_cases.run(name, tf.distribute.get_strategy())
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+class TestOneProcess:
+    @pytest.mark.parametrize("name", CASES)
+    def test_two_gpus_train_as_one_does(self, algorithm, name):
+        got = worker_cases.run(
+            name, AllReduceStrategy(GPUS, algorithm=algorithm)
+        )
+        agree(got, on_one_gpu(name))
+
+    @pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
+    @pytest.mark.parametrize(
+        "dtype",
+        [
+            tf.float16,
+            tf.bfloat16,
+            tf.float32,
+            tf.float64,
+            tf.int32,
+            tf.int64,
+        ],
+    )
+    def test_each_gpu_gets_the_sums(self, algorithm, dtype, in_graph):
+        # Packs of two values each, so that launches have to follow in order.
+        ops = BatchAllReduce(algorithm, bytes_per_pack=10 * dtype.size)
+        strategy = AllReduceStrategy(GPUS, cross_device_ops=ops)
+
+        def replica():
+            context = tf.distribute.get_replica_context()
+            number = tf.cast(context.replica_id_in_sync_group + 1, dtype)
+            values = [tf.range(5) + index for index in range(7)]
+            values = [tf.cast(value, dtype) * number for value in values]
+            return context.all_reduce(SUM, values)
+
+        step = tf.function(strategy.run) if in_graph else strategy.run
+        for index, total in enumerate(step(replica)):
+            parts = strategy.experimental_local_results(total)
+            for part, gpu in zip(parts, GPUS, strict=True):
+                wanted = (np.arange(5) + index) * 3
+                assert np.array_equal(tf.cast(part, tf.float64), wanted)
+                # What a function returns is on the first GPU, and whole
+                # numbers of 32 bits are on the host.
+                if dtype != tf.int32 and not in_graph:
+                    assert part.device.lower().endswith(gpu[1:])
+
+    def test_both_gpus_hold_the_same_bits(self, algorithm):
+        strategy = AllReduceStrategy(GPUS, algorithm=algorithm)
+        rng = np.random.default_rng(0)
+        images = rng.normal(size=(50, 16, 16, 3)).astype("float32")
+        with strategy.scope():
+            model = keras.Sequential(
+                [
+                    keras.layers.Conv2D(8, 3, activation="relu"),
+                    keras.layers.MaxPooling2D(),
+                    keras.layers.BatchNormalization(),
+                    keras.layers.Flatten(),
+                    keras.layers.Dense(10),
+                ]
+            )
+            model.compile("adam", "mse", metrics=["mae"])
+        history = model.fit(
+            images,
+            rng.normal(size=(50, 10)),
+            batch_size=16,
+            epochs=3,
+            verbose=0,
+        ).history
+        assert history["loss"][-1] < history["loss"][0]
+        for variable in model.trainable_variables:
+            one, other = (part.numpy() for part in variable.value.values)
+            assert np.array_equal(one, other), variable.path
+
+    def test_the_cost_is_measured(self, algorithm):
+        strategy = AllReduceStrategy(GPUS, algorithm=algorithm)
+        with strategy.scope():
+            layers = [keras.layers.Dense(2000) for _ in range(4)]
+            model = keras.Sequential(layers)
+            model.compile("sgd", "mse")
+        data = np.ones([64, 2000], "float32")
+        model.fit(data, data, batch_size=32, epochs=10, verbose=0)
+        stats = strategy.all_reduce_stats()
+        assert stats.num_replicas == 2
+        assert stats.nbytes == 4 * 2000 * 2001 * 4
+        assert 0 < stats.exposed_ms <= stats.all_reduce_ms
+        # No memory moves 10 TB/s.
+        assert 0 < stats.all_reduce_gbps < 10_000
+
+    def test_mixed_precision(self, algorithm):
+        data = np.ones([16, 8], "float32")
+
+        def weights(strategy):
+            keras.utils.set_random_seed(3)
+            with strategy.scope():
+                layers = [
+                    keras.layers.Dense(8, "tanh", dtype="mixed_float16")
+                    for _ in range(3)
+                ]
+                model = keras.Sequential([keras.Input([8]), *layers])
+                sgd = keras.optimizers.SGD(0.1)
+                model.compile(keras.optimizers.LossScaleOptimizer(sgd), "mse")
+            model.fit(data, data, batch_size=8, epochs=3, verbose=0)
+            return model.get_weights()
+
+        got = weights(AllReduceStrategy(GPUS, algorithm=algorithm))
+        wanted = weights(tf.distribute.get_strategy())
+        for one, other in zip(got, wanted, strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-3)
+
+
+def test_the_default_is_nccl_where_gpus_are_real():
+    ops = AllReduceStrategy(GPUS).extended._cross_device_ops
+    virtual = "NCCL does not work between virtual GPUs"
+    expected = ("nccl", "") if NUM_PHYSICAL > 1 else ("shared_memory", virtual)
+    assert ops.choose(GPUS) == expected
+
+
+def test_this_tensorflow_has_nccl():
+    assert internals.has_nccl()
+
+
+@pytest.fixture(scope="module")
+def on_workers(request):
+    """Results of each of two workers with a GPU, by case."""
+    return workers.results(
+        "cases",
+        workers.selected(request),
+        deadline_seconds=300,
+        environment=[
+            {
+                "CUDA_VISIBLE_DEVICES": str(index % NUM_PHYSICAL),
+                "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+            }
+            for index in range(2)
+        ],
+    )
+
+
+@needs_nccl
+@pytest.mark.parametrize("name", CASES)
+def test_workers_with_a_gpu_each_train_as_one_does(name, on_workers):
+    first, other = [result[name] for result in on_workers]
+    assert "error" not in first, first["error"]
+    assert other["weights"] == first["weights"]
+    agree(first, on_one_gpu(name))
