@@ -66,7 +66,12 @@ def launch() -> None:
         workers.append(
             subprocess.Popen(
                 [sys.executable, __file__],
-                env={**os.environ, "TF_CONFIG": json.dumps(config)},
+                env={
+                    **os.environ,
+                    "TF_CONFIG": json.dumps(config),
+                    # They cannot share a GPU.
+                    "CUDA_VISIBLE_DEVICES": "-1",
+                },
                 stdout=subprocess.PIPE,
                 text=True,
             )

@@ -16,6 +16,7 @@ from keras_allreduce import (
     sparse,
 )
 from keras_allreduce.buckets import GradientSpec, plan_buckets
+from keras_allreduce.checks import are_virtual
 from keras_allreduce.records import (
     BatchRecord,
     PackTensors,
@@ -121,9 +122,7 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
             return "shared_memory", ""
         if not internals.has_nccl():
             return "shared_memory", "this TensorFlow is built without NCCL"
-        physical = tf.config.list_physical_devices("GPU")
-        logical = tf.config.list_logical_devices("GPU")
-        if len(physical) < len(logical):
+        if are_virtual(devices):
             return "shared_memory", "NCCL does not work between virtual GPUs"
         return "nccl", ""
 

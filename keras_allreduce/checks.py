@@ -81,6 +81,11 @@ def _parse(device: str) -> tuple[str, int]:
     return spec.device_type, spec.device_index or 0
 
 
+def _worker_of(device: str) -> tuple[str | None, int | None]:
+    spec = tf.DeviceSpec.from_string(device)
+    return spec.job, spec.task
+
+
 def on_gpus(devices: Sequence[str] | None = None) -> bool:
     """Whether a strategy for `devices` has GPUs; does not start TensorFlow.
 
@@ -90,6 +95,23 @@ def on_gpus(devices: Sequence[str] | None = None) -> bool:
     if devices is None:
         return bool(tf.config.get_visible_devices("GPU"))
     return "GPU" in str(devices).upper()
+
+
+def are_virtual(gpus: Sequence[str]) -> bool:
+    """Whether TensorFlow has more GPUs than there are, on this machine.
+
+    Args:
+        gpus: Names of GPUs, which say on what worker they are if there are
+            several: TensorFlow lists those of all.
+    """
+    worker = _worker_of(gpus[0])
+    there = tf.config.list_logical_devices("GPU")
+    here = [
+        device
+        for device in there
+        if worker in ((None, None), _worker_of(device.name))
+    ]
+    return len(tf.config.list_physical_devices("GPU")) < len(here)
 
 
 def host_devices(count: int) -> list[str]:

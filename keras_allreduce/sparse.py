@@ -2,7 +2,8 @@
 
 The sum of sparse gradients is all their rows one after another: rows of the
 same index stay separate, as TensorFlow leaves them, and the optimizer adds
-them up.
+them up. But a GPU adds them up in an order of its own each time, so that
+replicas would drift apart: for GPUs it is done once, before they get the rows.
 """
 
 from collections.abc import Sequence
@@ -27,13 +28,20 @@ def all_reduce(
         owner: Device that does the gathering.
 
     Returns:
-        One `tf.IndexedSlices` per replica, with the rows of replica 0 first.
+        One `tf.IndexedSlices` per replica, with the rows of replica 0 first;
+        on GPUs with one row for each index.
     """
-    return share(gather(gradients, owner), devices)
+    return share(gather(gradients, owner), devices, owner)
 
 
-def share(gathered: tf.IndexedSlices, devices: Sequence[str]) -> list[Any]:
-    """Gives a sparse gradient to every device."""
+def share(
+    gathered: tf.IndexedSlices, devices: Sequence[str], owner: str
+) -> list[Any]:
+    """Gives a sparse gradient, which is on `owner`, to every device."""
+    on_gpus = any("GPU" in device.upper() for device in devices)
+    if on_gpus and list(devices) != [owner]:
+        with tf.device(owner):
+            gathered = add_up(gathered)
     values = shared_memory.share(gathered.values, devices)
     indices = shared_memory.share(gathered.indices, devices)
     shapes: Sequence[tf.Tensor | None] = [None] * len(devices)
@@ -55,3 +63,15 @@ def gather(
             tf.concat([g.indices for g in gradients], axis=0),
             gradients[0].dense_shape,
         )
+
+
+def add_up(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
+    """The same gradient with one row for each index that it has."""
+    indices, positions = tf.unique(gradient.indices)
+    return tf.IndexedSlices(
+        tf.math.unsorted_segment_sum(
+            gradient.values, positions, tf.size(indices)
+        ),
+        indices,
+        gradient.dense_shape,
+    )

@@ -49,6 +49,11 @@ class Wire:
         self._num_workers = num_workers
         self._dtype = None if dtype is None else tf.as_dtype(dtype)
 
+    @property
+    def device(self) -> str:
+        """Host device of this worker, where the results are."""
+        return self._collectives.device
+
     def all_reduce(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
         """Sums `tensor`, of one shape and dtype on all workers.
 

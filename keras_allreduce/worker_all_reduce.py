@@ -110,7 +110,7 @@ class WorkerAllReduce(BatchAllReduce):
             self._wire.all_gather_rows(inside.indices, "row numbers"),
             inside.dense_shape,
         )
-        return sparse.share(everywhere, devices)
+        return sparse.share(everywhere, devices, self._wire.device)
 
     def _count(self, devices: Sequence[str]) -> int:
         return self._num_workers * len(devices)

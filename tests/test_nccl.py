@@ -171,18 +171,29 @@ def test_the_mean_is_divided_after_the_sum(graph):
         assert value.device == launch.device
 
 
+LOCAL = "/job:localhost/replica:0/task:0"
+WORKERS = [f"/job:worker/replica:0/task:{index}" for index in range(2)]
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """A machine with so many physical and logical GPUs."""
 
-    def pretend(physical, logical=None, has_nccl=True):
-        counts = {
-            "list_physical_devices": physical,
-            "list_logical_devices": physical if logical is None else logical,
-        }
-        for name, count in counts.items():
+    def pretend(physical, logical=None, has_nccl=True, workers=(LOCAL,)):
+        count = physical if logical is None else logical
+        names = [
+            f"{worker}/device:GPU:{index}"
+            for worker in workers
+            for index in range(count)
+        ]
+        for name, listed in {
+            "list_physical_devices": ["GPU"] * physical,
+            "list_logical_devices": [
+                tf.config.LogicalDevice(name, "GPU") for name in names
+            ],
+        }.items():
             monkeypatch.setattr(
-                tf.config, name, lambda kind, count=count: [kind] * count
+                tf.config, name, lambda kind, listed=listed: listed
             )
         monkeypatch.setattr(internals, "has_nccl", lambda: has_nccl)
 
@@ -212,6 +223,17 @@ def test_auto_between_virtual_gpus_says_why_it_is_not_nccl(machine):
     algorithm, reason = BatchAllReduce().choose(GPUS[:2])
     assert algorithm == "shared_memory"
     assert reason == "NCCL does not work between virtual GPUs"
+
+
+@pytest.mark.parametrize(
+    ("logical", "algorithm"), [(1, "nccl"), (2, "shared_memory")]
+)
+def test_gpus_of_other_workers_do_not_make_virtual_ones(
+    machine, logical, algorithm
+):
+    machine(physical=1, logical=logical, workers=WORKERS)
+    devices = [f"{WORKERS[1]}/device:GPU:{index}" for index in range(logical)]
+    assert BatchAllReduce().choose(devices)[0] == algorithm
 
 
 @pytest.mark.parametrize("algorithm", ["nccl", "ring", "shared_memory"])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import DEVICES
+from graph_walk import ops_of_type
 
 from keras_allreduce import sparse
 
@@ -53,6 +54,40 @@ def test_rows_stay_separate_with_those_of_replica_0_first():
         assert replica.indices.numpy().tolist() == [3, 1, 1]
         assert replica.values.numpy()[:, 0].tolist() == [1.0, 2.0, 1.0]
         assert replica.dense_shape.numpy().tolist() == [5, 2]
+
+
+@pytest.mark.parametrize("rows", CASES.values(), ids=CASES.keys())
+def test_rows_added_up_are_the_same_gradient(rows):
+    gathered = sparse.gather([slices(r) for r in rows], DEVICES[0])
+    added = sparse.add_up(gathered)
+    np.testing.assert_array_equal(dense(added), dense(gathered))
+    indices = added.indices.numpy().tolist()
+    assert indices == list(dict.fromkeys(gathered.indices.numpy()))
+
+
+@pytest.mark.parametrize(
+    ("devices", "owner", "is_added_up"),
+    [
+        (["/device:GPU:0", "/device:GPU:1"], "/device:GPU:1", True),
+        # Another worker has another.
+        (["/device:GPU:0"], "/device:CPU:0", True),
+        (["/device:GPU:0"], "/device:GPU:0", False),
+        (["/device:CPU:0", "/device:CPU:1"], "/device:CPU:1", False),
+    ],
+)
+def test_rows_are_added_up_once_for_all_gpus(devices, owner, is_added_up):
+    with tf.Graph().as_default() as graph:
+        with tf.device(owner):
+            gathered = tf.IndexedSlices(
+                tf.ones([2, 2]), tf.constant([1, 1]), tf.constant([5, 2])
+            )
+        for device, shared in zip(
+            devices, sparse.share(gathered, devices, owner), strict=True
+        ):
+            if device != owner:
+                assert shared.values.device == device
+        added_up = ops_of_type(graph, "UnsortedSegmentSum")
+        assert [op.device for op in added_up] == [owner] * is_added_up
 
 
 def test_a_table_of_unknown_shape_stays_unknown():
