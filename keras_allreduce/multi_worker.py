@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -277,6 +278,17 @@ class MultiWorkerAllReduceExtended(
         if self._num_workers == 1:
             return value
         return self._exact.all_reduce(value, name)
+
+    def sum_gradients(self, gradients: Sequence[Any]) -> list[Any]:
+        """Sums distributed gradients, weighed if their loss was not."""
+        weights = self._step.weights_of_gradients if self._step else ()
+        ops = self._gradient_ops
+        with (
+            ops.weighed(weights)
+            if isinstance(ops, WorkerAllReduce)
+            else contextlib.nullcontext()
+        ):
+            return super().sum_gradients(gradients)
 
     def _update_config_proto(self, config_proto: Any) -> Any:
         # TensorFlow's defaults cut what a worker sends into strings of 4 KiB

@@ -47,6 +47,11 @@ _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 class Step:
     """One run (or trace) of a step of Keras on all replicas.
 
+    Attributes:
+        layers_sum: Whether a layer has summed over the replicas.
+        weights_of_gradients: What the gradients of each replica here are to
+            be times before they are summed; empty: nothing.
+
     Args:
         model: The model whose step it is.
         name: `"train_step"` or `"test_step"`.
@@ -71,6 +76,9 @@ class Step:
         # TensorFlow leaves values of a worker's only replica as they are.
         self._alone_on_worker = len(strategy.extended.worker_devices) == 1
         self._has_samples: Any = None
+        self.layers_sum = False
+        self.weights_of_gradients: Sequence[tf.Tensor] = ()
+        self._host_shares: Sequence[tf.Tensor] = ()
         self._trains_on_workers = (
             name == "train_step" and strategy.extended.num_workers > 1
         )
@@ -85,6 +93,7 @@ class Step:
             getattr(type(model), method) is getattr(keras.Model, method)
             for method in (name, "compute_metrics")
         )
+        self._may_weigh_gradients = self._can_weigh_gradients()
         if self._rule.doubt and name == "train_step":
             self._warn(weighing.doubt_of_rule(self._rule))
 
@@ -136,7 +145,8 @@ class Step:
             worker_statistics.share(
                 list(self._updated.values()), shares, self._strategy
             )
-        return self._weigh_logs(outputs, seen)
+        devices = self._strategy.extended.worker_devices
+        return weighing.logs(outputs, seen, devices, self._values)
 
     # The shares ----------------------------------------------------------
 
@@ -156,6 +166,7 @@ class Step:
             # Known without the other workers: no forward pass waits for them.
             self._has_samples = sizes and self._place([n > 0 for n in sizes])
             shares = sizes and self._strategy.extended.shares_of(sizes)
+            self._host_shares = shares or ()
             goal = self._goal(sample_weight, shares)
             return self._place(shares), self._place(goal)
 
@@ -201,6 +212,16 @@ class Step:
         if value is not None and self._alone_on_worker:
             return (value,)
         return ()
+
+    def _can_weigh_gradients(self) -> bool:
+        """Whether nothing but synchronized layers needs a weighed loss."""
+        optimizers = summing.optimizers_of(self._model)
+        return (
+            self._trains_on_workers
+            and not (tf.executing_eagerly() or self._in_backprop)
+            and self._rule.kind == "samples"
+            and not any(map(summing.accumulates, optimizers))
+        )
 
     # What is shadowed ----------------------------------------------------
 
@@ -281,13 +302,19 @@ class Step:
     ) -> Any:
         """The loss that is differentiated: weighed by the share of the batch.
 
-        Weighing the loss weighs all gradients, at the price of one product,
-        and also what flows between replicas in synchronized layers.
+        That also weighs what flows between replicas in synchronized layers.
+        But backprop waits for the shares of all workers. Without such layers
+        the gradients are weighed instead, as they leave, which costs nothing
+        where all have as many samples.
         """
         self._in_backprop = True
         if self._rule.kind != "as_is":
-            loss = weighing.times(loss, _thread.share)
             _thread.scaled = True
+            if self._may_weigh_gradients and not self.layers_sum:
+                if _thread.share is not None:
+                    self.weights_of_gradients = self._host_shares
+            else:
+                loss = weighing.times(loss, _thread.share)
         return keras_scale_loss(loss)
 
     def apply(
@@ -365,28 +392,6 @@ class Step:
         if not self._in_backprop:
             return total
         return self.part_of_replicas_with_samples(total)
-
-    def _weigh_logs(self, outputs: Any, seen: Any) -> Any:
-        """Makes Keras's plain mean over replicas one over samples."""
-        if seen is None:
-            return outputs
-        devices = self._strategy.extended.worker_devices
-        with tf.device("/cpu:0"):
-            shares = weighing.shares(self._values(seen))
-
-        def weigh(value: Any) -> Any:
-            replicas = self._values(value)
-            if not replicas or not replicas[0].dtype.is_floating:
-                return value
-            weighed = []
-            for device, replica, share in zip(
-                devices, replicas, shares, strict=True
-            ):
-                with tf.device(device):
-                    weighed.append(weighing.times(replica, share))
-            return internals.PerReplica(tuple(weighed))
-
-        return keras.tree.map_structure(weigh, outputs)
 
     def _warn(self, doubt: str) -> None:
         if self._model not in _warned:

@@ -108,6 +108,7 @@ class ExtendedBase(internals.MirroredExtended):
             )
         # A layer sums over the replicas, or its gradient does: an empty
         # replica gives nothing to the sum, and nothing flows back to it.
+        self._step.layers_sum = True
         part = self._step.part_of_replicas_with_samples
         sums = self._sum_over_replicas(
             reduce_op,

@@ -139,6 +139,12 @@ def all_reduce(
     return reduced
 
 
+def accumulates(optimizer: Any) -> bool:
+    """Whether gradients of several steps are summed at once."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return bool(inner.gradient_accumulation_steps)
+
+
 def optimizers_of(model: keras.Model) -> list[Any]:
     """All optimizers that a step of the model may use."""
     candidates = [getattr(model, "optimizer", None), *vars(model).values()]

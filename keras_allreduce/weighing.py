@@ -6,12 +6,15 @@ only if all parts are equal. With n_r of N samples on replica r, the loss times
 n_r R / N gives the right one whatever the parts.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from keras_allreduce import internals
 
 MEANS = frozenset({"sum_over_batch_size", "mean"})
 WEIGHTED_MEAN = "mean_with_sample_weight"
@@ -175,6 +178,40 @@ def shares(
     ]
 
 
+def logs(
+    outputs: Any,
+    seen: Any,
+    devices: Sequence[str],
+    local_values: Callable[[Any], Sequence[Any]],
+) -> Any:
+    """Makes Keras's plain mean over replicas one over samples.
+
+    Args:
+        outputs: What the replicas have returned, means over their samples.
+        seen: Of how many each has seen; `None` leaves `outputs` as they are.
+        devices: Device of each replica.
+        local_values: Takes a distributed value apart.
+    """
+    if seen is None:
+        return outputs
+    with tf.device("/cpu:0"):
+        of_replicas = shares(local_values(seen))
+
+    def weigh(value: Any) -> Any:
+        replicas = local_values(value)
+        if not replicas or not replicas[0].dtype.is_floating:
+            return value
+        weighed = []
+        for device, replica, share in zip(
+            devices, replicas, of_replicas, strict=True
+        ):
+            with tf.device(device):
+                weighed.append(times(replica, share))
+        return internals.PerReplica(tuple(weighed))
+
+    return keras.tree.map_structure(weigh, outputs)
+
+
 def times(value: Any, weight: Any) -> Any:
     """`value * weight`, 0 where the weight is 0 even if the value is NaN."""
     if weight is None:
@@ -184,6 +221,41 @@ def times(value: Any, weight: Any) -> Any:
             times(value.values, weight), value.indices, value.dense_shape
         )
     return tf.math.multiply_no_nan(value, tf.cast(weight, value.dtype))
+
+
+def times_unless_one(value: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+    """`times(value, weight)`, at no cost where the weight turns out to be 1.
+
+    Args:
+        value: Dense tensor of a floating or complex dtype, in a graph.
+        weight: float32 scalar, on the host.
+    """
+    flat = _times_unless_one(value.dtype)(tf.reshape(value, [-1]), weight)
+    result = tf.reshape(flat, tf.shape(value))
+    result.set_shape(value.shape)
+    return result
+
+
+@functools.cache
+def _times_unless_one(dtype: tf.DType) -> Any:
+    """One function for all tensors of a dtype: each `tf.cond` takes a while."""
+    # float16 times a weight in float16 would round the weight.
+    wide = tf.float32 if dtype.size < 4 else dtype
+
+    @tf.function(autograph=False)
+    def times_unless_one(flat: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+        with tf.device("/cpu:0"):
+            is_one = tf.equal(weight, 1.0)
+        return tf.cond(
+            is_one,
+            lambda: tf.identity(flat),
+            lambda: tf.cast(times(tf.cast(flat, wide), weight), dtype),
+        )
+
+    with tf.init_scope():
+        return times_unless_one.get_concrete_function(
+            tf.TensorSpec([None], dtype), tf.TensorSpec([], tf.float32)
+        )
 
 
 def _reduction(loss: Any) -> Any:

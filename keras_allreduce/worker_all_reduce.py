@@ -5,14 +5,15 @@ between workers once per worker, not once per device. GPUs: NCCL between all of
 them, which does the same by itself.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce import nccl, shared_memory, sparse
+from keras_allreduce import nccl, shared_memory, sparse, weighing
 from keras_allreduce.batch_all_reduce import BatchAllReduce, PackSize
 from keras_allreduce.buckets import GradientSpec
 from keras_allreduce.collectives import Collectives
@@ -68,6 +69,21 @@ class WorkerAllReduce(BatchAllReduce):
         self._gpus = gpus
         self._num_workers = num_workers
         self._compare = compare
+        self._weights: Sequence[tf.Tensor] = ()
+
+    @contextlib.contextmanager
+    def weighed(self, weights: Sequence[tf.Tensor]) -> Iterator[None]:
+        """What is traced in the block has each replica times its weight.
+
+        Args:
+            weights: float32 scalars on the host, one for each replica of this
+                worker. A pack waits for them before it leaves, and not before.
+        """
+        self._weights = weights
+        try:
+            yield
+        finally:
+            self._weights = ()
 
     def _all_reduce(
         self, reduce_op: Any, gradients: list[list[Any]], *args: Any
@@ -90,6 +106,7 @@ class WorkerAllReduce(BatchAllReduce):
         sums = []
         for pack in packs:
             dtype = pack[0].dtype
+            pack = self._weigh(pack, devices)
             crossing = self._wire.dtype_of(dtype)
             if algorithm == "nccl" and crossing in nccl.DTYPES:
                 sent = _cast(pack, crossing, devices)
@@ -101,9 +118,27 @@ class WorkerAllReduce(BatchAllReduce):
             sums.append(shared_memory.share(total, devices))
         return sums
 
+    def _weigh(
+        self, pack: list[tf.Tensor], devices: Sequence[str]
+    ) -> list[tf.Tensor]:
+        if not self._weights:
+            return pack
+        weighed = []
+        for tensor, weight, device in zip(
+            pack, self._weights, devices, strict=True
+        ):
+            with tf.device(device):
+                weighed.append(weighing.times_unless_one(tensor, weight))
+        return weighed
+
     def _sum_rows(
         self, replicas: list[Any], devices: Sequence[str], owner: str
     ) -> list[Any]:
+        if self._weights:
+            replicas = [
+                weighing.times(rows, weight)
+                for rows, weight in zip(replicas, self._weights, strict=True)
+            ]
         inside = sparse.gather(replicas, owner)
         everywhere = tf.IndexedSlices(
             self._wire.all_gather_rows(inside.values, "rows"),

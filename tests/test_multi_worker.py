@@ -79,6 +79,17 @@ def test_workers_of_two_devices_train_as_one_does(
     agree(name, on_workers_of_two_devices)
 
 
+def test_backprop_does_not_wait_for_the_other_workers():
+    for found in workers.results(
+        "what_backprop_waits_for", deadline_seconds=100
+    ):
+        # Two layers: two products forwards, three back. The collectives are
+        # the number of samples and one pack.
+        assert found["dense"] == [5, 0, 2]
+        # Here they do: layers sum over workers as they go.
+        assert found["synchronized"][1] > 1
+
+
 ON_A_NARROW_WIRE = ["even_batches", "embedding", "eagerly"]
 
 

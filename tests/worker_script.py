@@ -110,6 +110,48 @@ def _run(names, strategy):
     return found
 
 
+def what_backprop_waits_for():
+    """Collectives that the products of a train step wait for, by model."""
+    import graph_walk
+    import keras
+    import tensorflow as tf
+    import worker_cases
+
+    import keras_allreduce
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    found = {}
+    for name, layers in {
+        "dense": [],
+        "synchronized": [keras.layers.BatchNormalization(synchronized=True)],
+    }.items():
+        with strategy.scope():
+            model = worker_cases.dense(*layers)
+            model.compile("sgd", "mse")
+
+        @tf.function(
+            input_signature=[
+                tf.TensorSpec([None, 6]),
+                tf.TensorSpec([None, 1]),
+            ]
+        )
+        def step(x, y, model=model):
+            return strategy.run(model.train_step, args=((x, y),))
+
+        graph = step.get_concrete_function().graph
+        products = graph_walk.ops_of_type(graph, "MatMul")
+        waits_for = set().union(*map(graph_walk.ancestors, products))
+        found[name] = [
+            len(products),
+            sum(op.type.startswith("Collective") for op in waits_for),
+            sum(
+                op.type.startswith("Collective")
+                for op in graph.get_operations()
+            ),
+        ]
+    return found
+
+
 def fit_with_a_late_worker():
     """Trains; worker 1 computes something else before each step."""
     import keras
