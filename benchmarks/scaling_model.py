@@ -27,6 +27,13 @@ import numpy as np
 BACKWARD_SHARE = 2 / 3
 """Backprop does two matrix products for each one of the forward pass."""
 
+BUSY_SHARE = 0.3
+"""Part of the latency in which no other pack gets on.
+
+Measured: what one more pack costs where many cross at once, as a part of what
+a step of one alone takes ("What a message costs" in RESULTS.md).
+"""
+
 
 @dataclass(frozen=True)
 class Link:
@@ -57,6 +64,10 @@ class Link:
             bandwidth=slower,
             gamma=self.gamma * factor,
         )
+
+    def busy(self) -> "Link":
+        """The link as it costs a pack among others that cross at once."""
+        return replace(self, alpha=self.alpha * BUSY_SHARE)
 
 
 @dataclass(frozen=True)
@@ -141,13 +152,16 @@ def exposed_seconds(
     compute: float,
     pack_bytes: int,
     cost: Callable[[float], float],
+    busy: Callable[[float], float] | None = None,
 ) -> float:
     """Time that the all-reduce adds to a step.
 
         forward | backprop        |
                 |   g0   g1   g2  |          packs, as they become ready
-                     [c0][c1][..c2....]      one after the other
-                                  |----|     exposed
+                     [b0]...]                b: what it keeps others from
+                          [b1]...]           all: until it is there
+                                  [b2]...]
+                                  |------|   exposed
 
     Gradients become ready evenly over backprop. The last pack is ready when
     backprop ends, so that its cost is never hidden.
@@ -157,24 +171,31 @@ def exposed_seconds(
         compute: Seconds of a step without all-reduce.
         pack_bytes: Capacity of a pack.
         cost: Seconds of the all-reduce of a pack of so many bytes.
+        busy: Seconds of these in which the next one cannot begin; `None`: all.
     """
     backward = compute * BACKWARD_SHARE
-    end = 0.0
+    busy = busy or cost
+    free = end = 0.0
     for start in range(0, nbytes, pack_bytes):
         stop = min(start + pack_bytes, nbytes)
         ready = compute - backward * (1 - stop / nbytes)
-        end = max(end, ready) + cost(stop - start)
+        begin = max(free, ready)
+        free = begin + busy(stop - start)
+        end = max(end, begin + cost(stop - start))
     return max(0.0, end - compute)
 
 
 def best_pack(
-    nbytes: int, compute: float, cost: Callable[[float], float]
+    nbytes: int,
+    compute: float,
+    cost: Callable[[float], float],
+    busy: Callable[[float], float] | None = None,
 ) -> int:
     """The capacity of a pack, 1 MiB or a power of two of it, exposed least."""
     powers = range(math.ceil(math.log2(max(2.0, nbytes / 2**20))) + 1)
     return min(
         (2**20 * 2**power for power in powers),
-        key=lambda pack: exposed_seconds(nbytes, compute, pack, cost),
+        key=lambda pack: exposed_seconds(nbytes, compute, pack, cost, busy),
     )
 
 

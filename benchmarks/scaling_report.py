@@ -1,5 +1,6 @@
 """From measured costs to fits, predictions and the tables that show them."""
 
+import functools
 import statistics
 from dataclasses import dataclass
 
@@ -122,21 +123,22 @@ def exposed(
     """
     machines = replicas // devices
 
-    def cost(nbytes: float) -> float:
+    def cost(nbytes: float, link: Link = link) -> float:
         return scaling_model.hierarchical_seconds(
             nbytes, machines, devices, link, inside
         )
 
+    busy = functools.partial(cost, link=link.busy())
     compute = args.compute_ms / 1e3
     if best:
-        pack = scaling_model.best_pack(args.gradient_bytes, compute, cost)
+        pack = scaling_model.best_pack(args.gradient_bytes, compute, cost, busy)
     else:
         default = scaling_model.default_bytes_per_pack(
             machines, args.gradient_bytes
         )
         pack = args.pack_bytes or default
     seconds = scaling_model.exposed_seconds(
-        args.gradient_bytes, compute, pack, cost
+        args.gradient_bytes, compute, pack, cost, busy
     )
     return seconds, pack
 

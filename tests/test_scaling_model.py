@@ -173,10 +173,33 @@ def test_packs_queue_where_they_cost_more_than_backprop():
     assert exposed == pytest.approx(3.5)
 
 
+def test_packs_overlap_but_for_what_keeps_the_link_busy():
+    # Ready as above; each is there 1 s after it began, and the next one can
+    # begin after 0.25 s: at 0.5, 0.75, 1.0 and 1.25.
+    exposed = scaling_model.exposed_seconds(
+        4 * MIB,
+        compute=1.0,
+        pack_bytes=MIB,
+        cost=lambda nbytes: 1.0,
+        busy=lambda nbytes: 0.25,
+    )
+    assert exposed == pytest.approx(1.25)
+
+
+def test_a_busy_link_still_carries_all_bytes():
+    busy = LINK.busy()
+    assert busy.bandwidth == LINK.bandwidth
+    assert 0 < busy.alpha < LINK.alpha
+
+
 def test_the_last_pack_carries_what_is_left():
     sizes = []
     scaling_model.exposed_seconds(
-        5, 1.0, 2, cost=lambda nbytes: sizes.append(nbytes) or 0.0
+        5,
+        1.0,
+        2,
+        cost=lambda nbytes: sizes.append(nbytes) or 0.0,
+        busy=lambda nbytes: 0.0,
     )
     assert sizes == [2, 2, 1]
 
