@@ -124,9 +124,9 @@ class MultiWorkerAllReduceStrategy(
     def worker_lateness(self) -> list[float]:
         """How much later than the first each worker comes to a step.
 
-        The first to come waits longest in the collectives of a step, so no
-        clocks of different hosts are compared. To be called on all workers of
-        a strategy with `measure_lateness=True`.
+        The first to come waits longest in a collective, so no clocks of
+        different hosts are compared. To be called on all workers of a strategy
+        with `measure_lateness=True`.
 
         Returns:
             Milliseconds per step, by worker; 0 for the one that waits
@@ -255,7 +255,7 @@ class MultiWorkerAllReduceExtended(
         return bool(self._is_chief)
 
     def waits_of_all_workers(self) -> list[float]:
-        """Mean seconds per step in collectives, by worker."""
+        """Mean seconds per step in a collective, by worker."""
         wait = self._progress.read_waits()
         if self._num_workers == 1:
             return [wait]

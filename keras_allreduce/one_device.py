@@ -47,17 +47,17 @@ _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 class Step:
     """One run (or trace) of a step of Keras on all replicas.
 
-    Attributes:
-        layers_sum: Whether a layer has summed over the replicas.
-        weights_of_gradients: What the gradients of each replica here are to
-            be times before they are summed; empty: nothing.
-
     Args:
         model: The model whose step it is.
         name: `"train_step"` or `"test_step"`.
         strategy: Its strategy.
         weigh_samples: See `weighing.find_rule`.
         note: Called with the records of accumulated gradients.
+
+    Attributes:
+        layers_sum: Whether a layer has summed over the replicas.
+        weights_of_gradients: What the gradients of each replica here are to
+            be times before they are summed; empty: nothing.
     """
 
     def __init__(

@@ -114,24 +114,25 @@ class Progress:
             del self._calls[call]
 
     def read_waits(self) -> float:
-        """Mean seconds per step in collectives of graphs since the last call.
+        """Mean seconds per step in the collective that takes longest.
 
-        Those of one step add up. `nan` if there was no step, or if they are
-        not `timed`.
+        Of those in graphs, since the last call. Several are under way at the
+        same time, and all of them wait for a worker that is late. `nan` if
+        there was no step, or if they are not `timed`.
         """
         with self._lock:
             counters = list(self._counters)
-        if not self.timed or not counters:
+        if not self.timed:
             return float("nan")
-        seconds, steps = 0.0, 0
+        longest = float("nan")
         for each in counters:
             now = float(each.seconds.numpy()), int(each.timed.numpy())
             before = self._read.get(each, (0.0, 0))
             self._read[each] = now
-            seconds += now[0] - before[0]
-            # Each collective of a graph runs once in a step.
-            steps = max(steps, now[1] - before[1])
-        return seconds / steps if steps else float("nan")
+            seconds, steps = now[0] - before[0], now[1] - before[1]
+            if steps:
+                longest = np.fmax(longest, seconds / steps)
+        return float(longest)
 
     def waiting_seconds(self) -> float:
         """Seconds since the oldest collective under way was seen to be so.
