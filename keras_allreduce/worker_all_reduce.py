@@ -106,7 +106,7 @@ class WorkerAllReduce(BatchAllReduce):
         sums = []
         for pack in packs:
             dtype = pack[0].dtype
-            pack = self._weigh(pack, devices)
+            pack = self._weigh(weighing.times_unless_one, pack, devices)
             crossing = self._wire.dtype_of(dtype)
             if algorithm == "nccl" and crossing in nccl.DTYPES:
                 sent = _cast(pack, crossing, devices)
@@ -119,26 +119,26 @@ class WorkerAllReduce(BatchAllReduce):
         return sums
 
     def _weigh(
-        self, pack: list[tf.Tensor], devices: Sequence[str]
-    ) -> list[tf.Tensor]:
+        self,
+        times: Callable[[Any, tf.Tensor], Any],
+        replicas: list[Any],
+        devices: Sequence[str],
+    ) -> list[Any]:
+        """Each replica's value times its weight, where it is."""
         if not self._weights:
-            return pack
+            return replicas
         weighed = []
-        for tensor, weight, device in zip(
-            pack, self._weights, devices, strict=True
+        for value, weight, device in zip(
+            replicas, self._weights, devices, strict=True
         ):
             with tf.device(device):
-                weighed.append(weighing.times_unless_one(tensor, weight))
+                weighed.append(times(value, weight))
         return weighed
 
     def _sum_rows(
         self, replicas: list[Any], devices: Sequence[str], owner: str
     ) -> list[Any]:
-        if self._weights:
-            replicas = [
-                weighing.times(rows, weight)
-                for rows, weight in zip(replicas, self._weights, strict=True)
-            ]
+        replicas = self._weigh(weighing.times, replicas, devices)
         inside = sparse.gather(replicas, owner)
         everywhere = tf.IndexedSlices(
             self._wire.all_gather_rows(inside.values, "rows"),
