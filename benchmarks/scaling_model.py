@@ -118,7 +118,8 @@ def small_bytes(workers: int) -> int:
 
 def default_bytes_per_pack(workers: int, nbytes: int) -> int:
     """As in keras_allreduce/worker_all_reduce.py; a test compares."""
-    return max(2**19, nbytes // 16) * math.isqrt(workers)
+    half = max(2**17, nbytes // 2)
+    return min(half, max(2**19, nbytes // 16)) * math.isqrt(workers)
 
 
 def workers_seconds(nbytes: float, workers: int, link: Link) -> float:

@@ -26,16 +26,17 @@ def default_pack_size(num_workers: int, nbytes: int) -> PackSize:
 
     What the last pack takes cannot be hidden behind backprop, so packs are
     small, and of what is half as large nothing waits for another gradient. But
-    each pack costs time of its own, so that one is a sixteenth of all; and that
-    time grows with the workers, so that the best one grows about as the root
-    of their number. See "Pack sizes between workers" in RESULTS.md and
-    docs/scaling.md.
+    each pack costs time of its own, so that one is a sixteenth of all, or 512
+    KiB, or half of all if that is less; and that time grows with the workers,
+    so that the best one grows about as the root of their number. See "Pack
+    sizes between workers" in RESULTS.md and docs/scaling.md.
 
     Args:
         num_workers: Number of workers.
         nbytes: Size of all gradients in bytes.
     """
-    capacity = max(2**19, nbytes // 16) * math.isqrt(num_workers)
+    half = max(2**17, nbytes // 2)
+    capacity = min(half, max(2**19, nbytes // 16)) * math.isqrt(num_workers)
     return PackSize(capacity, alone_above=capacity // 2)
 
 

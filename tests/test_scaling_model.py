@@ -49,12 +49,21 @@ def test_small_tensors_are_exchanged_and_larger_ones_go_round(workers):
 
 @pytest.mark.parametrize(
     ("workers", "gradients_mib", "mib"),
-    [(2, 2, 0.5), (4, 2, 1), (64, 8, 4), (2, 96, 6), (4, 96, 12)],
+    [
+        (2, 2, 0.5),
+        (4, 2, 1),
+        (64, 8, 4),
+        (2, 96, 6),
+        (4, 96, 12),
+        (2, 0.5, 0.25),
+        (4, 0.5, 0.5),
+        (2, 0.125, 0.125),
+    ],
 )
 def test_packs_are_as_large_as_the_package_makes_them(
     workers, gradients_mib, mib
 ):
-    nbytes = gradients_mib * MIB
+    nbytes = int(gradients_mib * MIB)
     assert (scaling_model.default_bytes_per_pack(workers, nbytes)) == mib * MIB
     size = worker_all_reduce.default_pack_size(workers, nbytes)
     assert size.bytes_per_pack == mib * MIB
