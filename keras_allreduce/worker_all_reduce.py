@@ -25,11 +25,11 @@ def default_pack_size(num_workers: int, nbytes: int) -> PackSize:
     """Sizes of packs where none is asked for.
 
     What the last pack takes cannot be hidden behind backprop, so packs are
-    small, and of what is half as large nothing waits for another gradient. But
-    each pack costs time of its own, so that one is a sixteenth of all, or 512
-    KiB, or half of all if that is less; and that time grows with the workers,
-    so that the best one grows about as the root of their number. See "Pack
-    sizes between workers" in RESULTS.md and docs/scaling.md.
+    small, and a gradient above half of one (256 KiB at least) waits for no
+    other. But each pack costs time of its own, so that one is a sixteenth of
+    all, or 512 KiB, or half of all if that is less; and that time grows with
+    the workers, so that the best one grows about as the root of their number.
+    See "Pack sizes between workers" in RESULTS.md and docs/scaling.md.
 
     Args:
         num_workers: Number of workers.
@@ -37,7 +37,8 @@ def default_pack_size(num_workers: int, nbytes: int) -> PackSize:
     """
     half = max(2**17, nbytes // 2)
     capacity = min(half, max(2**19, nbytes // 16)) * math.isqrt(num_workers)
-    return PackSize(capacity, alone_above=capacity // 2)
+    alone_above = max(capacity // 2, min(capacity, 2**18))
+    return PackSize(capacity, alone_above=alone_above)
 
 
 class WorkerAllReduce(BatchAllReduce):
