@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import tensorflow as tf
@@ -111,9 +112,11 @@ class WorkerAllReduce(BatchAllReduce):
             pack = self._weigh(weighing.times_unless_one, pack, devices)
             crossing = self._wire.dtype_of(dtype)
             if algorithm == "nccl" and crossing in nccl.DTYPES:
-                sent = _cast(pack, crossing, devices)
+                narrow = partial(tf.cast, dtype=crossing)
+                widen = partial(tf.cast, dtype=dtype)
+                sent = _on_each(devices, narrow, pack)
                 totals = self._gpus.all_reduce_on_gpus(sent, devices, "pack")
-                sums.append(_cast(totals, dtype, devices))
+                sums.append(_on_each(devices, widen, totals))
                 continue
             inside = shared_memory.add(pack, devices[0])
             total = self._wire.all_reduce(inside, "pack")
@@ -129,13 +132,7 @@ class WorkerAllReduce(BatchAllReduce):
         """Each replica's value times its weight, where it is."""
         if not self._weights:
             return replicas
-        weighed = []
-        for value, weight, device in zip(
-            replicas, self._weights, devices, strict=True
-        ):
-            with tf.device(device):
-                weighed.append(times(value, weight))
-        return weighed
+        return _on_each(devices, times, replicas, self._weights)
 
     def _sum_rows(
         self, replicas: list[Any], devices: Sequence[str], owner: str
@@ -193,12 +190,12 @@ class WorkerAllReduce(BatchAllReduce):
         return default_pack_size(self._num_workers, nbytes)
 
 
-def _cast(
-    replicas: Sequence[tf.Tensor], dtype: tf.DType, devices: Sequence[str]
-) -> list[tf.Tensor]:
-    """Each replica's tensor in `dtype`, cast where it is."""
-    cast = []
-    for tensor, device in zip(replicas, devices, strict=True):
+def _on_each(
+    devices: Sequence[str], function: Callable[..., Any], *values: Sequence[Any]
+) -> list[Any]:
+    """What `function` makes on each device of its part of all `values`."""
+    made = []
+    for device, *parts in zip(devices, *values, strict=True):
         with tf.device(device):
-            cast.append(tf.cast(tensor, dtype))
-    return cast
+            made.append(function(*parts))
+    return made

@@ -8,6 +8,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import command_line
 import keras
 import pytest
 import tensorflow as tf
@@ -17,16 +18,12 @@ import keras_allreduce
 DEVICES = keras_allreduce.host_devices(5)
 
 
-def two_gpus():
-    """Names of two GPUs, or of none."""
-    gpus = tf.config.list_physical_devices("GPU")
-    if len(gpus) == 1:
-        half = tf.config.LogicalDeviceConfiguration(memory_limit=4096)
-        tf.config.set_logical_device_configuration(gpus[0], [half] * 2)
-    return ["/gpu:0", "/gpu:1"] if gpus else []
-
-
-GPUS = two_gpus()
+# Grows on real GPUs: workers of the tests share them.
+GPUS = (
+    command_line.devices(2, on_gpus=True)
+    if tf.config.list_physical_devices("GPU")
+    else []
+)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,16 @@ from conftest import DEVICES
 
 from keras_allreduce import internals
 
+REAL_DTYPES = [
+    tf.float16,
+    tf.bfloat16,
+    tf.float32,
+    tf.float64,
+    tf.int32,
+    tf.int64,
+]
+DTYPES = [*REAL_DTYPES, tf.complex64]
+
 
 def gradient(shape, replica, dtype=tf.float32, step=1):
     """Whole numbers that any dtype holds, different on each replica."""

@@ -4,22 +4,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import DEVICES
-from distributed_values import gradient, local, per_replica, sparse_value
+from distributed_values import (
+    DTYPES,
+    gradient,
+    local,
+    per_replica,
+    sparse_value,
+)
 
 from keras_allreduce import BatchAllReduce
 
 SUM = tf.distribute.ReduceOp.SUM
 MEAN = tf.distribute.ReduceOp.MEAN
 HOST_ALGORITHMS = ["ring", "shared_memory"]
-DTYPES = [
-    tf.float16,
-    tf.bfloat16,
-    tf.float32,
-    tf.float64,
-    tf.int32,
-    tf.int64,
-    tf.complex64,
-]
 # Uneven, so that no number of ranks from 2 to 5 divides them all.
 SHAPES = [[], [1], [7], [2, 3], [0], [13], [5, 1, 1], [0, 4], [2]]
 # Of float32: the last gradients fill packs of 32 bytes, [13] travels alone.

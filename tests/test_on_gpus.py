@@ -15,6 +15,7 @@ import tensorflow as tf
 import worker_cases
 import workers
 from conftest import GPUS
+from distributed_values import REAL_DTYPES
 
 from keras_allreduce import AllReduceStrategy, BatchAllReduce, internals
 
@@ -48,12 +49,7 @@ CASES = [n for n in worker_cases.CASES if n not in DIFFER_FROM_ONE_DEVICE]
 
 def agree(got, expected):
     """Asserts that what a case returned is what it is on one GPU."""
-    keras.tree.assert_same_structure(got, expected)
-    for (path, value), (_, wanted) in zip(
-        keras.tree.flatten_with_path(got),
-        keras.tree.flatten_with_path(expected),
-        strict=True,
-    ):
+    for path, value, wanted in worker_cases.pairs(got, expected):
         np.testing.assert_allclose(
             value, wanted, rtol=2e-5, atol=2e-6, err_msg=str(path)
         )
@@ -74,17 +70,7 @@ class TestOneProcess:
         agree(got, on_one_gpu(name))
 
     @pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
-    @pytest.mark.parametrize(
-        "dtype",
-        [
-            tf.float16,
-            tf.bfloat16,
-            tf.float32,
-            tf.float64,
-            tf.int32,
-            tf.int64,
-        ],
-    )
+    @pytest.mark.parametrize("dtype", REAL_DTYPES)
     def test_each_gpu_gets_the_sums(self, algorithm, dtype, in_graph):
         # Packs of two values each, so that launches have to follow in order.
         ops = BatchAllReduce(algorithm, bytes_per_pack=10 * dtype.size)

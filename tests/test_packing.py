@@ -3,18 +3,10 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from distributed_values import DTYPES
 
 from keras_allreduce.packing import pack, unpack
 
-DTYPES = [
-    tf.float16,
-    tf.bfloat16,
-    tf.float32,
-    tf.float64,
-    tf.int32,
-    tf.int64,
-    tf.complex64,
-]
 SHAPES = {
     "one": [[2, 3]],
     "one scalar": [[]],

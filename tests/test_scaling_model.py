@@ -1,12 +1,8 @@
 """The cost model of benchmarks/scaling_model.py, with numbers by hand."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import scaling_model
 from scaling_model import Inside, Link, Point
 

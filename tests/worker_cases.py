@@ -59,6 +59,17 @@ def run(name, strategy):
     return keras.tree.map_structure(_plain, found)
 
 
+def pairs(got, expected):
+    """Yields each path in what a case returned, with both numbers there."""
+    keras.tree.assert_same_structure(got, expected)
+    for (path, value), (_, wanted) in zip(
+        keras.tree.flatten_with_path(got),
+        keras.tree.flatten_with_path(expected),
+        strict=True,
+    ):
+        yield path, value, wanted
+
+
 def _plain(value):
     return np.asarray(value).tolist()
 
