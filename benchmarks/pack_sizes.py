@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_allreduce
-from keras_allreduce.batch_all_reduce import BatchAllReduce, PackSize
+from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce, PackSize
 
 KIB, MIB = 2**10, 2**20
 

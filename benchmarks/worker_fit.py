@@ -30,7 +30,7 @@ from worker_jobs import (
 )
 
 import keras_allreduce
-from keras_allreduce import memory
+from keras_allreduce import malloc
 
 
 class Mended(tf.distribute.MultiWorkerMirroredStrategy):
@@ -63,7 +63,7 @@ def make_strategy(job: Job) -> Any:
             **OPTIONS[job.strategy]
         )
     if job.strategy == ALONE_KEPT:
-        memory.keep_freed()
+        malloc.keep_freed()
     elif job.strategy == ALONE:
         # glibc's own default: asked for, it keeps AllReduceStrategy from
         # changing malloc.

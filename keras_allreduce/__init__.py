@@ -1,12 +1,19 @@
 """Data-parallel Keras training that shows what its all-reduce costs."""
 
-from keras_allreduce.batch_all_reduce import BatchAllReduce
-from keras_allreduce.checks import host_devices
-from keras_allreduce.fit_log import AllReduceLogger
-from keras_allreduce.multi_worker import MultiWorkerAllReduceStrategy
-from keras_allreduce.stats import ReduceStats
-from keras_allreduce.strategy import AllReduceStrategy
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from keras_allreduce.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from keras_allreduce.devices import host_devices
+    from keras_allreduce.fit_output.logger import AllReduceLogger
+    from keras_allreduce.fit_output.stats import ReduceStats
+    from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
+    from keras_allreduce.strategy.multi_worker import (
+        MultiWorkerAllReduceStrategy,
+    )
+    from keras_allreduce.strategy.one_machine import AllReduceStrategy
 
 __all__ = [
     "AllReduceLogger",
@@ -16,3 +23,27 @@ __all__ = [
     "ReduceStats",
     "host_devices",
 ]
+
+# Public names are imported on first use (PEP 562), so that the launcher, a
+# module of this package, does not load TensorFlow.
+_HOMES = {
+    "AllReduceLogger": "fit_output.logger",
+    "AllReduceStrategy": "strategy.one_machine",
+    "BatchAllReduce": "reduce.batch_all_reduce",
+    "MultiWorkerAllReduceStrategy": "strategy.multi_worker",
+    "ReduceStats": "fit_output.stats",
+    "host_devices": "devices",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    value = getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 from conftest import DEVICES
 
-from keras_allreduce import internals
+from keras_allreduce.compat import distribute
 
 REAL_DTYPES = [
     tf.float16,
@@ -29,7 +29,7 @@ def per_replica(tensors):
     for tensor, device in zip(tensors, DEVICES, strict=False):
         with tf.device(device):
             placed.append(tf.identity(tensor))
-    return internals.PerReplica(tuple(placed))
+    return distribute.PerReplica(tuple(placed))
 
 
 def local(result):
@@ -49,4 +49,4 @@ def sparse_value(rows, table=5):
                     tf.constant([table], tf.int64),
                 )
             )
-    return internals.PerReplica(tuple(slices))
+    return distribute.PerReplica(tuple(slices))

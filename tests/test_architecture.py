@@ -2,6 +2,9 @@
 
 import ast
 import inspect
+import subprocess
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,73 +14,56 @@ import keras_allreduce
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "keras_allreduce"
 
-# A module imports only from above it. Planning and single ops come first,
-# then what measures, then the strategy and what users and Keras see.
-ORDER = [
+GROUND = [
+    "compat",
+    "devices",
+    "environment",
+    "graph_order",
+    "malloc",
     "version",
-    "memory",
-    "internals",
-    "checks",
-    "buckets",
-    "stats",
-    "packing",
-    "ring",
-    "shared_memory",
-    "nccl",
-    "sparse",
-    "records",
-    "clocks",
-    "weighing",
-    "batch_all_reduce",
-    "progress",
-    "collectives",
-    "wire",
-    "worker_all_reduce",
-    "worker_meeting",
-    "worker_limit",
-    "worker_checks",
-    "worker_agreement",
-    "worker_watch",
-    "summing",
-    "empty_replica",
-    "shadowing",
-    "worker_statistics",
-    "one_device",
-    "meter",
-    "fit_log",
-    "fit_hook",
-    "strategy_base",
-    "strategy",
-    "multi_worker",
-    "launch_gpus",
-    "launch_plan",
-    "launch_output",
-    "launch_guard",
-    "launch_worker",
-    "launch",
-    "benchmark_plan",
-    "benchmark_table",
-    "benchmark_step",
-    "benchmark_model",
-    "benchmark",
-    "__init__",
 ]
 
-# Planning, arithmetic and the launcher, without TensorFlow.
+# What each part may import beside itself. `one_device`, `workers`,
+# `fit_output` and `input` never import each other.
+MAY_IMPORT = {
+    **{part: GROUND for part in GROUND},
+    "launch": ["environment", "version"],
+    "reduce": GROUND,
+    "input": GROUND,
+    "one_device": [*GROUND, "reduce"],
+    "workers": [*GROUND, "reduce"],
+    "fit_output": [*GROUND, "reduce"],
+    "strategy": [
+        *GROUND,
+        "reduce",
+        "input",
+        "one_device",
+        "workers",
+        "fit_output",
+    ],
+    "benchmark": [*GROUND, "reduce", "strategy", "workers.cluster"],
+}
+
+# Planning, arithmetic and the launcher, which load no TensorFlow.
 PURE = [
-    "memory",
-    "buckets",
-    "stats",
+    "environment",
+    "malloc",
     "version",
-    "worker_meeting",
-    "launch_gpus",
-    "launch_plan",
-    "launch_output",
-    "launch_guard",
-    "launch_worker",
-    "launch",
-    "benchmark_plan",
-    "benchmark_table",
+    "reduce.buckets",
+    "reduce.pack_sizes",
+    "fit_output.stats",
+    "workers.cluster",
+    "workers.rendezvous",
+    "workers.time_limit",
+    "launch.__main__",
+    "launch.gpus",
+    "launch.guard",
+    "launch.job",
+    "launch.options",
+    "launch.output",
+    "launch.worker",
+    "benchmark.options",
+    "benchmark.table",
 ]
 
 PUBLIC = [
@@ -89,7 +75,9 @@ PUBLIC = [
     "host_devices",
 ]
 
-MAX_LINES = 400
+MAX_LINES_OF_A_FILE = 300
+MAX_LINES_OF_A_CLASS = 180
+MAX_LINES_OF_A_FUNCTION = 40
 
 
 def python_files():
@@ -103,6 +91,18 @@ def python_files():
 
 def name_of(path):
     return str(path.relative_to(REPOSITORY))
+
+
+def module_of(path):
+    """`"reduce.ring"` of `keras_allreduce/reduce/ring.py`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {
+    module_of(path): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem != "__init__"
+}
 
 
 def tree_of(path):
@@ -130,54 +130,117 @@ def dotted(node):
     return ""
 
 
-def modules_of_package(path):
-    """Modules of this package that a file imports."""
+def modules_imported(path):
+    """Modules of this package that a file imports, such as `reduce.ring`."""
     for name in imported(path):
         first, *rest = name.split(".")
-        if first == "keras_allreduce":
-            assert rest, f"{path} imports the whole package."
-            yield rest[0]
+        if first != "keras_allreduce":
+            continue
+        assert rest, f"{path} imports the whole package."
+        known = [
+            ".".join(rest[:length])
+            for length in range(len(rest), 0, -1)
+            if ".".join(rest[:length]) in MODULES
+        ]
+        assert known, f"{path} imports {name}, which is in no module."
+        yield known[0]
 
 
-def test_every_module_has_its_place():
-    modules = {path.stem for path in PACKAGE.rglob("*.py")}
-    assert modules == set(ORDER), "Add a new module to ORDER."
-    assert len(ORDER) == len(set(ORDER))
+def part_of(module):
+    return module.split(".")[0]
 
 
-@pytest.mark.parametrize("module", ORDER)
+def test_every_part_has_its_place():
+    assert {part_of(module) for module in MODULES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_go_one_way(module):
-    above = ORDER[: ORDER.index(module)]
-    for name in modules_of_package(PACKAGE / f"{module}.py"):
-        assert name in above, f"{module} imports {name}, which is not above it."
+    part = part_of(module)
+    for name in modules_imported(MODULES[module]):
+        allowed = {part, *MAY_IMPORT[part]}
+        assert part_of(name) in allowed or name in allowed, (
+            f"{module} imports {name}, which {part} must not know."
+        )
+
+
+def test_there_is_no_import_cycle():
+    TopologicalSorter(
+        {
+            module: set(modules_imported(path))
+            for module, path in MODULES.items()
+        }
+    ).prepare()
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in MODULES.values()}), ids=name_of
+)
+def test_every_folder_says_what_comes_in_and_what_goes_out(folder):
+    if folder == PACKAGE:
+        return
+    (only,) = tree_of(folder / "__init__.py").body
+    assert isinstance(only, ast.Expr), "A docstring and nothing else."
+    assert len(only.value.value.splitlines()) > 3
 
 
 @pytest.mark.parametrize("module", PURE)
-def test_planning_needs_no_tensorflow(module):
-    roots = {name.split(".")[0] for name in imported(PACKAGE / f"{module}.py")}
-    assert not roots & {"tensorflow", "keras"}
+def test_planning_loads_no_tensorflow(module):
+    names = f"keras_allreduce.{module}"
+    assert not loaded_by(f"import {names}")
 
 
-@pytest.mark.parametrize("path", python_files(), ids=name_of)
-def test_private_names_are_in_one_module(path):
-    if path == PACKAGE / "internals.py":
-        return
+def test_the_launcher_loads_no_tensorflow():
+    assert not loaded_by(
+        "import sys, runpy\n"
+        "sys.argv = ['launch', '--help']\n"
+        "try: runpy.run_module('keras_allreduce.launch', alter_sys=True)\n"
+        "except SystemExit: pass"
+    )
+
+
+def test_importing_the_package_is_silent_and_loads_no_tensorflow():
+    assert not loaded_by("import keras_allreduce; dir(keras_allreduce)")
+
+
+def loaded_by(code):
+    """Which of TensorFlow and Keras a process that runs `code` has loaded."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{code}\nimport sys\n"
+            "print('loaded:', *{'tensorflow', 'keras'} & set(sys.modules))",
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not done.stderr
+    return done.stdout.splitlines()[-1].removeprefix("loaded:").split()
+
+
+def test_private_names_are_in_one_folder():
     private = ("tensorflow.python", "keras.src", "tf.python", "tf.__internal__")
-    names = set(imported(path))
-    names |= {dotted(node) for node in ast.walk(tree_of(path))}
-    found = [name for name in names if name.startswith(private)]
-    assert not found, "Private names belong into internals.py."
+    for path in python_files():
+        if path.is_relative_to(PACKAGE / "compat"):
+            continue
+        names = set(imported(path))
+        names |= {dotted(node) for node in ast.walk(tree_of(path))}
+        found = [name for name in names if name.startswith(private)]
+        assert not found, f"{path}: private names belong into compat/."
 
 
 def test_every_private_import_has_its_reason():
-    path = PACKAGE / "internals.py"
-    lines = path.read_text(encoding="utf-8").splitlines()
     reasons = {}
-    for node in tree_of(path).body:
-        module = getattr(node, "module", None) or ""
-        if module.startswith(("tensorflow.python", "keras.src")):
-            has_comment = lines[node.lineno - 2].startswith("#")
-            reasons[module] = reasons.get(module, False) or has_comment
+    for path in (PACKAGE / "compat").glob("*.py"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in tree_of(path).body:
+            module = getattr(node, "module", None) or ""
+            if module.startswith(("tensorflow.python", "keras.src")):
+                has_comment = lines[node.lineno - 2].startswith("#")
+                reasons[module] = reasons.get(module, False) or has_comment
     assert reasons
     assert all(reasons.values()), reasons
 
@@ -190,29 +253,76 @@ def is_own(node):
     return dotted(owner) in ("self", "cls", "super")
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_private_attributes_of_others_are_used_in_one_module(module):
-    if module == "internals":
+@pytest.mark.parametrize("module", MODULES)
+def test_private_attributes_of_others_are_used_in_compat_alone(module):
+    if part_of(module) == "compat":
         return
     used = [
         f"line {node.lineno}: {ast.unparse(node)}"
-        for node in ast.walk(tree_of(PACKAGE / f"{module}.py"))
+        for node in ast.walk(tree_of(MODULES[module]))
         if isinstance(node, ast.Attribute)
         and node.attr.startswith("_")
         and not node.attr.startswith("__")
         and not is_own(node)
     ]
-    assert not used, "Private names belong into internals.py."
+    assert not used, "Private names belong into compat/."
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_frames_are_read_in_compat_alone(module):
+    if part_of(module) == "compat":
+        return
+    names = {dotted(node) for node in ast.walk(tree_of(MODULES[module]))}
+    assert not names & {"sys._getframe", "inspect.stack", "f_back"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_comes_from_elsewhere_has_a_type(module):
+    untyped = [
+        f"{node.name}({argument.arg})"
+        for node in ast.walk(tree_of(MODULES[module]))
+        if isinstance(node, ast.FunctionDef)
+        for argument in (*node.args.args, *node.args.kwonlyargs)
+        if argument.arg in ("extended", "ops")
+        and argument.annotation is not None
+        and ast.unparse(argument.annotation) == "Any"
+    ]
+    assert not untyped
+
+
+def test_two_public_classes_never_share_a_name():
+    homes = {}
+    for module, path in MODULES.items():
+        for node in tree_of(path).body:
+            if isinstance(node, ast.ClassDef) and node.name[0] != "_":
+                homes.setdefault(node.name, []).append(module)
+    assert not {name: at for name, at in homes.items() if len(at) > 1}
 
 
 def test_the_public_names_are_these():
     assert keras_allreduce.__all__ == PUBLIC
+    assert set(PUBLIC) < set(dir(keras_allreduce))
+    for name in PUBLIC:
+        assert getattr(keras_allreduce, name).__name__ == name
+
+
+def test_a_type_checker_finds_the_public_names():
+    imports = [
+        node
+        for node in ast.walk(tree_of(PACKAGE / "__init__.py"))
+        if isinstance(node, ast.If)
+        and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    (under_type_checking,) = imports
     names = {
-        name
-        for name, value in vars(keras_allreduce).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
+        alias.name for each in under_type_checking.body for alias in each.names
     }
     assert names == set(PUBLIC)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'RingAllReduce'"):
+        _ = keras_allreduce.RingAllReduce
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -220,10 +330,28 @@ def test_every_public_name_says_what_it_is(name):
     assert inspect.getdoc(getattr(keras_allreduce, name))
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_no_module_is_too_long(module):
-    path = PACKAGE / f"{module}.py"
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_too_long(module):
+    path = MODULES[module]
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES_OF_A_FILE
+    for node in ast.walk(tree_of(path)):
+        limit = {
+            ast.ClassDef: MAX_LINES_OF_A_CLASS,
+            ast.FunctionDef: MAX_LINES_OF_A_FUNCTION,
+        }.get(type(node))
+        if limit is not None:
+            assert code_lines(node) <= limit, f"{node.name} is too long."
+
+
+def code_lines(node):
+    """Lines of a class or function but for its own docstring."""
+    docstring = node.body[0]
+    has_one = ast.get_docstring(node) is not None
+    length = node.end_lineno - node.lineno + 1
+    if has_one:
+        length -= docstring.end_lineno - docstring.lineno + 1
+    return length
 
 
 def test_no_file_has_many_jobs():
@@ -231,7 +359,7 @@ def test_no_file_has_many_jobs():
     assert not [p for p in python_files() if p.stem in vague]
 
 
-@pytest.mark.parametrize("module", ORDER)
+@pytest.mark.parametrize("module", MODULES)
 def test_bad_input_is_not_met_with_assert(module):
-    tree = tree_of(PACKAGE / f"{module}.py")
+    tree = tree_of(MODULES[module])
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Assert)]

@@ -10,10 +10,9 @@ import pytest
 import tensorflow as tf
 
 import keras_allreduce
-from keras_allreduce import benchmark
-from keras_allreduce.batch_all_reduce import BatchAllReduce
-from keras_allreduce.benchmark_model import gradients_of
-from keras_allreduce.benchmark_plan import (
+from keras_allreduce.benchmark import __main__ as benchmark_main
+from keras_allreduce.benchmark.model import gradients_of
+from keras_allreduce.benchmark.options import (
     bytes_of,
     divide,
     loops_for,
@@ -22,13 +21,7 @@ from keras_allreduce.benchmark_plan import (
     sizes_between,
     workers_in,
 )
-from keras_allreduce.benchmark_step import (
-    Gradient,
-    Message,
-    TimedLoop,
-    WrongSumError,
-)
-from keras_allreduce.benchmark_table import (
+from keras_allreduce.benchmark.table import (
     Row,
     Setting,
     document,
@@ -37,6 +30,13 @@ from keras_allreduce.benchmark_table import (
     line,
     verdict,
 )
+from keras_allreduce.benchmark.timed_loop import (
+    Gradient,
+    Message,
+    TimedLoop,
+    WrongSumError,
+)
+from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = ["--max-bytes", "16K", "--rounds", "2", "--warmup", "0", "--loops", "2"]
@@ -308,7 +308,7 @@ BAD = {
 @pytest.mark.parametrize(("words", "message"), BAD.values(), ids=BAD)
 def test_bad_options_end_with_code_2_and_the_rule(words, message, capsys):
     with pytest.raises(SystemExit) as error:
-        benchmark.main(words.split())
+        benchmark_main.main(words.split())
     assert error.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -316,7 +316,7 @@ def test_bad_options_end_with_code_2_and_the_rule(words, message, capsys):
 def test_a_cluster_that_is_none_ends_with_code_2(monkeypatch, capsys):
     monkeypatch.setenv("TF_CONFIG", "{")
     with pytest.raises(SystemExit) as error:
-        benchmark.main([])
+        benchmark_main.main([])
     assert error.value.code == 2
     assert "TF_CONFIG must be a JSON object" in capsys.readouterr().err
 
@@ -351,7 +351,7 @@ class TestModel:
 
 
 def printed(capsys, *words):
-    assert benchmark.main(words) == 0
+    assert benchmark_main.main(words) == 0
     return capsys.readouterr().out
 
 
@@ -489,7 +489,7 @@ class TestWrongSums:
             "_sum_packs",
             lambda self, algorithm, packs, _: packs,
         )
-        assert benchmark.main([*TINY, "--json"]) == 1
+        assert benchmark_main.main([*TINY, "--json"]) == 1
         out, err = capsys.readouterr()
         assert out == ""
         assert "wrong: shared_memory, packs of default size: The sum" in err
@@ -550,7 +550,7 @@ def test_an_algorithm_between_workers_is_refused(monkeypatch, capsys):
     config = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(config))
     with pytest.raises(SystemExit):
-        benchmark.main(["--algorithm", "ring"])
+        benchmark_main.main(["--algorithm", "ring"])
     assert "there is one algorithm" in capsys.readouterr().err
 
 
@@ -559,5 +559,5 @@ def test_replicas_and_what_the_launcher_says_must_agree(monkeypatch, capsys):
     monkeypatch.setenv("TF_CONFIG", json.dumps(config))
     monkeypatch.setenv("KERAS_ALLREDUCE_HOST_DEVICES", "2")
     with pytest.raises(SystemExit):
-        benchmark.main(["--replicas", "3"])
+        benchmark_main.main(["--replicas", "3"])
     assert "--devices-per-worker of the launcher" in capsys.readouterr().err

@@ -4,7 +4,12 @@ import random
 
 import pytest
 
-from keras_allreduce.buckets import Bucket, GradientSpec, balance, plan_buckets
+from keras_allreduce.reduce.buckets import (
+    Bucket,
+    GradientSpec,
+    balance,
+    plan_buckets,
+)
 
 
 def floats(*nbytes):

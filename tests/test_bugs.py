@@ -12,7 +12,8 @@ from conftest import DEVICES
 from graph_walk import ops_of_type
 
 import keras_allreduce
-from keras_allreduce import BatchAllReduce, internals
+from keras_allreduce import BatchAllReduce
+from keras_allreduce.compat import distribute
 
 GPUS = ["/device:GPU:0", "/device:GPU:1"]
 
@@ -33,7 +34,7 @@ def test_a_rare_dtype_is_launched_when_it_is_ready():
             for device in GPUS:
                 with tf.device(device):
                     replicas.append(tf.compat.v1.placeholder(dtype, [2]))
-            gradients.append(internals.PerReplica(tuple(replicas)))
+            gradients.append(distribute.PerReplica(tuple(replicas)))
         BatchAllReduce("nccl").batch_reduce(
             tf.distribute.ReduceOp.SUM, [(g, g) for g in gradients]
         )

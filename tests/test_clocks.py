@@ -10,8 +10,8 @@ from conftest import DEVICES
 from graph_walk import ancestors, ops_of_type
 
 from keras_allreduce import AllReduceStrategy
-from keras_allreduce.clocks import ROWS, EagerClocks, GraphClocks
-from keras_allreduce.records import PackTensors
+from keras_allreduce.fit_output.clocks import ROWS, EagerClocks, GraphClocks
+from keras_allreduce.reduce.observe import PackTensors
 
 SUM = tf.distribute.ReduceOp.SUM
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import tensorflow as tf
 
-from keras_allreduce import worker_watch
-from keras_allreduce.worker_checks import check_cluster, read_cluster
+from keras_allreduce.workers import watchdog
+from keras_allreduce.workers.cluster import check_cluster
+from keras_allreduce.workers.connect import read_cluster
 
 TWO = ["a:1", "b:2"]
 
@@ -109,4 +110,4 @@ def test_an_error_that_another_worker_has_sent_is_explained_by_its_words():
         f"{why}\nThe error could be from a previous operation.\n"
         f'{{grpc_message:"Collective ops is aborted by: {why}"}}',
     )
-    assert worker_watch.explain(error) == why
+    assert watchdog.explain(error) == why

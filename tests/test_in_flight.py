@@ -5,8 +5,8 @@ import math
 import pytest
 import tensorflow as tf
 
-from keras_allreduce import progress
-from keras_allreduce.progress import Progress
+from keras_allreduce.workers import in_flight
+from keras_allreduce.workers.in_flight import Progress
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def step(monkeypatch):
     """
     times = iter([1.0, 4.0, 2.0, 9.0])
     monkeypatch.setattr(
-        progress,
+        in_flight,
         "free_running_clock",
         lambda variable: lambda: tf.constant(next(times), tf.float64),
     )

@@ -9,14 +9,15 @@ import pytest
 from conftest import DEVICES
 from small_model import fit, make_model
 
-from keras_allreduce import AllReduceLogger, AllReduceStrategy, fit_hook
+from keras_allreduce import AllReduceLogger, AllReduceStrategy
+from keras_allreduce.fit_output import keras_hook
 
 
 @pytest.fixture
 def uninstalled(monkeypatch):
     """Keras as it is before the first strategy."""
     state = {"installed": False, "warned": False}
-    monkeypatch.setattr(fit_hook, "_state", state)
+    monkeypatch.setattr(keras_hook, "_state", state)
     callbacks = keras.callbacks.CallbackList
     constructor = inspect.unwrap(callbacks.__init__)
     monkeypatch.setattr(callbacks, "__init__", constructor)

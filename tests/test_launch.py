@@ -15,7 +15,7 @@ from process_lock import (
     wait_until_none_is_left,
 )
 
-from keras_allreduce.launch import free_ports
+from keras_allreduce.launch.job import free_ports
 
 PACKAGE = Path(__file__).parent.parent / "keras_allreduce"
 

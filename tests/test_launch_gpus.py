@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from keras_allreduce.launch_gpus import deal, visible_gpus
-from keras_allreduce.launch_plan import environments, parse
+from keras_allreduce.launch.gpus import deal, visible_gpus
+from keras_allreduce.launch.options import environments, parse
 
 
 @pytest.fixture

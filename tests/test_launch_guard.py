@@ -7,7 +7,7 @@ import sys
 import pytest
 from process_lock import DEADLINE_SECONDS, wait_until_none_is_left
 
-from keras_allreduce import launch_guard
+from keras_allreduce.launch import guard
 
 SLEEPER = """
 import fcntl, sys, time
@@ -39,20 +39,20 @@ def sleeper(tmp_path):
 
 
 def test_a_guard_that_closes_ends_what_it_started(sleeper, tmp_path):
-    guard = launch_guard.Guard()
+    started = guard.Guard()
     command = [sleeper, str(tmp_path / "alive")]
-    with guard.start(command, dict(os.environ)) as process:
+    with started.start(command, dict(os.environ)) as process:
         assert process.stdout.readline() == b"ready\n"
-        guard.close()
+        started.close()
         assert process.wait(DEADLINE_SECONDS) == -9
 
 
 def test_what_has_ended_is_not_killed(monkeypatch):
     killed = []
     monkeypatch.setattr(
-        launch_guard, "signal_group", lambda group, _: killed.append(group)
+        guard, "signal_group", lambda group, _: killed.append(group)
     )
-    launch_guard.watch(["+11\n", "+12\n", "-11\n"])
+    guard.watch(["+11\n", "+12\n", "-11\n"])
     assert killed == [12]
 
 
@@ -61,7 +61,7 @@ def test_a_group_that_is_gone_is_no_error():
         [sys.executable, "-c", ""], start_new_session=True
     ) as process:
         process.wait()
-        launch_guard.signal_group(process.pid, 15)
+        guard.signal_group(process.pid, 15)
 
 
 @pytest.mark.skipif(
@@ -70,7 +70,7 @@ def test_a_group_that_is_gone_is_no_error():
 def test_without_a_guard_linux_ends_the_worker(sleeper, tmp_path):
     alive = tmp_path / "alive"
     with subprocess.Popen(
-        [sys.executable, "-c", PARENT, launch_guard.__file__, sleeper, alive],
+        [sys.executable, "-c", PARENT, guard.__file__, sleeper, alive],
         stdout=subprocess.PIPE,
     ) as parent:
         assert parent.stdout.readline() == b"ready\n"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from keras_allreduce.launch_plan import environments, parse, parse_hosts
+from keras_allreduce.launch.options import environments, parse, parse_hosts
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from keras_allreduce.launch_output import (
+from keras_allreduce.launch.output import (
     LineReader,
     Screen,
     visible,

@@ -17,7 +17,7 @@ import pytest
 import workers
 
 import keras_allreduce
-from keras_allreduce.launch_plan import environments, parse
+from keras_allreduce.launch.options import environments, parse
 
 DOCS = Path(__file__).parent.parent / "docs"
 MIGRATING = (DOCS / "migrating.md").read_text(encoding="utf-8")

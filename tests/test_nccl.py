@@ -6,11 +6,13 @@ import pytest
 import tensorflow as tf
 from graph_walk import ancestors, ops_of_type
 
-from keras_allreduce import BatchAllReduce, internals, nccl
-from keras_allreduce.collectives import Collectives, WorkerGroup
-from keras_allreduce.progress import Progress
-from keras_allreduce.wire import Wire
-from keras_allreduce.worker_all_reduce import WorkerAllReduce
+from keras_allreduce import BatchAllReduce
+from keras_allreduce.compat import distribute
+from keras_allreduce.reduce import nccl
+from keras_allreduce.workers.between_workers import WorkerAllReduce
+from keras_allreduce.workers.collectives import Collectives, WorkerGroup
+from keras_allreduce.workers.in_flight import Progress
+from keras_allreduce.workers.wire import Wire
 
 GPUS = ["/device:GPU:0", "/device:GPU:1", "/device:GPU:2"]
 SUM = tf.distribute.ReduceOp.SUM
@@ -97,7 +99,7 @@ def reduce(values, reduce_op=SUM, **arguments):
 
 
 def gradient(dtype, shape=(2,), devices=GPUS[:2]):
-    return internals.PerReplica(tuple(pack_on(devices, dtype, shape)))
+    return distribute.PerReplica(tuple(pack_on(devices, dtype, shape)))
 
 
 def test_gradients_travel_in_packs(graph):
@@ -195,7 +197,7 @@ def machine(monkeypatch):
             monkeypatch.setattr(
                 tf.config, name, lambda kind, listed=listed: listed
             )
-        monkeypatch.setattr(internals, "has_nccl", lambda: has_nccl)
+        monkeypatch.setattr(distribute, "has_nccl", lambda: has_nccl)
 
     return pretend
 
@@ -259,7 +261,7 @@ class TestBetweenWorkers:
     @pytest.fixture
     def reduced(self, graph, monkeypatch):
         """Traces the sums of gradients; `(graph, results)`."""
-        monkeypatch.setattr(internals, "has_nccl", lambda: True)
+        monkeypatch.setattr(distribute, "has_nccl", lambda: True)
 
         def reduce(gradients, wire_dtype=None):
             between = Collectives(WorkerGroup(2, self.HOST), Progress())
@@ -272,7 +274,7 @@ class TestBetweenWorkers:
 
             def step():
                 values = [
-                    internals.PerReplica(tuple(pack_on(self.DEVICES, *each)))
+                    distribute.PerReplica(tuple(pack_on(self.DEVICES, *each)))
                     for each in gradients
                 ]
                 pairs = [(value, value) for value in values]

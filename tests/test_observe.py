@@ -9,7 +9,8 @@ from distributed_values import per_replica
 from graph_walk import ops_of_type
 
 from keras_allreduce import BatchAllReduce
-from keras_allreduce.records import ReducePlan, observe
+from keras_allreduce.reduce.observe import observe
+from keras_allreduce.reduce.plan import ReducePlan
 
 SUM = tf.distribute.ReduceOp.SUM
 

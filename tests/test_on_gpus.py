@@ -17,7 +17,8 @@ import workers
 from conftest import GPUS
 from distributed_values import REAL_DTYPES
 
-from keras_allreduce import AllReduceStrategy, BatchAllReduce, internals
+from keras_allreduce import AllReduceStrategy, BatchAllReduce
+from keras_allreduce.compat import distribute
 
 pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")
 
@@ -179,7 +180,7 @@ def test_the_default_is_nccl_where_gpus_are_real():
 
 
 def test_this_tensorflow_has_nccl():
-    assert internals.has_nccl()
+    assert distribute.has_nccl()
 
 
 @pytest.fixture(scope="module")

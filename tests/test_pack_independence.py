@@ -7,11 +7,12 @@ import tensorflow as tf
 from conftest import DEVICES
 from graph_walk import ancestors, ops_of_type
 
-from keras_allreduce import BatchAllReduce, internals
-from keras_allreduce.collectives import Collectives, WorkerGroup
-from keras_allreduce.progress import Progress
-from keras_allreduce.wire import Wire
-from keras_allreduce.worker_all_reduce import WorkerAllReduce
+from keras_allreduce import BatchAllReduce
+from keras_allreduce.compat import distribute
+from keras_allreduce.workers.between_workers import WorkerAllReduce
+from keras_allreduce.workers.collectives import Collectives, WorkerGroup
+from keras_allreduce.workers.in_flight import Progress
+from keras_allreduce.workers.wire import Wire
 
 SUM = tf.distribute.ReduceOp.SUM
 
@@ -31,7 +32,7 @@ def traced(op, shapes, options=None, replicas=2):
                     placeholders[-1].append(
                         tf.compat.v1.placeholder(tf.float32, shape)
                     )
-        values = [internals.PerReplica(tuple(p)) for p in placeholders]
+        values = [distribute.PerReplica(tuple(p)) for p in placeholders]
         results = op.batch_reduce(SUM, [(v, v) for v in values], options)
     return placeholders, results
 
@@ -156,7 +157,7 @@ def test_no_collective_between_workers_waits_for_another():
         # TensorFlow would put into its chain.
         gradients = [tf.ones([size]) for size in (10, 10, 5000, 5000)]
         tf.print("here", output_stream=sys.stderr)
-        values = [internals.PerReplica((each,)) for each in gradients]
+        values = [distribute.PerReplica((each,)) for each in gradients]
         totals = op.batch_reduce(SUM, [(v, v) for v in values])
         return [total.values for total in totals]
 

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from distributed_values import DTYPES
 
-from keras_allreduce.packing import pack, unpack
+from keras_allreduce.reduce.packing import pack, unpack
 
 SHAPES = {
     "one": [[2, 3]],

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from conftest import DEVICES
 
-from keras_allreduce import ring
+from keras_allreduce.reduce import ring
 
 SIZES = [0, 1, 2, 7, 13]
 

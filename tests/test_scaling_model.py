@@ -6,7 +6,7 @@ import pytest
 import scaling_model
 from scaling_model import Inside, Link, Point
 
-from keras_allreduce import wire, worker_all_reduce
+from keras_allreduce.workers import between_workers, wire
 
 MIB = 2**20
 
@@ -61,7 +61,7 @@ def test_packs_are_as_large_as_the_package_makes_them(
 ):
     nbytes = int(gradients_mib * MIB)
     assert (scaling_model.default_bytes_per_pack(workers, nbytes)) == mib * MIB
-    size = worker_all_reduce.default_pack_size(workers, nbytes)
+    size = between_workers.default_pack_size(workers, nbytes)
     assert size.bytes_per_pack == mib * MIB
     alone_above = max(mib / 2, min(mib, 0.25))
     assert size.alone_above == alone_above * MIB

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from conftest import DEVICES
 
-from keras_allreduce import shared_memory
+from keras_allreduce.reduce import shared_memory
 
 
 def address(tensor):

@@ -6,7 +6,7 @@ import tensorflow as tf
 from conftest import DEVICES
 from graph_walk import ops_of_type
 
-from keras_allreduce import sparse
+from keras_allreduce.reduce import sparse
 
 
 def slices(rows, width=2, table=5):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from keras_allreduce.stats import ReduceStats, measure, merge
+from keras_allreduce.fit_output.stats import ReduceStats, measure, merge
 
 GB = 10**9
 

@@ -60,11 +60,11 @@ def sums(wire_dtypes):
     """Sums of `worker_cases.wire_parts`, by wire dtype and name."""
     import tensorflow as tf
     import worker_cases
-
-    import keras_allreduce
     from keras_allreduce.collectives import Collectives, WorkerGroup
     from keras_allreduce.progress import Progress
     from keras_allreduce.wire import Wire
+
+    import keras_allreduce
 
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
     workers = strategy.extended.num_workers

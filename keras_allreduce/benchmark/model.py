@@ -6,7 +6,7 @@ import inspect
 import keras
 import tensorflow as tf
 
-from keras_allreduce.benchmark_step import Gradient
+from keras_allreduce.benchmark.timed_loop import Gradient
 
 
 def gradients_of(name: str, dtype: str | None) -> list[Gradient]:

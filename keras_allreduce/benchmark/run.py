@@ -3,45 +3,34 @@
 What it prints is explained in docs/benchmark.md.
 """
 
-import json
 import os
 import platform
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_allreduce import internals
-from keras_allreduce.batch_all_reduce import BatchAllReduce
-from keras_allreduce.benchmark_model import gradients_of
-from keras_allreduce.benchmark_plan import (
+from keras_allreduce.benchmark.model import gradients_of
+from keras_allreduce.benchmark.options import (
     BenchmarkOptions,
     divide,
     loops_for,
-    options_of,
-    parser,
     workers_in,
 )
-from keras_allreduce.benchmark_step import (
+from keras_allreduce.benchmark.table import Row, Setting
+from keras_allreduce.benchmark.timed_loop import (
     Gradient,
     Message,
     TimedLoop,
     WrongSumError,
 )
-from keras_allreduce.benchmark_table import (
-    Row,
-    Setting,
-    document,
-    head,
-    line,
-    verdict,
-)
-from keras_allreduce.checks import host_devices
-from keras_allreduce.launch_plan import HOST_DEVICES
-from keras_allreduce.multi_worker import MultiWorkerAllReduceStrategy
-from keras_allreduce.strategy import AllReduceStrategy
+from keras_allreduce.compat import distribute
+from keras_allreduce.devices import host_devices
+from keras_allreduce.environment import HOST_DEVICES
+from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
+from keras_allreduce.strategy.multi_worker import MultiWorkerAllReduceStrategy
+from keras_allreduce.strategy.one_machine import AllReduceStrategy
 from keras_allreduce.version import __version__
 
 BETWEEN_WORKERS = "workers"
@@ -163,45 +152,6 @@ def about(strategies: dict[str, Any], options: BenchmarkOptions) -> dict:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code."""
-    command_line = parser()
-    given = command_line.parse_args(arguments)
-    try:
-        options = options_of(given)
-        strategies = strategies_for(options)
-        strategy = next(iter(strategies.values()))
-        if strategy.num_replicas_in_sync < 2:
-            raise ValueError(
-                "One replica has nothing to reduce. Pass --replicas 2, with "
-                "CUDA_VISIBLE_DEVICES=-1 if there is one GPU."
-            )
-        messages = list(messages_for(options))
-        for gradients in messages:
-            Message(strategy, gradients)
-    except ValueError as error:
-        command_line.error(str(error))
-    is_chief = strategy.extended.num_workers == 1 or strategy.extended.is_chief
-    show = is_chief and not options.as_json
-    if show:
-        _print(*_header(about(strategies, options)), head())
-    rows: list[Row] = []
-    for gradients in messages:
-        try:
-            new = measure(strategies, gradients, options)
-        except WrongSumError as error:
-            print(f"{command_line.prog}: wrong: {error}", file=sys.stderr)
-            return 1
-        rows += new
-        if show:
-            _print(*map(line, new))
-    if show:
-        _print(*verdict(rows), "# Every sum was checked: all are right.")
-    elif is_chief:
-        _print(json.dumps(document(about(strategies, options), rows)))
-    return 0
-
-
 def _row(
     setting: Setting,
     timed: TimedLoop,
@@ -245,7 +195,7 @@ def _algorithms(asked: str, devices: Sequence[str]) -> list[str]:
     if asked != "all":
         return [asked]
     on_gpus = "gpu" in devices[0]
-    nccl = ["nccl"] if on_gpus and internals.has_nccl() else []
+    nccl = ["nccl"] if on_gpus and distribute.has_nccl() else []
     return [*nccl, "ring", "shared_memory"]
 
 
@@ -271,24 +221,3 @@ def _kind_of(device: str) -> str:
     gpu = tf.config.list_physical_devices("GPU")[0]
     details = tf.config.experimental.get_device_details(gpu)
     return str(details.get("device_name", "GPU"))
-
-
-def _header(facts: dict[str, Any]) -> list[str]:
-    here = len(facts["devices"])
-    return [
-        "# keras_allreduce {keras_allreduce}, TensorFlow {tensorflow}, Keras "
-        "{keras}, Python {python}".format(**facts),
-        f"# {facts['replicas']} replicas: {facts['workers']} worker(s) with "
-        f"{here} x {facts['device_kind']}, {facts['cores']} cores here",
-        f"# {facts['model'] or 'sizes'}, {facts['dtype'] or 'its own dtypes'}; "
-        "algbw and busbw in 10^9 bytes per second",
-    ]
-
-
-def _print(*lines: str) -> None:
-    # A table that is piped still appears row by row.
-    print(*lines, sep="\n", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,7 +21,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce.records import BatchRecord, observe
+from keras_allreduce.reduce.observe import BatchRecord, observe
 
 # Elements cycle through 0 to 4, times 1 to 3 by replica: no two neighbours,
 # nor neighbouring replicas, gradients or rounds, have the same.

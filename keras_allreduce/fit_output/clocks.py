@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_allreduce import internals
-from keras_allreduce.records import PackTensors
+from keras_allreduce.compat import distribute
+from keras_allreduce.graph_order import free_running_clock
+from keras_allreduce.reduce.observe import PackTensors
 
 ROWS = 1024
 """Steps that clocks remember; the oldest is overwritten."""
@@ -66,10 +67,10 @@ class GraphClocks:
         self, gradients: Sequence[Any], results: Sequence[Any]
     ) -> None:
         with tf.init_scope():
-            rows = internals.ResourceVariable(
+            rows = distribute.ResourceVariable(
                 np.zeros([ROWS, 2 * self._num_packs]), trainable=False
             )
-            count = internals.ResourceVariable(
+            count = distribute.ResourceVariable(
                 np.int64(0), trainable=False, dtype=tf.int64
             )
             now = free_running_clock(count)
@@ -130,24 +131,6 @@ def _host_of(device: str) -> str:
     if spec.device_type == "CPU":
         return device
     return spec.replace(device_type="CPU", device_index=0).to_string()
-
-
-def free_running_clock(variable: tf.Variable) -> Any:
-    """A function that returns the time, to be called in a graph.
-
-    TensorFlow runs ops with side effects in program order, each after the one
-    before it, and the clock counts as one: times taken in plain
-    `tf.timestamp()` ops would all be those of the slowest. Ops that read a
-    variable are only ordered with those that write it. So the clock pretends
-    to read one.
-    """
-
-    @tf.function(autograph=False)
-    def now() -> tf.Tensor:
-        variable.read_value()
-        return tf.timestamp()
-
-    return now.get_concrete_function()
 
 
 def _time_after(tensors: Sequence[Any], now: Any) -> tf.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from keras_allreduce.fit_log import FitProgbar
+from keras_allreduce.fit_output.progress_bar import FitProgbar
 
 _state = {"installed": False, "warned": False}
 

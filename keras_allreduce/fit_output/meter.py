@@ -1,120 +1,14 @@
 """The step functions of a strategy, their clocks, and how to read them."""
 
+import time
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import tensorflow as tf
+import keras
 
-from keras_allreduce.clocks import EagerClocks, GraphClocks
-from keras_allreduce.records import BatchRecord, ReducePlan
-from keras_allreduce.stats import ReduceStats, measure, merge
-
-ONE_REPLICA = "batch_all_reduce: nothing to reduce, num_replicas = 1"
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One traced (or eager) step function that reduces gradients.
-
-    Attributes:
-        plan: What it sends.
-        clocks: Its clocks. A traced step owns them, so this is a weak
-            reference there.
-        model: Weak reference to the model whose `train_step` it is, or to
-            nothing in a custom training loop.
-    """
-
-    plan: ReducePlan
-    clocks: Any
-    model: Any
-
-
-class StepLog:
-    """All step functions of one strategy, in the order they were first run."""
-
-    def __init__(self) -> None:
-        self._steps: list[Step] = []
-        self._alone: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._told: weakref.WeakKeyDictionary[Any, set[str]] = (
-            weakref.WeakKeyDictionary()
-        )
-
-    def add(self, records: Sequence[BatchRecord], model: Any | None) -> None:
-        """Notes a step that was just traced, or has just run eagerly.
-
-        Args:
-            records: All it reduces.
-            model: The model whose `train_step` it is, if it is one.
-        """
-        if not records:
-            return
-        # Gradients are the largest batch. Others are the statistics of
-        # synchronized layers and what the user's own code reduces.
-        record = max(
-            records,
-            key=lambda record: (record.plan.nbytes or 0, len(record.packs)),
-        )
-        owner = _nothing if model is None else weakref.ref(model)
-        if tf.executing_eagerly():
-            self._eager_clocks(record, owner).add(record.started, record.ended)
-            return
-        tensor = tf.nest.flatten(
-            record.packs[0].results[0], expand_composites=True
-        )[0]
-        if tensor.graph is not tf.compat.v1.get_default_graph():
-            return  # Traced inside a function of its own: out of our reach.
-        clocks = GraphClocks(record.packs, record.devices)
-        self._steps.append(Step(record.plan, weakref.ref(clocks), owner))
-
-    def _eager_clocks(self, record: BatchRecord, owner: Any) -> EagerClocks:
-        for step in self._steps:
-            clocks = step.clocks()
-            if (
-                isinstance(clocks, EagerClocks)
-                and step.plan == record.plan
-                and step.model() is owner()
-            ):
-                return clocks
-        clocks = EagerClocks(record.plan.num_packs)
-        self._steps.append(Step(record.plan, lambda: clocks, owner))
-        return clocks
-
-    def steps(self, model: Any | None = None) -> list[Step]:
-        """Steps that can still run; only those of `model`, if given."""
-        self._steps = [
-            step
-            for step in self._steps
-            if step.clocks() is not None
-            and (step.model is _nothing or step.model() is not None)
-        ]
-        return [
-            step
-            for step in self._steps
-            if model is None or step.model() is model
-        ]
-
-    def add_alone(self, model: Any) -> None:
-        """Notes that `model` trains on one replica and reduces nothing."""
-        self._alone.add(model)
-
-    def untold_plans(self, model: Any) -> list[str]:
-        """Plans of `model` that this has not returned before."""
-        told = self._told.setdefault(model, set())
-        plans = [str(step.plan) for step in self.steps(model)]
-        if model.distribute_strategy.num_replicas_in_sync == 1:
-            plans = [ONE_REPLICA]
-        new = []
-        for line in plans:
-            if line not in told:
-                told.add(line)
-                new.append(line)
-        return new
-
-
-def _nothing() -> None:
-    return None
+from keras_allreduce.fit_output.clocks import ROWS
+from keras_allreduce.fit_output.stats import ReduceStats, measure, merge
+from keras_allreduce.fit_output.step_log import StepLog
 
 
 class Meter:
@@ -150,3 +44,45 @@ class Meter:
             )
             stats = merge(stats, new)
         return stats if stats is not None and stats.steps else None
+
+
+class EpochMeter:
+    """Means over the epoch so far; never loses a step, never reads often.
+
+    Args:
+        log: The steps of the strategy.
+        model: The model in training.
+    """
+
+    def __init__(self, log: StepLog, model: keras.Model):
+        self._meter = Meter(log, model)
+        self._meter.read()
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets the epoch before."""
+        self.stats: ReduceStats | None = None
+        self._steps_at_read = 0
+        self._time_of_read = float("-inf")
+
+    def refresh(self, steps: int, seconds: float) -> None:
+        """Reads if the last reading is old.
+
+        Args:
+            steps: Steps of the epoch so far. The clocks are also read before
+                they begin to forget.
+            seconds: Least time between two readings.
+        """
+        unread = steps - self._steps_at_read
+        waited = time.monotonic() - self._time_of_read
+        # The first step of all is not counted: wait for the second.
+        if unread > 1 and (waited >= seconds or unread >= ROWS // 2):
+            self.read(steps)
+
+    def read(self, steps: int) -> None:
+        """Reads now, after `steps` steps of the epoch."""
+        self._steps_at_read = steps
+        new = self._meter.read()
+        if new is not None:
+            self.stats = merge(self.stats, new)
+        self._time_of_read = time.monotonic()

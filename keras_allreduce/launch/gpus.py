@@ -3,11 +3,7 @@
 import subprocess
 from collections.abc import Mapping, Sequence
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"
-"""Tells CUDA which GPUs a process has."""
-
-SHARED = "NCCL_MULTI_RANK_GPU_ENABLE"
-"""Set to 1 if NCCL (from 2.30 on) may sum between workers on one GPU."""
+from keras_allreduce.environment import VISIBLE_GPUS
 
 
 def visible_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
@@ -26,10 +22,10 @@ def visible_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
     except (OSError, subprocess.SubprocessError):
         return ()
     there = [line for line in listed if line.startswith("GPU ")]
-    if not there or VISIBLE not in environment:
+    if not there or VISIBLE_GPUS not in environment:
         return tuple(str(index) for index in range(len(there)))
     visible = []
-    for name in environment[VISIBLE].split(","):
+    for name in environment[VISIBLE_GPUS].split(","):
         # CUDA takes those before the first that makes no sense to it.
         if not name.strip() or name.strip().startswith("-"):
             break
@@ -64,8 +60,9 @@ def deal(
             )
         raise ValueError(
             f"{num_workers} workers with {each} each need "
-            f"{each * num_workers} GPUs. Received: {VISIBLE}={','.join(gpus)}. "
-            f"{VISIBLE}=-1 trains on host devices."
+            f"{each * num_workers} GPUs. Received: "
+            f"{VISIBLE_GPUS}={','.join(gpus)}. "
+            f"{VISIBLE_GPUS}=-1 trains on host devices."
         )
     return tuple(
         tuple(gpus[worker * each : (worker + 1) * each])

@@ -10,21 +10,17 @@ end. The main thread takes what happens, in the order in which it happens:
 It runs where process groups exist: Linux and macOS.
 """
 
-import io
 import queue
 import signal
 import socket
-import sys
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from keras_allreduce.launch_guard import Guard
-from keras_allreduce.launch_output import Screen
-from keras_allreduce.launch_plan import LaunchOptions, environments, parse
-from keras_allreduce.launch_worker import Ended, Events, Worker, signal_name
-
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from keras_allreduce.launch.guard import Guard
+from keras_allreduce.launch.options import LaunchOptions, environments
+from keras_allreduce.launch.output import Screen
+from keras_allreduce.launch.worker import Ended, Events, Worker, signal_name
 
 
 @dataclass(frozen=True)
@@ -189,27 +185,7 @@ def launch(options: LaunchOptions, screen: Screen, events: Events) -> int:
     return outcome.exit_code
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code."""
-    options = parse(arguments)
-    events: Events = queue.SimpleQueue()
-    for number in PASSED_ON:
-        # nohup, and a shell for what runs behind it, have some ignored.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            # `put` may interrupt `get` here, unlike in `queue.Queue`.
-            signal.signal(number, lambda received, _: events.put(received))
-    return launch(options, Screen(_raw(1), _raw(2)), events)
-
-
-def _raw(fd: int) -> io.RawIOBase:
-    return open(fd, "wb", buffering=0, closefd=False)
-
-
 def _tell(screen: Screen, report: Sequence[str]) -> None:
     first, rest = report[:1], report[1:]
     lines = [f"keras_allreduce.launch: {line}" for line in first]
     screen.write(screen.err, [*lines, *rest], None)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

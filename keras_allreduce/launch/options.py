@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from keras_allreduce import launch_gpus
-
-HOST_DEVICES = "KERAS_ALLREDUCE_HOST_DEVICES"
-"""Tells MultiWorkerAllReduceStrategy how many host devices to make."""
+from keras_allreduce import environment
+from keras_allreduce.environment import HOST_DEVICES
+from keras_allreduce.launch import gpus
 
 _DESCRIPTION = """
 Starts the workers of a training script that uses MultiWorkerAllReduceStrategy,
@@ -134,7 +133,7 @@ def _environment(
     # Lines arrive as they are written, not when a buffer is full.
     added = {"TF_CONFIG": json.dumps(config), "PYTHONUNBUFFERED": "1"}
     if options.gpus:
-        added[launch_gpus.VISIBLE] = ",".join(options.gpus[index])
+        added[environment.VISIBLE_GPUS] = ",".join(options.gpus[index])
     elif (options.devices_per_worker or 1) > 1:
         added[HOST_DEVICES] = str(options.devices_per_worker)
     return added
@@ -154,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="D",
         help="GPUs of each worker, an equal share by default (sets "
-        f"{launch_gpus.VISIBLE}); on a machine without, its host (CPU) "
+        f"{environment.VISIBLE_GPUS}); on a machine without, its host (CPU) "
         f"devices, 1 by default (sets {HOST_DEVICES}=D, which "
         "MultiWorkerAllReduceStrategy reads)",
     )
@@ -207,11 +206,11 @@ def _gpus(given: argparse.Namespace) -> tuple[tuple[str, ...], ...]:
     """GPUs of each worker, if there are workers to deal them out to."""
     if given.hosts is not None or given.workers < 2:
         return ()
-    return launch_gpus.deal(
-        launch_gpus.visible_gpus(os.environ),
+    return gpus.deal(
+        gpus.visible_gpus(os.environ),
         given.workers,
         given.devices_per_worker,
-        shared=os.environ.get(launch_gpus.SHARED) == "1",
+        shared=os.environ.get(environment.NCCL_SHARED_GPU) == "1",
     )
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any, TypeAlias
 
-from keras_allreduce.launch_guard import Guard, signal_group
-from keras_allreduce.launch_output import (
+from keras_allreduce.launch.guard import Guard, signal_group
+from keras_allreduce.launch.output import (
     LineReader,
     Screen,
     visible,

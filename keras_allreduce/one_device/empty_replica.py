@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce import internals
+from keras_allreduce.compat import keras as keras_compat
 
 
 def first_sample(value: Any) -> Any:
@@ -53,7 +53,7 @@ def moving_statistics(model: keras.Model) -> list[Any]:
     """
     shared = {
         id(variable)
-        for layer in internals.layers(model)
+        for layer in keras_compat.layers(model)
         if getattr(layer, "synchronized", False)
         for variable in layer.non_trainable_variables
     }
@@ -73,7 +73,7 @@ def state(model: keras.Model) -> list[tuple[Any, tf.Tensor]]:
     """
     counted = {
         id(variable)
-        for metric in internals.loss_metrics(model)
+        for metric in keras_compat.loss_metrics(model)
         for variable in metric.variables
     }
     results = [

@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce import packing, weighing
+from keras_allreduce.reduce import packing, scaling
 
 
 def share(variables: Sequence[Any], shares: Any, strategy: Any) -> None:
@@ -33,7 +33,7 @@ def share(variables: Sequence[Any], shares: Any, strategy: Any) -> None:
     for dtype, values in by_dtype.items():
         with tf.device("/cpu:0"):
             weighed = [
-                weighing.times(packing.pack(_parts(values, index)), weight)
+                scaling.scale(packing.pack(_parts(values, index)), weight)
                 for index, weight in enumerate(weights)
             ]
             total = strategy.extended.sum_over_workers(

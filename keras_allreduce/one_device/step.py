@@ -31,14 +31,16 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce import (
+from keras_allreduce.compat import distribute
+from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.one_device import (
     empty_replica,
-    internals,
-    summing,
+    moving_statistics,
+    update,
     weighing,
-    worker_statistics,
 )
-from keras_allreduce.shadowing import shadowed
+from keras_allreduce.one_device.shadowing import shadowed
+from keras_allreduce.reduce import scaling
 
 _thread = threading.local()
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -142,7 +144,7 @@ class Step:
                 kwargs,
             )
         if self._updated:
-            worker_statistics.share(
+            moving_statistics.share(
                 list(self._updated.values()), shares, self._strategy
             )
         devices = self._strategy.extended.worker_devices
@@ -204,7 +206,7 @@ class Step:
         for value, device in zip(values, devices, strict=True):
             with tf.device(device):
                 placed.append(tf.identity(value))
-        return internals.PerReplica(tuple(placed))
+        return distribute.PerReplica(tuple(placed))
 
     def _values(self, value: Any) -> Sequence[Any]:
         if isinstance(value, tf.distribute.DistributedValues):
@@ -215,12 +217,12 @@ class Step:
 
     def _can_weigh_gradients(self) -> bool:
         """Whether nothing but synchronized layers needs a weighed loss."""
-        optimizers = summing.optimizers_of(self._model)
+        optimizers = update.optimizers_of(self._model)
         return (
             self._trains_on_workers
             and not (tf.executing_eagerly() or self._in_backprop)
             and self._rule.kind == "samples"
-            and not any(map(summing.accumulates, optimizers))
+            and not any(map(update.accumulates, optimizers))
         )
 
     # What is shadowed ----------------------------------------------------
@@ -229,7 +231,7 @@ class Step:
         model = self._model
         compute = functools.partial(self.compute_loss, model.compute_loss)
         yield model, {"compute_loss": compute}
-        for metric in internals.loss_metrics(model):
+        for metric in keras_compat.loss_metrics(model):
             yield (
                 metric,
                 {
@@ -238,7 +240,7 @@ class Step:
                     )
                 },
             )
-        for optimizer in summing.optimizers_of(model):
+        for optimizer in update.optimizers_of(model):
             yield (
                 optimizer,
                 {
@@ -252,9 +254,9 @@ class Step:
             if inner is not None:
                 yield (
                     inner,
-                    {"apply": functools.partial(summing.update, inner.apply)},
+                    {"apply": functools.partial(update.update, inner.apply)},
                 )
-        for generator in internals.seed_generators(model):
+        for generator in keras_compat.seed_generators(model):
             yield (
                 generator,
                 {"next": functools.partial(self.next_seed, generator.next)},
@@ -278,12 +280,12 @@ class Step:
         if self._rule.kind == "as_is":
             return loss
         if _thread.has_samples is not None:
-            loss = weighing.times(loss, _thread.has_samples)
+            loss = scaling.scale(loss, _thread.has_samples)
         scalar = weighing.returns_one_value(self._rule.suspects, y, y_pred)
         if scalar is not None:
             self._warn(weighing.doubt_of_scalar(scalar))
             _thread.share = _thread.correction = None
-        return weighing.times(loss, _thread.correction)
+        return scaling.scale(loss, _thread.correction)
 
     def update_loss_metric(
         self, keras_update: Callable[..., Any], value: Any, sample_weight: Any
@@ -294,7 +296,7 @@ class Step:
         in advance; then every replica counts once, with its share.
         """
         if sample_weight is None and self._rule.kind == "samples":
-            value = weighing.times(value, _thread.share)
+            value = scaling.scale(value, _thread.share)
         return keras_update(value, sample_weight=sample_weight)
 
     def scale_loss(
@@ -314,7 +316,7 @@ class Step:
                 if _thread.share is not None:
                     self.weights_of_gradients = self._host_shares
             else:
-                loss = weighing.times(loss, _thread.share)
+                loss = scaling.scale(loss, _thread.share)
         return keras_scale_loss(loss)
 
     def apply(
@@ -325,20 +327,20 @@ class Step:
         grads = list(grads)
         if self._weigh_gradients and not _thread.scaled:
             grads = [
-                g if g is None else weighing.times(g, _thread.share)
+                g if g is None else scaling.scale(g, _thread.share)
                 for g in grads
             ]
-        if not summing.already_reduced():
+        if not update.already_reduced():
             if trainable_variables is not None:
                 trainable_variables = list(trainable_variables)
-            grads = summing.all_reduce(
+            grads = update.all_reduce(
                 optimizer, grads, trainable_variables, self._note
             )
         if hasattr(optimizer, "inner_optimizer"):
             # Checks all replicas' gradients at once, in a merge_call; its
             # inner optimizer then updates as below.
             return keras_apply(grads, trainable_variables)
-        return summing.update(keras_apply, grads, trainable_variables)
+        return update.update(keras_apply, grads, trainable_variables)
 
     def next_seed(
         self, keras_next: Callable[..., Any], ordered: bool = True
@@ -380,8 +382,8 @@ class Step:
             self._values(value), self._has_samples.values, strict=True
         ):
             with tf.device(has_samples.device):
-                parts.append(weighing.times(part, has_samples))
-        return internals.PerReplica(tuple(parts))
+                parts.append(scaling.scale(part, has_samples))
+        return distribute.PerReplica(tuple(parts))
 
     def part_that_flows_back(self, total: Any) -> Any:
         """A sum over the replicas, with 0 on empty ones if it is a gradient.

@@ -14,8 +14,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce import internals
-from keras_allreduce.records import observe
+from keras_allreduce.compat import distribute
+from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.reduce.observe import observe
 
 _thread = threading.local()
 
@@ -64,7 +65,7 @@ def sum_when_applied(
 
     def communicate() -> list[tuple[Any, ...]]:
         totals = [
-            internals.PerReplica(tuple(map(_take, parts, variables)))
+            distribute.PerReplica(tuple(map(_take, parts, variables)))
             for parts, variables in zip(replicas, accumulated, strict=True)
         ]
         with observe() as records:
@@ -75,9 +76,9 @@ def sum_when_applied(
     def keep() -> list[tuple[Any, ...]]:
         return [tuple(parts) for parts in replicas]
 
-    applies = tf.equal((internals.iterations(optimizer) + 1) % steps, 0)
+    applies = tf.equal((keras_compat.iterations(optimizer) + 1) % steps, 0)
     kept = tf.cond(applies, communicate, keep)
-    return [internals.PerReplica(tuple(parts)) for parts in kept]
+    return [distribute.PerReplica(tuple(parts)) for parts in kept]
 
 
 def _take(gradient: tf.Tensor, accumulator: tf.Variable) -> tf.Tensor:
@@ -122,7 +123,7 @@ def all_reduce(
         return grads
     context = tf.distribute.get_replica_context()
     gradients = [grads[index] for index in moving]
-    accumulators = variables and internals.gradient_accumulators(
+    accumulators = variables and keras_compat.gradient_accumulators(
         optimizer, [variables[index] for index in moving]
     )
     if accumulators:

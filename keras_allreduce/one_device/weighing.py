@@ -6,7 +6,6 @@ only if all parts are equal. With n_r of N samples on replica r, the loss times
 n_r R / N gives the right one whatever the parts.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce import internals
+from keras_allreduce.compat import distribute
+from keras_allreduce.reduce.scaling import scale
 
 MEANS = frozenset({"sum_over_batch_size", "mean"})
 WEIGHTED_MEAN = "mean_with_sample_weight"
@@ -206,56 +206,10 @@ def logs(
             devices, replicas, of_replicas, strict=True
         ):
             with tf.device(device):
-                weighed.append(times(replica, share))
-        return internals.PerReplica(tuple(weighed))
+                weighed.append(scale(replica, share))
+        return distribute.PerReplica(tuple(weighed))
 
     return keras.tree.map_structure(weigh, outputs)
-
-
-def times(value: Any, weight: Any) -> Any:
-    """`value * weight`, 0 where the weight is 0 even if the value is NaN."""
-    if weight is None:
-        return value
-    if isinstance(value, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            times(value.values, weight), value.indices, value.dense_shape
-        )
-    return tf.math.multiply_no_nan(value, tf.cast(weight, value.dtype))
-
-
-def times_unless_one(value: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
-    """`times(value, weight)`, at no cost where the weight turns out to be 1.
-
-    Args:
-        value: Dense tensor of a floating or complex dtype, in a graph.
-        weight: float32 scalar, on the host.
-    """
-    flat = _times_unless_one(value.dtype)(tf.reshape(value, [-1]), weight)
-    result = tf.reshape(flat, tf.shape(value))
-    result.set_shape(value.shape)
-    return result
-
-
-@functools.cache
-def _times_unless_one(dtype: tf.DType) -> Any:
-    """One function for all tensors of a dtype: each `tf.cond` takes a while."""
-    # float16 times a weight in float16 would round the weight.
-    wide = tf.float32 if dtype.size < 4 else dtype
-
-    @tf.function(autograph=False)
-    def times_unless_one(flat: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
-        with tf.device("/cpu:0"):
-            is_one = tf.equal(weight, 1.0)
-        return tf.cond(
-            is_one,
-            lambda: tf.identity(flat),
-            lambda: tf.cast(times(tf.cast(flat, wide), weight), dtype),
-        )
-
-    with tf.init_scope():
-        return times_unless_one.get_concrete_function(
-            tf.TensorSpec([None], dtype), tf.TensorSpec([], tf.float32)
-        )
 
 
 def _reduction(loss: Any) -> Any:

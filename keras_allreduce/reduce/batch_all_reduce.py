@@ -7,22 +7,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce import (
-    internals,
-    nccl,
-    packing,
-    ring,
-    shared_memory,
-    sparse,
-)
-from keras_allreduce.buckets import GradientSpec, plan_buckets
-from keras_allreduce.checks import are_virtual
-from keras_allreduce.records import (
-    BatchRecord,
-    PackTensors,
-    ReducePlan,
-    report,
-)
+from keras_allreduce.compat import distribute
+from keras_allreduce.devices import are_virtual
+from keras_allreduce.reduce import nccl, packing, ring, shared_memory, sparse
+from keras_allreduce.reduce.buckets import GradientSpec, plan_buckets
+from keras_allreduce.reduce.observe import BatchRecord, PackTensors, report
+from keras_allreduce.reduce.plan import ReducePlan
 
 ALGORITHMS = ("auto", "nccl", "ring", "shared_memory")
 
@@ -120,7 +110,7 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
             return self.algorithm, ""
         if not on_gpus:
             return "shared_memory", ""
-        if not internals.has_nccl():
+        if not distribute.has_nccl():
             return "shared_memory", "this TensorFlow is built without NCCL"
         if are_virtual(devices):
             return "shared_memory", "NCCL does not work between virtual GPUs"
@@ -138,8 +128,8 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
         Returns:
             Mirrored value on those devices, or a tensor if there is one.
         """
-        devices = internals.devices_of(destinations)
-        if set(devices) == set(internals.devices_of(per_replica_value)):
+        devices = distribute.devices_of(destinations)
+        if set(devices) == set(distribute.devices_of(per_replica_value)):
             return self._all_reduce_batch(
                 reduce_op, [per_replica_value], options
             )[0]
@@ -166,8 +156,8 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
         together: list[int] = []
         apart: list[int] = []
         for index, (value, destination) in enumerate(value_destination_pairs):
-            stays = set(internals.devices_of(destination)) == set(
-                internals.devices_of(value)
+            stays = set(distribute.devices_of(destination)) == set(
+                distribute.devices_of(value)
             )
             (together if stays else apart).append(index)
         results: dict[int, Any] = {}
@@ -191,7 +181,7 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
     ) -> Any:
         """Concatenates the replicas' values and gives them to all."""
         del options  # For collectives only.
-        device = internals.devices_of(destinations)[0]
+        device = distribute.devices_of(destinations)[0]
         with tf.device(device):
             gathered = tf.concat(per_replica_value.values, axis)
         return self.broadcast(gathered, destinations)
@@ -205,7 +195,7 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
         """All-reduces distributed values that stay on their devices."""
         by_devices: dict[tuple[str, ...], list[int]] = {}
         for index, value in enumerate(values):
-            devices = internals.devices_of(value)
+            devices = distribute.devices_of(value)
             by_devices.setdefault(devices, []).append(index)
         results: dict[int, Any] = {}
         for devices, indices in by_devices.items():
@@ -217,7 +207,7 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
                 all_reduce = tf.function(all_reduce)
             reduced = all_reduce(reduce_op, gradients, devices, options)
             for index, replicas in zip(indices, reduced, strict=True):
-                results[index] = internals.mirrored(replicas)
+                results[index] = distribute.mirrored(replicas)
         return [results[index] for index in range(len(values))]
 
     def _all_reduce(

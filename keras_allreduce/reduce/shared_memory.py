@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from keras_allreduce.buckets import balance
+from keras_allreduce.reduce.buckets import balance
 
 
 def all_reduce(

@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce import shared_memory
+from keras_allreduce.reduce import shared_memory
 
 
 def all_reduce(

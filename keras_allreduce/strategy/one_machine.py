@@ -5,10 +5,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce import memory
-from keras_allreduce.batch_all_reduce import BatchAllReduce
-from keras_allreduce.checks import check_devices, on_gpus
-from keras_allreduce.strategy_base import ExtendedBase, StrategyBase
+from keras_allreduce import malloc
+from keras_allreduce.devices import check_devices, on_gpus
+from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
+from keras_allreduce.strategy.base import StrategyBase
+from keras_allreduce.strategy.extended import ExtendedBase
 
 
 class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
@@ -67,7 +68,7 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
         if not on_gpus(devices):
             # Before TensorFlow starts its threads: told later, it has no
             # effect.
-            memory.keep_freed()
+            malloc.keep_freed()
         if devices is not None:
             devices = check_devices(devices)
         if cross_device_ops is None:

@@ -15,9 +15,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce import internals
+from keras_allreduce.compat import runtime
 from keras_allreduce.version import __version__
-from keras_allreduce.worker_meeting import Cluster
+from keras_allreduce.workers.cluster import Cluster
 
 _numbers = itertools.count()
 
@@ -209,7 +209,7 @@ class Agreement:
 
     def _publish(self, name: str, value: str) -> None:
         try:
-            internals.publish(self._key(name, self._cluster.rank), value)
+            runtime.publish(self._key(name, self._cluster.rank), value)
         except tf.errors.OpError as error:
             raise self._store_failed(name, error) from error
 
@@ -218,7 +218,7 @@ class Agreement:
         while True:
             left = end - time.monotonic()
             try:
-                return internals.read_published(
+                return runtime.read_published(
                     self._key(name, rank), min(_READ_SECONDS, max(left, 0))
                 )
             except tf.errors.DeadlineExceededError:

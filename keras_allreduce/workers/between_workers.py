@@ -14,12 +14,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce import nccl, shared_memory, sparse, weighing
-from keras_allreduce.batch_all_reduce import BatchAllReduce, PackSize
-from keras_allreduce.buckets import GradientSpec
-from keras_allreduce.collectives import Collectives
-from keras_allreduce.records import ReducePlan, size_of
-from keras_allreduce.wire import Wire
+from keras_allreduce.reduce import nccl, scaling, shared_memory, sparse
+from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce, PackSize
+from keras_allreduce.reduce.buckets import GradientSpec
+from keras_allreduce.reduce.plan import ReducePlan, size_of
+from keras_allreduce.workers.collectives import Collectives
+from keras_allreduce.workers.wire import Wire
 
 
 def default_pack_size(num_workers: int, nbytes: int) -> PackSize:
@@ -109,7 +109,7 @@ class WorkerAllReduce(BatchAllReduce):
         sums = []
         for pack in packs:
             dtype = pack[0].dtype
-            pack = self._weigh(weighing.times_unless_one, pack, devices)
+            pack = self._weigh(scaling.scale_unless_one, pack, devices)
             crossing = self._wire.dtype_of(dtype)
             if algorithm == "nccl" and crossing in nccl.DTYPES:
                 narrow = partial(tf.cast, dtype=crossing)
@@ -137,7 +137,7 @@ class WorkerAllReduce(BatchAllReduce):
     def _sum_rows(
         self, replicas: list[Any], devices: Sequence[str], owner: str
     ) -> list[Any]:
-        replicas = self._weigh(weighing.times, replicas, devices)
+        replicas = self._weigh(scaling.scale, replicas, devices)
         inside = sparse.gather(replicas, owner)
         everywhere = tf.IndexedSlices(
             self._wire.all_gather_rows(inside.values, "rows"),

@@ -17,8 +17,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce import internals
-from keras_allreduce.progress import Progress
+from keras_allreduce.compat import distribute
+from keras_allreduce.graph_order import new_token
+from keras_allreduce.workers.in_flight import Progress
 
 _SUM = {"merge_op": "Add", "final_op": "Id"}
 
@@ -162,7 +163,7 @@ class Collectives:
             return self._progress.watched(
                 lambda ready: op(
                     input=ready,
-                    ordering_token=_new_token(),
+                    ordering_token=new_token(),
                     communication_hint="ring",
                     **attributes,
                     **place,
@@ -185,27 +186,10 @@ class Collectives:
         """What orders all collectives on a GPU."""
         if gpu not in self._tokens:
             with tf.init_scope(), tf.device(gpu):
-                self._tokens[gpu] = internals.ResourceVariable(
+                self._tokens[gpu] = distribute.ResourceVariable(
                     0.0, trainable=False
                 )
         return self._tokens[gpu].handle
-
-
-def _new_token() -> list[tf.Tensor]:
-    """What keeps a collective in a graph from waiting for the one before it.
-
-    TensorFlow chains the stateful ops of a function, but for those that read
-    or write different variables.
-    """
-    if tf.executing_eagerly():
-        return []
-    with tf.init_scope():
-        token = internals.ResourceVariable(0.0, trainable=False)
-    # The graph keeps it alive, as long as it can run.
-    tf.compat.v1.get_default_graph().add_to_collection(
-        "keras_allreduce_tokens", token
-    )
-    return [token.handle]
 
 
 def _instance(name: str, tensor: tf.Tensor) -> Any:

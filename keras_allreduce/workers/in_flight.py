@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow as tf
 
-from keras_allreduce import internals
-from keras_allreduce.clocks import free_running_clock
+from keras_allreduce.compat import distribute
+from keras_allreduce.graph_order import free_running_clock
 
 _T = TypeVar("_T", tf.Tensor, list[tf.Tensor])
 
@@ -33,16 +33,16 @@ class _Counters:
     def __init__(self, timed: bool) -> None:
         with tf.init_scope():
             self.begun, self.ended = (
-                internals.ResourceVariable(
+                distribute.ResourceVariable(
                     np.int64(0), trainable=False, dtype=tf.int64
                 )
                 for _ in range(2)
             )
             if timed:
-                self.seconds = internals.ResourceVariable(
+                self.seconds = distribute.ResourceVariable(
                     np.float64(0), trainable=False
                 )
-                self.timed = internals.ResourceVariable(
+                self.timed = distribute.ResourceVariable(
                     np.int64(0), trainable=False, dtype=tf.int64
                 )
                 self.now_begun = free_running_clock(self.begun)

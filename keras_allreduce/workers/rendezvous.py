@@ -16,41 +16,12 @@ import os
 import select
 import socket
 import time
-from dataclasses import dataclass
 from typing import Any
+
+from keras_allreduce.workers.cluster import Cluster, host_and_port
 
 _MAX_BYTES = 2**20
 _PATIENCE_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """The workers that train together, and which of them this is.
-
-    Attributes:
-        tasks: TensorFlow's name of each worker; the first is the chief.
-        addresses: `"host:port"` of each worker.
-        rank: Number of this worker in both.
-    """
-
-    tasks: tuple[str, ...]
-    addresses: tuple[str, ...]
-    rank: int
-
-    @property
-    def others(self) -> list[int]:
-        """Ranks of the other workers."""
-        return [r for r in range(len(self.tasks)) if r != self.rank]
-
-    def name(self, rank: int) -> str:
-        """A worker as messages call it: `worker 1 (10.0.0.2:12345)`."""
-        job, index = self.tasks[rank].removeprefix("/job:").split("/")[::2]
-        number = index.removeprefix("task:")
-        return f"{job} {number} ({self.addresses[rank]})"
-
-    def names(self, ranks: list[int]) -> str:
-        """Several workers, as messages call them."""
-        return ", ".join(self.name(rank) for rank in ranks)
 
 
 def meet(cluster: Cluster, timeout_seconds: float) -> None:
@@ -129,7 +100,7 @@ def _tell_chief(
 ) -> str | None:
     """Reports once. Returns the problem that the chief answers, if any."""
     with socket.create_connection(
-        _host_and_port(cluster.addresses[0]), 2
+        host_and_port(cluster.addresses[0]), 2
     ) as connection:
         _send(connection, report)
         connection.settimeout(timeout_seconds)
@@ -163,7 +134,7 @@ def _other_addresses(
 
 def _listen(cluster: Cluster) -> socket.socket:
     """A socket that listens where TensorFlow's server will."""
-    _, port = _host_and_port(cluster.addresses[cluster.rank])
+    _, port = host_and_port(cluster.addresses[cluster.rank])
     dual = socket.has_dualstack_ipv6()
     try:
         return socket.create_server(
@@ -180,11 +151,6 @@ def _listen(cluster: Cluster) -> socket.socket:
             "as an earlier run of this worker, or give it another port on all "
             "workers."
         ) from None
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:

@@ -21,9 +21,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce import internals
-from keras_allreduce.progress import Progress
-from keras_allreduce.worker_meeting import Cluster
+from keras_allreduce.compat import runtime
+from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.in_flight import Progress
 
 FROZEN_SECONDS = 20.0
 """A worker that has not answered for so long is lost."""
@@ -134,7 +134,7 @@ class WorkerWatch:
     def _ask(self, rank: int) -> None:
         asked = time.monotonic()
         try:
-            internals.check_peer(
+            runtime.check_peer(
                 self._cluster.tasks[rank],
                 min(_PROBE_SECONDS, self._limit_seconds),
             )
@@ -170,14 +170,14 @@ class WorkerWatch:
     def _has_ended(self, rank: int) -> bool:
         """Whether it has said goodbye. The chief takes what it said along."""
         with contextlib.suppress(tf.errors.OpError):
-            internals.read_published(_goodbye(self._cluster, rank), 0.5)
+            runtime.read_published(_goodbye(self._cluster, rank), 0.5)
             return True
         return False
 
     def say_goodbye(self) -> None:
         """Tells the others that the script of this worker ends as it should."""
         with contextlib.suppress(tf.errors.OpError):
-            internals.publish(_goodbye(self._cluster, self._cluster.rank), "")
+            runtime.publish(_goodbye(self._cluster, self._cluster.rank), "")
 
     def _lose(self, rank: int, what: str) -> None:
         self._give_up(
@@ -187,7 +187,7 @@ class WorkerWatch:
 
     def _give_up(self, why: str) -> None:
         self.lost = why
-        internals.abort_collectives(why)
+        runtime.abort_collectives(why)
 
 
 _watches: weakref.WeakSet[WorkerWatch] = weakref.WeakSet()

@@ -15,7 +15,7 @@ same bits.
 
 import tensorflow as tf
 
-from keras_allreduce.collectives import Collectives
+from keras_allreduce.workers.collectives import Collectives
 
 WIRE_DTYPES = ("bfloat16", "float16")
 

@@ -1,0 +1,83 @@
+"""Private names of TensorFlow's runtime: coordination service and peers."""
+
+import tensorflow as tf
+
+# The messages in which the coordination service is configured. Their own
+# module has moved between versions of TensorFlow.
+from tensorflow.python.distribute.collective_all_reduce_strategy import (
+    coordination_config_pb2 as _coordination_config,
+)
+
+# TensorFlow's runtime, which has the store and the servers of the workers. A
+# strategy uses both and shows neither.
+from tensorflow.python.eager import context as _context
+
+
+def is_started() -> bool:
+    """Whether TensorFlow's runtime runs in this process, with its servers.
+
+    The public functions that could tell would start it.
+    """
+    return bool(_context.context()._context_handle is not None)
+
+
+def configure_coordination(
+    leader: str, tasks_of_jobs: dict[str, int], timeout_seconds: float
+) -> None:
+    """Sets up how workers find each other, as TensorFlow's strategy would.
+
+    It does not, if this has been called before. Theirs waits an hour for a
+    worker, and reports a lost one in words of its own, which `worker_watch`
+    does in ours.
+    """
+    if _context.context().coordination_service is not None:
+        return
+    milliseconds = int(timeout_seconds * 1000)
+    # Later than `worker_watch` says it, which names the worker.
+    heartbeat_milliseconds = 100_000
+    _context.context().configure_coordination_service(
+        service_type="standalone",
+        service_leader=leader,
+        cluster_register_timeout_in_ms=milliseconds,
+        heartbeat_timeout_in_ms=heartbeat_milliseconds,
+        coordinated_jobs=[
+            _coordination_config.CoordinatedJob(name=job, num_tasks=count)
+            for job, count in tasks_of_jobs.items()
+        ],
+    )
+
+
+def publish(key: str, value: str) -> None:
+    """Writes into the store that all workers can read.
+
+    The store belongs to TensorFlow's coordination service.
+    """
+    _context.context().set_config_key_value(key, value)
+
+
+def read_published(key: str, timeout_seconds: float) -> str:
+    """Reads what a worker has published, as soon as it has.
+
+    Raises:
+        tf.errors.DeadlineExceededError: If nothing came in time.
+    """
+    milliseconds = max(1, int(timeout_seconds * 1000))
+    return str(_context.context().get_config_key_value(key, milliseconds))
+
+
+def check_peer(task: str, timeout_seconds: float) -> None:
+    """Asks the server of another worker whether it is there.
+
+    Its C++ threads answer, whatever its Python is doing.
+
+    Raises:
+        tf.errors.OpError: If it is not, or is another one than before.
+    """
+    _context.context().check_collective_ops_peer_health(
+        task, timeout_in_ms=max(1, int(timeout_seconds * 1000))
+    )
+
+
+def abort_collectives(message: str) -> None:
+    """Ends what waits for other workers, now and from now on, in an error."""
+    _context.context().abort_collective_ops(tf.errors.UNAVAILABLE, message)

@@ -1,0 +1,13 @@
+"""Names of the environment variables that the package reads or writes."""
+
+HOST_DEVICES = "KERAS_ALLREDUCE_HOST_DEVICES"
+"""Number of logical CPU devices of each worker."""
+
+TF_CONFIG = "TF_CONFIG"
+"""JSON with the addresses of all workers and the task of this one."""
+
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+"""Tells CUDA which GPUs a process has."""
+
+NCCL_SHARED_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
+"""Set to 1 if NCCL (from 2.30 on) may sum between workers on one GPU."""

@@ -1,0 +1,63 @@
+"""Validates the backend and the models that a strategy trains."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def check_backend() -> None:
+    """Raises if Keras does not run on TensorFlow.
+
+    Raises:
+        ValueError: If it runs on something else.
+    """
+    backend = keras.backend.backend()
+    if backend != "tensorflow":
+        raise ValueError(
+            "A tf.distribute strategy needs the TensorFlow backend of Keras. "
+            f"Received: backend={backend!r}. Set KERAS_BACKEND=tensorflow."
+        )
+
+
+def check_model(model: keras.Model, strategy: Any) -> None:
+    """Raises if `model` cannot be trained under `strategy`.
+
+    Raises:
+        ValueError: If the model or its optimizer was made outside the scope
+            of the strategy, or if it is compiled with `jit_compile=True`
+            while the strategy runs on several host devices.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    for what, variables in (
+        ("model", model.variables),
+        ("optimizer", getattr(optimizer, "variables", ())),
+    ):
+        for variable in variables:
+            if not _made_in_scope(variable, strategy):
+                raise ValueError(
+                    "A model must be made and compiled inside the scope of "
+                    "the strategy that trains it. Received: variable "
+                    f"{variable.path!r} of the {what}, made outside. Put "
+                    "`with strategy.scope():` around both the making of the "
+                    "model and `compile`."
+                )
+    devices = strategy.extended.worker_devices
+    if (
+        getattr(model, "jit_compile", False) is True
+        and len(devices) > 1
+        and "CPU" in devices[0].upper()
+    ):
+        raise ValueError(
+            "XLA cannot compile a step that runs on several host devices. "
+            f"Received: jit_compile=True, devices={list(devices)}. Leave "
+            "`jit_compile` out of `compile`."
+        )
+
+
+def _made_in_scope(variable: Any, strategy: Any) -> bool:
+    value = getattr(variable, "value", None)
+    if not isinstance(value, tf.distribute.DistributedValues):
+        # One device, or a variable that is not built yet.
+        return value is None or strategy.num_replicas_in_sync == 1
+    return strategy.extended.variable_created_in_scope(value)
