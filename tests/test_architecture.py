@@ -26,7 +26,7 @@ GROUND = [
 # What each part may import beside itself. `one_device`, `workers`,
 # `fit_output` and `input` never import each other.
 MAY_IMPORT = {
-    **{part: GROUND for part in GROUND},
+    **dict.fromkeys(GROUND, GROUND),
     "launch": ["environment", "version"],
     "reduce": GROUND,
     "input": GROUND,
