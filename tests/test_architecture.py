@@ -344,16 +344,6 @@ def test_nothing_is_too_long(module):
             assert code_lines(node) <= limit, f"{node.name} is too long."
 
 
-def code_lines(node):
-    """Lines of a class or function but for its own docstring."""
-    docstring = node.body[0]
-    has_one = ast.get_docstring(node) is not None
-    length = node.end_lineno - node.lineno + 1
-    if has_one:
-        length -= docstring.end_lineno - docstring.lineno + 1
-    return length
-
-
 def test_no_file_has_many_jobs():
     vague = {"utils", "util", "helpers", "misc", "common"}
     assert not [p for p in python_files() if p.stem in vague]
