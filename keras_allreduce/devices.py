@@ -1,26 +1,47 @@
-"""Bad input ends here: the rule, what was received, what to do."""
+"""Device names: parses, checks and makes them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import tensorflow as tf
 
 
-def check_devices(devices: Sequence[str]) -> list[str]:
-    """Returns `devices` as a list if a strategy can train on them.
+def names_of(devices: Iterable[Any]) -> list[str]:
+    """Names of devices, as `tf.distribute.MirroredStrategy` takes them.
+
+    Does not start TensorFlow.
+
+    Args:
+        devices: Iterable of device names and `tf.config.LogicalDevice`s.
 
     Raises:
-        TypeError: If it is not a sequence of device names.
+        TypeError: If it is something else.
+    """
+    if not isinstance(devices, str) and isinstance(devices, Iterable):
+        listed = list(devices)
+        names = [
+            device.name
+            if isinstance(device, tf.config.LogicalDevice)
+            else device
+            for device in listed
+        ]
+        if all(isinstance(name, str) for name in names):
+            return names
+        devices = listed
+    raise TypeError(
+        "`devices` must be a list of device names, such as "
+        "['/gpu:0', '/gpu:1'], or of what tf.config.list_logical_devices "
+        f"returns. Received: devices={devices!r}"
+    )
+
+
+def check_devices(devices: Sequence[str]) -> None:
+    """Raises if a strategy cannot train on `devices`.
+
+    Raises:
         ValueError: If it is empty, mixes GPUs and host devices, names a
             device twice, or one that is not there.
     """
-    if isinstance(devices, str) or not all(
-        isinstance(device, str) for device in devices
-    ):
-        raise TypeError(
-            "`devices` must be a list of device names, such as "
-            f"['/gpu:0', '/gpu:1']. Received: devices={devices!r}"
-        )
-    devices = list(devices)
     if not devices:
         raise ValueError(
             "`devices` must name at least one device. Received: devices=[]. "
@@ -38,18 +59,21 @@ def check_devices(devices: Sequence[str]) -> list[str]:
             f"devices={devices}, which names one twice."
         )
     for device, (kind, index) in zip(devices, kinds_and_indices, strict=True):
-        there = len(tf.config.list_logical_devices(kind))
-        if index >= there:
-            hint = (
-                f"keras_allreduce.host_devices({index + 1}) makes host devices."
-                if kind == "CPU"
-                else "tf.config.list_logical_devices('GPU') lists them."
-            )
-            raise ValueError(
-                f"Every device must be there. Received: {device!r}, but "
-                f"TensorFlow sees {there} of kind {kind}. {hint}"
-            )
-    return devices
+        _check_is_there(device, kind, index)
+
+
+def _check_is_there(device: str, kind: str, index: int) -> None:
+    there = len(tf.config.list_logical_devices(kind))
+    if index >= there:
+        hint = (
+            f"keras_allreduce.host_devices({index + 1}) makes host devices."
+            if kind == "CPU"
+            else "tf.config.list_logical_devices('GPU') lists them."
+        )
+        raise ValueError(
+            f"Every device must be there. Received: {device!r}, but "
+            f"TensorFlow sees {there} of kind {kind}. {hint}"
+        )
 
 
 def _parse(device: str) -> tuple[str, int]:

@@ -69,13 +69,16 @@ def test_devices_a_strategy_cannot_train_on(devices, message):
 
 
 @pytest.mark.parametrize(
-    "devices", ["/cpu:0", [0, 1], [None]], ids=["a string", "numbers", "None"]
+    "devices",
+    ["/cpu:0", [0, 1], [None], 2],
+    ids=["a string", "numbers", "None", "a number"],
 )
 def test_devices_must_be_a_list_of_names(devices):
     with pytest.raises(
         TypeError,
         match=r"`devices` must be a list of device names, such as "
-        r"\['/gpu:0', '/gpu:1'\]\. Received: devices=",
+        r"\['/gpu:0', '/gpu:1'\], or of what "
+        r"tf\.config\.list_logical_devices returns\. Received: devices=",
     ):
         AllReduceStrategy(devices)
 
@@ -88,6 +91,18 @@ def test_devices_must_be_a_list_of_names(devices):
 def test_devices_a_strategy_can_train_on(devices):
     strategy = AllReduceStrategy(devices)
     assert strategy.num_replicas_in_sync == len(devices)
+
+
+@pytest.mark.parametrize(
+    "kind", [list, tuple, iter], ids=lambda kind: kind.__name__
+)
+def test_devices_are_also_what_tensorflow_lists(kind):
+    listed = tf.config.list_logical_devices("CPU")[:3]
+    strategy = AllReduceStrategy(kind(listed))
+    assert [
+        tf.DeviceSpec.from_string(device).device_index
+        for device in strategy.extended.worker_devices
+    ] == [0, 1, 2]
 
 
 def test_no_devices_means_all_gpus_or_else_all_host_devices():

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -20,21 +21,10 @@ def gradients_of(name: str, dtype: str | None) -> list[Gradient]:
     Raises:
         ValueError: If it does not name one.
     """
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(
-            "--model must be module:callable, such as "
-            f"keras.applications:ResNet50. Received: {name!r}"
-        )
-    try:
-        make = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            make = getattr(make, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"There is no --model {name}: {error}") from error
+    make = _callable_named(name)
     arguments: dict[str, None] = {}
     try:
-        signature = inspect.signature(make)  # type: ignore[arg-type]
+        signature = inspect.signature(make)
         if "weights" in signature.parameters:
             arguments["weights"] = None
         signature.bind(**arguments)
@@ -42,7 +32,7 @@ def gradients_of(name: str, dtype: str | None) -> list[Gradient]:
         raise ValueError(
             f"--model {name} must be callable without arguments: {error}"
         ) from error
-    model = make(**arguments)  # type: ignore[operator]
+    model = make(**arguments)
     if not isinstance(model, keras.Model) or not model.trainable_variables:
         raise ValueError(
             "--model must make a built keras.Model with trainable variables. "
@@ -52,3 +42,20 @@ def gradients_of(name: str, dtype: str | None) -> list[Gradient]:
         Gradient(tuple(variable.shape), tf.as_dtype(dtype or variable.dtype))
         for variable in model.trainable_variables
     ]
+
+
+def _callable_named(name: str) -> Any:
+    """Imports `"module:callable"`."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(
+            "--model must be module:callable, such as "
+            f"keras.applications:ResNet50. Received: {name!r}"
+        )
+    try:
+        make: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            make = getattr(make, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"There is no --model {name}: {error}") from error
+    return make

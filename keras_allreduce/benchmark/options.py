@@ -78,6 +78,12 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         allow_abbrev=False,
     )
+    _add_what_is_measured(made)
+    _add_how_it_is_measured(made)
+    return made
+
+
+def _add_what_is_measured(made: argparse.ArgumentParser) -> None:
     add = made.add_argument
     add("--min-bytes", type=_positive_bytes, metavar="S", help="default: 4K")
     add("--max-bytes", type=_positive_bytes, metavar="S", help="default: 256M")
@@ -114,6 +120,10 @@ def parser() -> argparse.ArgumentParser:
         "host devices (between workers: 1)",
     )
     add("--dtype", choices=DTYPES, help="default: float32, or the model's own")
+
+
+def _add_how_it_is_measured(made: argparse.ArgumentParser) -> None:
+    add = made.add_argument
     add("--rounds", type=int, default=20, help="timed calls; default: 20")
     add("--warmup", type=int, default=2, help="calls before; default: 2")
     add(
@@ -123,7 +133,6 @@ def parser() -> argparse.ArgumentParser:
         "workers: 10)",
     )
     add("--json", action="store_true", help="print one JSON document")
-    return made
 
 
 def options_of(given: argparse.Namespace) -> BenchmarkOptions:
@@ -132,27 +141,8 @@ def options_of(given: argparse.Namespace) -> BenchmarkOptions:
     Raises:
         ValueError: If it makes no sense together.
     """
-    counts = ("gradients", "replicas", "rounds", "loops")
-    least = {**dict.fromkeys(counts, 1), "warmup": 0, "factor": 2}
-    for name, minimum in least.items():
-        value = getattr(given, name)
-        if value is not None and value < minimum:
-            raise ValueError(
-                f"--{name} must be at least {minimum}. Received: {value}"
-            )
-    for_sizes = ("min_bytes", "max_bytes", "factor", "gradients")
-    if given.model is not None:
-        for name in for_sizes:
-            if getattr(given, name) is not None:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is for sizes, and --model "
-                    "measures the gradients of a model. Pass one of them."
-                )
-    elif given.bytes_per_pack and (given.gradients or 1) == 1:
-        raise ValueError(
-            "A pack size makes no difference to one gradient, which travels "
-            "alone. Pass --gradients 16, or --model, with --bytes-per-pack."
-        )
+    _check_counts(given)
+    _check_sizes_or_model(given)
     gradients = given.gradients or 1
     sizes: tuple[int, ...] = ()
     if given.model is None:
@@ -180,6 +170,33 @@ def options_of(given: argparse.Namespace) -> BenchmarkOptions:
         loops=given.loops,
         as_json=given.json,
     )
+
+
+def _check_counts(given: argparse.Namespace) -> None:
+    counts = ("gradients", "replicas", "rounds", "loops")
+    least = {**dict.fromkeys(counts, 1), "warmup": 0, "factor": 2}
+    for name, minimum in least.items():
+        value = getattr(given, name)
+        if value is not None and value < minimum:
+            raise ValueError(
+                f"--{name} must be at least {minimum}. Received: {value}"
+            )
+
+
+def _check_sizes_or_model(given: argparse.Namespace) -> None:
+    for_sizes = ("min_bytes", "max_bytes", "factor", "gradients")
+    if given.model is not None:
+        for name in for_sizes:
+            if getattr(given, name) is not None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for sizes, and --model "
+                    "measures the gradients of a model. Pass one of them."
+                )
+    elif given.bytes_per_pack and (given.gradients or 1) == 1:
+        raise ValueError(
+            "A pack size makes no difference to one gradient, which travels "
+            "alone. Pass --gradients 16, or --model, with --bytes-per-pack."
+        )
 
 
 def workers_in(environment: Mapping[str, str] = os.environ) -> int:

@@ -114,6 +114,20 @@ def measure(
         for algorithm, strategy in strategies.items()
         for size in options.bytes_per_pack
     }
+    seconds = _take_turns(message, timed, options, loops)
+    return [
+        _row(setting, timed[setting], nbytes, loops, any_strategy, times)
+        for setting, times in seconds.items()
+    ]
+
+
+def _take_turns(
+    message: Message,
+    timed: dict[Setting, TimedLoop],
+    options: BenchmarkOptions,
+    loops: int,
+) -> dict[Setting, list[float]]:
+    """Seconds of every round of each setting, all settings in each round."""
     seconds: dict[Setting, list[float]] = {setting: [] for setting in timed}
     # One more: the first call traces.
     untimed = options.warmup + 1
@@ -127,10 +141,7 @@ def measure(
                 raise WrongSumError(f"{setting}: {error}") from None
             if count >= untimed:
                 seconds[setting].append(spent)
-    return [
-        _row(setting, timed[setting], nbytes, loops, any_strategy, times)
-        for setting, times in seconds.items()
-    ]
+    return seconds
 
 
 def about(strategies: dict[str, Any], options: BenchmarkOptions) -> dict:

@@ -1,12 +1,13 @@
-"""What the launcher starts: from its command line to each environment."""
+"""Reads the command line and plans the environment of each worker."""
 
 import argparse
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from keras_allreduce import environment
 from keras_allreduce.environment import HOST_DEVICES
@@ -146,7 +147,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    _add_options(parser.add_argument)
+    _add_command(parser.add_argument)
+    return parser
+
+
+def _add_options(add: Callable[..., Any]) -> None:
     add("--workers", type=int, metavar="W", help="workers on this host")
     add(
         "--devices-per-worker",
@@ -185,6 +191,9 @@ def _parser() -> argparse.ArgumentParser:
         help="how long a worker may take to end after a signal before it gets "
         "SIGKILL (default: %(default)g)",
     )
+
+
+def _add_command(add: Callable[..., Any]) -> None:
     add(
         "-m",
         nargs=argparse.REMAINDER,
@@ -199,7 +208,6 @@ def _parser() -> argparse.ArgumentParser:
         help="training script, the same on all workers",
     )
     add("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
-    return parser
 
 
 def _gpus(given: argparse.Namespace) -> tuple[tuple[str, ...], ...]:

@@ -78,6 +78,19 @@ def plan_buckets(
         )
     alone_above = bytes_per_pack if alone_above is None else alone_above
 
+    buckets = _fill(
+        gradients, bytes_per_pack, first_bytes_per_pack, alone_above
+    )
+    return sorted(buckets, key=lambda bucket: -bucket.indices[-1])
+
+
+def _fill(
+    gradients: Sequence[GradientSpec],
+    bytes_per_pack: int,
+    first_bytes_per_pack: int,
+    alone_above: int,
+) -> list[Bucket]:
+    """Buckets in the order in which they are full."""
     filling: dict[str, list[int]] = {}
     filled: dict[str, int] = {}
     buckets: list[Bucket] = []
@@ -99,7 +112,7 @@ def plan_buckets(
         filled[dtype] = filled.get(dtype, 0) + nbytes
     for dtype in list(filling):
         close(dtype)
-    return sorted(buckets, key=lambda bucket: -bucket.indices[-1])
+    return buckets
 
 
 def balance(nbytes: Sequence[int | None], num_owners: int) -> list[int]:

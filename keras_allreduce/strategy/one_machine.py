@@ -1,12 +1,12 @@
-"""AllReduceStrategy: MirroredStrategy with another road for gradients."""
+"""MirroredStrategy whose gradients go through `BatchAllReduce`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import tensorflow as tf
 
 from keras_allreduce import malloc
-from keras_allreduce.devices import check_devices, on_gpus
+from keras_allreduce.devices import check_devices, names_of, on_gpus
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.strategy.base import StrategyBase
 from keras_allreduce.strategy.extended import ExtendedBase
@@ -29,9 +29,10 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
     ```
 
     Args:
-        devices: Device names, such as `["/gpu:0", "/gpu:1"]`, all GPUs or all
-            host devices; `host_devices(n)` makes host devices to try it on
-            any machine. `None`: all GPUs, or all host devices without one.
+        devices: Device names, such as `["/gpu:0", "/gpu:1"]`, or
+            `tf.config.LogicalDevice`s, all GPUs or all host devices;
+            `host_devices(n)` makes host devices to try it on any machine.
+            `None`: all GPUs, or all host devices without one.
         cross_device_ops: A `tf.distribute.CrossDeviceOps` to use instead of
             the `BatchAllReduce` that the next three arguments describe.
         algorithm: See `BatchAllReduce`.
@@ -46,6 +47,7 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
             of the all-reduce.
 
     Raises:
+        TypeError: If `devices` is no iterable of devices.
         ValueError: If `devices` is empty, mixes GPUs and host devices, names
             one twice or one that is not there; if `cross_device_ops` comes
             with an argument that it makes useless; if an argument is not one
@@ -55,7 +57,7 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
 
     def __init__(
         self,
-        devices: Sequence[str] | None = None,
+        devices: Iterable[Any] | None = None,
         cross_device_ops: tf.distribute.CrossDeviceOps | None = None,
         *,
         algorithm: str = "auto",
@@ -65,12 +67,14 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
         fit_log: bool = True,
     ):
         self._init_options(weigh_samples, fit_log)
+        if devices is not None:
+            devices = names_of(devices)
         if not on_gpus(devices):
             # Before TensorFlow starts its threads: told later, it has no
             # effect.
             malloc.keep_freed()
         if devices is not None:
-            devices = check_devices(devices)
+            check_devices(devices)
         if cross_device_ops is None:
             cross_device_ops = BatchAllReduce(
                 algorithm, bytes_per_pack, sparse_as_dense=sparse_as_dense
