@@ -1,4 +1,4 @@
-"""What the benchmark measures: from its command line to sizes and settings."""
+"""Reads the command line of the benchmark: sizes and settings."""
 
 import argparse
 import json
@@ -19,10 +19,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _BYTES_PER_CALL = 128 * 2**20
 _MAX_LOOPS = 100
 
-# The call itself costs about 0.1 ms for each gradient that it is handed.
+# The call itself costs about 0.1 ms for each of its gradients.
 _LOOPS_IF_MANY = 10
 
-# A trip between workers takes milliseconds, next to which a call is cheap.
+# A round trip between workers takes milliseconds; a call is cheap beside it.
 _MAX_LOOPS_BETWEEN_WORKERS = 10
 
 _DESCRIPTION = """
@@ -184,9 +184,8 @@ def _check_counts(given: argparse.Namespace) -> None:
 
 
 def _check_sizes_or_model(given: argparse.Namespace) -> None:
-    for_sizes = ("min_bytes", "max_bytes", "factor", "gradients")
     if given.model is not None:
-        for name in for_sizes:
+        for name in ("min_bytes", "max_bytes", "factor", "gradients"):
             if getattr(given, name) is not None:
                 raise ValueError(
                     f"--{name.replace('_', '-')} is for sizes, and --model "

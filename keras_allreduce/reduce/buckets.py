@@ -68,20 +68,21 @@ def plan_buckets(
     Raises:
         ValueError: If a capacity is not positive.
     """
-    if first_bytes_per_pack is None:
-        first_bytes_per_pack = bytes_per_pack
+    first = first_bytes_per_pack
+    first = bytes_per_pack if first is None else first
+    _check_capacities(bytes_per_pack, first)
+    alone = bytes_per_pack if alone_above is None else alone_above
+    buckets = _fill(gradients, bytes_per_pack, first, alone)
+    return sorted(buckets, key=lambda bucket: -bucket.indices[-1])
+
+
+def _check_capacities(bytes_per_pack: int, first_bytes_per_pack: int) -> None:
     if bytes_per_pack <= 0 or first_bytes_per_pack <= 0:
         raise ValueError(
             "The capacity of a bucket must be positive. Received: "
             f"bytes_per_pack={bytes_per_pack}, "
             f"first_bytes_per_pack={first_bytes_per_pack}"
         )
-    alone_above = bytes_per_pack if alone_above is None else alone_above
-
-    buckets = _fill(
-        gradients, bytes_per_pack, first_bytes_per_pack, alone_above
-    )
-    return sorted(buckets, key=lambda bucket: -bucket.indices[-1])
 
 
 def _fill(
