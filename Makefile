@@ -2,6 +2,7 @@
 # make test    the tests
 # make lint    format, lint and types, in seconds
 # make check   lint and tests: the one command before a push
+# make docs    the site, in build/site; every link is checked
 #
 # Each sets up what it needs in .venv, once.
 
@@ -10,7 +11,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -24,6 +25,9 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 check: lint test
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m mkdocs build --strict
 
 # A stamp is newer than pyproject.toml as long as nothing has to be installed.
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
