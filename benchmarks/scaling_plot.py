@@ -1,5 +1,7 @@
 """Draws what scaling.py has measured and predicts. Needs matplotlib."""
 
+import math
+
 import matplotlib
 
 matplotlib.use("svg")
@@ -24,10 +26,15 @@ RATE_COLORS = ("tab:red", "tab:blue", "tab:green")
 
 def draw(path, times, models, latencies, args) -> None:
     """Writes one SVG: what was measured, then a panel per latency."""
-    count = 1 + len(latencies)
-    figure, axes = plt.subplots(1, count, figsize=(4.6 * count, 4.4))
+    # Two panels a row: as wide as a page of the documents.
+    rows = math.ceil((1 + len(latencies)) / 2)
+    figure, grid = plt.subplots(rows, 2, figsize=(7.6, 4.0 * rows))
+    axes = grid.flatten()
+    for axis in axes[1 + len(latencies) :]:
+        axis.remove()
     _draw_costs(axes[0], times, models)
-    for axis, (title, alpha) in zip(axes[1:], latencies.items(), strict=True):
+    panels = axes[1 : 1 + len(latencies)]
+    for axis, (title, alpha) in zip(panels, latencies.items(), strict=True):
         _draw_efficiency(axis, title, alpha, models.inside, args)
     figure.tight_layout()
     figure.savefig(path, format="svg", metadata={"Date": None})
