@@ -9,7 +9,7 @@ import tensorflow as tf
 from conftest import DEVICES
 
 import keras_allreduce
-from keras_allreduce.one_device import weighing
+from keras_allreduce.one_device import rules
 from keras_allreduce.reduce import scaling
 
 
@@ -87,15 +87,15 @@ def compiled(model, loss="mse", **compile_args):
     ],
 )
 def test_the_rule_follows_the_reduction_of_the_loss(loss, kind):
-    rule = weighing.find_rule(compiled(linear(), loss), "train_step", None)
-    assert (rule.kind, rule.doubt) == (kind, "")
+    rule = rules.find_rule(compiled(linear(), loss), "train_step", None)
+    assert (rule.kind, rule.reason) == (kind, "")
 
 
 @pytest.mark.parametrize(
     ("make", "doubt"),
     [
-        (lambda: compiled(OwnStep()), "`train_step` of its own"),
-        (lambda: compiled(linear(OwnLoss)), "`compute_loss` of its own"),
+        (lambda: compiled(OwnStep()), "custom `train_step`"),
+        (lambda: compiled(linear(OwnLoss)), "custom `compute_loss`"),
         (lambda: compiled(linear(), StrangeLoss()), "`StrangeLoss`"),
         (
             lambda: compiled(
@@ -108,16 +108,16 @@ def test_the_rule_follows_the_reduction_of_the_loss(loss, kind):
     ids=["train_step", "compute_loss", "__call__", "reductions"],
 )
 def test_what_cannot_be_known_is_left_alone_and_said(make, doubt):
-    rule = weighing.find_rule(make(), "train_step", None)
+    rule = rules.find_rule(make(), "train_step", None)
     assert rule.kind == "as_is"
-    assert doubt in rule.doubt
+    assert doubt in rule.reason
 
 
 def test_the_option_decides_over_what_is_known():
     model = compiled(linear())
-    assert weighing.find_rule(model, "train_step", False).kind == "as_is"
+    assert rules.find_rule(model, "train_step", False).kind == "as_is"
     own = compiled(OwnStep())
-    assert weighing.find_rule(own, "train_step", True).kind == "samples"
+    assert rules.find_rule(own, "train_step", True).kind == "samples"
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 In: objects of TensorFlow and Keras. Out: what no public API tells about them.
 Each private name is imported here alone, with its reason; each assumption
-about behavior has a test that names it (`tests/test_keras_assumptions.py`).
+about behaviour has a test that names it (`tests/test_keras_assumptions.py`).
 
-    keras.py         what Keras's Trainer, optimizers and layers do
-    distribute.py    private names of tf.distribute
-    datasets.py      distributed data sets
-    runtime.py       the coordination service and the peers of a worker
+    keras.py               what Keras's trainer, layers and losses do
+    keras_optimizers.py    what Keras's optimizers do
+    distribute.py          private names of tf.distribute
+    datasets.py            distributed data sets
+    runtime.py             the coordination service and the peers of a worker
 """

@@ -10,7 +10,7 @@ from tensorflow.python.distribute.input_lib import (
     DistributedDataset as _DistributedDataset,
 )
 
-from keras_allreduce.compat.keras import called_from
+from keras_allreduce.compat.keras import keras_asks_for_shapes
 
 
 def yields_arrays_of_python(dataset: Any) -> bool:
@@ -40,14 +40,14 @@ class SpecFirstDataset(_DistributedDataset):
 
     def __iter__(self) -> Any:
         """Iterates; for Keras's look at the shapes over an example."""
-        if called_from("_maybe_symbolic_build"):
+        if keras_asks_for_shapes():
             example = _example(self.element_spec)
             if example is not None:
                 return iter([example])
         return super().__iter__()
 
     @classmethod
-    def take_over(cls, dataset: Any) -> Any:
+    def convert_in_place(cls, dataset: Any) -> Any:
         """Makes `dataset` one of these, if it is of the class they extend."""
         if type(dataset) is _DistributedDataset:
             dataset.__class__ = cls

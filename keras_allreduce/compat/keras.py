@@ -1,9 +1,195 @@
-"""What the package assumes about Keras, one function per assumption."""
+"""Assumptions about Keras's trainer, layers and losses, one function each.
 
+`keras_optimizers.py` has those about optimizers. Each has a test of its name in
+`tests/test_keras_assumptions.py`.
+"""
+
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
+
+import keras
+import tensorflow as tf
+
+STEPS = ("train_step", "test_step")
+
+# Trainer: steps and logs -----------------------------------------------------
+
+
+def step_of(fn: Callable[..., Any]) -> tuple[keras.Model | None, str]:
+    """The model whose step `fn` is, and the name of the step.
+
+    Keras passes the bound method to `strategy.run`, maybe decorated.
+
+    Returns:
+        The model and one of `STEPS`, or `None` and an empty string.
+    """
+    fn = inspect.unwrap(fn)
+    model = getattr(fn, "__self__", None)
+    name = getattr(fn, "__name__", "")
+    if isinstance(model, keras.Model) and name in STEPS:
+        return model, name
+    return None, ""
+
+
+def is_keras_method(model: Any, name: str) -> bool:
+    """Whether the class of `model` leaves a method as Keras has it."""
+    return getattr(type(model), name) is getattr(keras.Model, name)
+
+
+def loss_tracker(model: Any) -> keras.metrics.Mean | None:
+    """The metric that shows the loss of a model: a mean called "loss".
+
+    Keras adds each loss with the number of its samples as the weight, so that
+    `count` is the number of samples seen since the last reset. `None` if the
+    model does not show its loss.
+    """
+    for metric in model.metrics:
+        if metric.name == "loss" and isinstance(metric, keras.metrics.Mean):
+            return metric
+    return None
+
+
+def loss_metrics(model: Any) -> list[Any]:
+    """Metrics of the losses of a model's outputs, if it has several.
+
+    In `model.metrics` nothing tells them from other metrics.
+    """
+    compiled = getattr(model, "_compile_loss", None)
+    return list(compiled.metrics) if compiled is not None else []
+
+
+# Trainer: what it asks of a strategy -----------------------------------------
+
+
+def is_nested_mean(reduce_op: Any, value: Any, axis: Any) -> bool:
+    """Whether a reduction is of the kind by which Keras looks at shapes.
+
+    Before the first step Keras takes the mean of a whole nested batch over
+    the replicas, and uses its shapes alone.
+    """
+    return _is_mean(reduce_op) and axis is None and keras.tree.is_nested(value)
+
+
+def is_batch_without_mean(reduce_op: Any, value: Any, axis: Any) -> bool:
+    """Whether Keras looks at the shapes of a batch that has no mean.
+
+    Text, ragged and sparse inputs and parts of different sizes have none. The
+    part of one replica shows the shapes as well.
+    """
+    return (
+        tf.executing_eagerly()
+        and is_nested_mean(reduce_op, value, axis)
+        and any(_has_no_mean(leaf) for leaf in keras.tree.flatten(value))
+    )
+
+
+def are_scalar_logs(reduce_op: Any, value: Any, axis: Any) -> bool:
+    """Whether a reduction is that of the logs of a step.
+
+    Keras takes the mean of scalars along axis 0, which they do not have.
+    """
+    return (
+        _is_mean(reduce_op)
+        and axis == 0
+        and all(
+            tf.TensorShape(part.shape).rank == 0
+            for part in getattr(value, "values", (value,))
+        )
+    )
+
+
+def _is_mean(reduce_op: Any) -> bool:
+    return str(getattr(reduce_op, "value", reduce_op)).upper() == "MEAN"
+
+
+def _has_no_mean(value: Any) -> bool:
+    if not isinstance(value, tf.distribute.DistributedValues):
+        return False
+    parts = value.values
+    return any(
+        not isinstance(part, tf.Tensor)
+        or not (part.dtype.is_floating or part.dtype.is_integer)
+        or part.shape != parts[0].shape
+        for part in parts
+    )
+
+
+# Trainer: frames of the caller -----------------------------------------------
+
+
+def keras_asks_for_shapes() -> bool:
+    """Whether Keras iterates over a data set only to see its shapes.
+
+    Keras does it in `Model._maybe_symbolic_build` and gives the data set no
+    sign, so the calling frames are read. A Keras without that method is
+    warned about, once.
+    """
+    if not hasattr(keras.Model, "_maybe_symbolic_build"):
+        _warn_once(
+            "Model._maybe_symbolic_build",
+            "the first batch of a Python generator may be lost",
+        )
+    return any(
+        frame.f_code.co_name == "_maybe_symbolic_build"
+        for frame in _calling_frames()
+    )
+
+
+def steps_of_keras_epochs() -> tuple[int | None, int | None] | None:
+    """Steps and batches of the data set that Keras wants to have distributed.
+
+    Keras's iterator knows them, and gives the strategy the data set alone, so
+    the calling frames are read. To be called where a strategy distributes a
+    data set. Where Keras calls without that iterator, a warning says so, once.
+
+    Returns:
+        The steps of an epoch that were asked for and the batches of the data
+        set, each `None` if not known; `None` if it is not Keras that asks.
+    """
+    callers = []
+    for frame in _calling_frames():
+        iterator: Any = frame.f_locals.get("self")
+        if hasattr(iterator, "enumerate_epoch"):
+            return iterator.steps_per_epoch, iterator.data_adapter.num_batches
+        module = str(frame.f_globals.get("__name__"))
+        if not module.startswith(("tensorflow.", "keras_allreduce.")):
+            callers.append(module)
+    if callers and callers[0].startswith("keras."):
+        _warn_once(
+            "an iterator with `enumerate_epoch`",
+            "workers cannot check that all run as many steps",
+        )
+    return None
+
+
+def _calling_frames() -> Iterator[FrameType]:
+    """The frames from which a function of this module was called."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(10):
+        if frame is not None:
+            yield frame
+            frame = frame.f_back
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(missing: str, consequence: str) -> None:
+    if missing not in _warned:
+        _warned.add(missing)
+        warnings.warn(
+            f"keras_allreduce expects {missing} in Keras. Received: Keras "
+            f"{keras.__version__}, which has none, so {consequence}. Use a "
+            "version of Keras that keras_allreduce was tested with.",
+            stacklevel=4,
+        )
+
+
+# Layers ----------------------------------------------------------------------
 
 
 def layers(model: Any) -> list[Any]:
@@ -26,68 +212,44 @@ def seed_generators(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def gradient_accumulators(
-    optimizer: Any, variables: Sequence[Any]
-) -> list[Any] | None:
-    """The variables in which `optimizer` adds up gradients of `variables`.
+def is_synchronized(layer: Any) -> bool:
+    """Whether a layer takes its statistics over all replicas."""
+    return bool(getattr(layer, "synchronized", False))
 
-    Keras has no public name for them. `None` if it does not accumulate, or
-    has not made them yet.
+
+# Losses ----------------------------------------------------------------------
+
+
+def reduction(loss: Any) -> Any:
+    """How Keras reduces a loss that was passed to `compile`.
+
+    Names and functions become means over samples.
     """
-    if not getattr(optimizer, "gradient_accumulation_steps", None):
-        return None
-    if not optimizer.built:
-        return None
-    accumulators = [
-        optimizer._accumulated_gradients[optimizer._get_variable_index(v)]
-        for v in variables
-    ]
-    return None if any(a is None for a in accumulators) else accumulators
+    if isinstance(loss, keras.losses.Loss):
+        return loss.reduction
+    return "sum_over_batch_size"
 
 
-def iterations(optimizer: Any) -> Any:
-    """Variable that counts the gradients `optimizer` was given.
+def is_keras_own(loss: Any) -> bool:
+    """Whether a loss is computed by a function or class of Keras.
 
-    The public `iterations` counts updates, which are fewer if it accumulates.
+    Keras wraps functions in a loss object with the function in `fn`.
     """
-    return optimizer._iterations.value
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    named = loss if hasattr(loss, "__name__") else type(loss)
+    if isinstance(loss, keras.losses.Loss):
+        function = getattr(loss, "fn", None)
+        named = function if function is not None else type(loss)
+    return str(getattr(named, "__module__", "")).startswith("keras.")
 
 
-def loss_metrics(model: Any) -> list[Any]:
-    """Metrics of the losses of a model's outputs, if it has several.
+def reduces_as_keras(loss: Any) -> bool:
+    """Whether Keras's own `Loss.__call__` reduces a loss, if it is an object.
 
-    In `model.metrics` nothing tells them from other metrics.
+    That applies `sample_weight`, the mask and `reduction`.
     """
-    compiled = getattr(model, "_compile_loss", None)
-    return list(compiled.metrics) if compiled is not None else []
-
-
-def steps_of_keras_epochs() -> tuple[int | None, int | None] | None:
-    """Steps and batches of the data set that Keras wants to have distributed.
-
-    Keras's iterator knows them, and gives the strategy the data set alone. To
-    be called where a strategy distributes a data set.
-
-    Returns:
-        The steps of an epoch that were asked for and the batches of the data
-        set, each `None` if not known; `None` if it is not Keras that asks.
-    """
-    for frame in _calling_frames():
-        iterator: Any = frame.f_locals.get("self")
-        if hasattr(iterator, "enumerate_epoch"):
-            return iterator.steps_per_epoch, iterator.data_adapter.num_batches
-    return None
-
-
-def called_from(name: str) -> bool:
-    """Whether a function of this name is among the calling frames."""
-    return any(frame.f_code.co_name == name for frame in _calling_frames())
-
-
-def _calling_frames() -> Iterator[FrameType]:
-    """The frames from which a function of this module was called."""
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(10):
-        if frame is not None:
-            yield frame
-            frame = frame.f_back
+    return (
+        not isinstance(loss, keras.losses.Loss)
+        or type(loss).__call__ is keras.losses.Loss.__call__
+    )

@@ -43,12 +43,12 @@ def install() -> None:
 def _exchange_progress_bar(callbacks: Any) -> None:
     model = callbacks.model
     strategy = getattr(model, "distribute_strategy", None)
-    log = getattr(strategy, "fit_log", None)
-    if log is None:
+    steps = getattr(strategy, "shown_steps", None)
+    if steps is None:
         return
     for index, callback in enumerate(callbacks.callbacks):
         if type(callback) is keras.callbacks.ProgbarLogger:
-            ours = FitProgbar(log)
+            ours = FitProgbar(steps)
             ours.set_params(callbacks.params)
             ours.set_model(model)
             callbacks.callbacks[index] = ours

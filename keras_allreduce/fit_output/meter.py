@@ -1,4 +1,4 @@
-"""The step functions of a strategy, their clocks, and how to read them."""
+"""Reads the clocks of the steps in a `StepLog`, per call and per epoch."""
 
 import time
 import weakref

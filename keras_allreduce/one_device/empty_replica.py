@@ -1,8 +1,8 @@
-"""What a replica does with an empty part of a batch.
+"""Runs a replica without samples on one sample borrowed from the batch.
 
 Some kernels of TensorFlow end the process on an empty batch, and some layers
-make NaNs of it. So an empty replica runs on one sample, borrowed from the
-batch. Its loss counts nothing, and the replica forgets what it has seen.
+make NaNs of it. The loss of the borrowed sample counts 0, and the replica
+forgets what it has seen.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,24 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.one_device.moving_statistics import (
+    is_replicas_own,
+    moving_statistics,
+)
+from keras_allreduce.one_device.replicas import Replicas
+
+
+def spare_sample(data: Any, replicas: Replicas) -> Any:
+    """One sample of a distributed batch, in the same structure.
+
+    What is not distributed stays as it is.
+    """
+
+    def first(value: Any) -> Any:
+        parts = replicas.local_values(value)
+        return first_sample(parts[0]) if parts else value
+
+    return keras.tree.map_structure(first, data)
 
 
 def first_sample(value: Any) -> Any:
@@ -45,29 +63,8 @@ def with_a_sample(data: Any, has_samples: tf.Tensor, spare: Any) -> Any:
     return keras.tree.pack_sequence_as(data, chosen)
 
 
-def moving_statistics(model: keras.Model) -> list[Any]:
-    """Variables in which each replica gathers what it sees on its own.
-
-    Not those of synchronized layers, which are the statistics of all replicas
-    that have samples. Frozen weights are among them: nobody updates those.
-    """
-    shared = {
-        id(variable)
-        for layer in keras_compat.layers(model)
-        if getattr(layer, "synchronized", False)
-        for variable in layer.non_trainable_variables
-    }
-    return [
-        variable
-        for variable in model.non_trainable_variables
-        if tf.as_dtype(variable.dtype).is_floating
-        and id(variable) not in shared
-        and _is_replicas_own(variable.value)
-    ]
-
-
 def state(model: keras.Model) -> list[tuple[Any, tf.Tensor]]:
-    """What the replica gathers on its own in a step, as it is before.
+    """Variables that the replica updates on its own, and their values.
 
     Metrics and moving statistics; not the seeds, which all replicas draw.
     """
@@ -79,7 +76,7 @@ def state(model: keras.Model) -> list[tuple[Any, tf.Tensor]]:
     results = [
         variable
         for variable in model.metrics_variables
-        if id(variable) not in counted and _is_replicas_own(variable.value)
+        if id(variable) not in counted and is_replicas_own(variable.value)
     ]
     return [
         (variable.value, tf.identity(variable.value))
@@ -97,11 +94,3 @@ def restore(
             variable.assign(value)
 
     tf.cond(has_samples, lambda: None, put_back)
-
-
-def _is_replicas_own(variable: Any) -> bool:
-    """Whether a replica updates its part of `variable` on its own."""
-    return isinstance(variable, tf.distribute.DistributedValues) and (
-        variable.synchronization == tf.VariableSynchronization.ON_READ
-        or variable.aggregation == tf.VariableAggregation.NONE
-    )

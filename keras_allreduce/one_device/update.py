@@ -1,4 +1,7 @@
-"""Summing gradients over the replicas: at once, or when they are applied.
+"""Sums gradients over the replicas before the optimizer looks at them.
+
+So the finite check, accumulation and clipping of Keras see the sum, as on one
+device.
 
 With gradient accumulation nothing has to be sent between two updates: each
 replica adds up its own gradients in Keras's accumulators. When Keras is about
@@ -8,15 +11,18 @@ gradients, and the accumulators start again from zero. Keras then adds its
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_allreduce.compat import distribute
-from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.reduce.observe import observe
+from keras_allreduce.compat import distribute, keras_optimizers
+from keras_allreduce.one_device import replica
+from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.reduce.observe import BatchRecord, observe
+from keras_allreduce.reduce.scaling import scale
 
 _thread = threading.local()
 
@@ -26,59 +32,149 @@ def already_reduced() -> bool:
     return getattr(_thread, "reduced", False)
 
 
-@tf.autograph.experimental.do_not_convert
-def sum_now(strategy: Any, gradients: Sequence[Any]) -> list[Any]:
-    """Sums distributed gradients; to be called in cross-replica context."""
-    return strategy.extended.sum_gradients(gradients)
-
-
-@tf.autograph.experimental.do_not_convert
-def sum_when_applied(
-    strategy: Any,
-    gradients: Sequence[Any],
-    optimizer: Any,
-    accumulators: Sequence[Any],
-    note: Callable[..., None],
-) -> list[Any]:
-    """Sums accumulated gradients if this step applies them.
-
-    To be called in cross-replica context.
+class SummedUpdate:
+    """Shadows `apply` of the optimizers of a model.
 
     Args:
-        strategy: The strategy.
-        gradients: Distributed dense gradients, one per variable.
-        optimizer: Optimizer with `gradient_accumulation_steps`.
-        accumulators: Its accumulator of each gradient.
-        note: Called with the records of what is reduced, inside the branch
-            that does it.
-
-    Returns:
-        One distributed value per gradient: on a step that applies, the sum of
-        all that was accumulated on all replicas; on others the gradient as it
-        was.
+        model: The model.
+        replicas: The replicas of this worker.
+        weights: float32 scalars on the host, the share of each replica, or
+            nothing: all weigh 1.
+        must_scale: Whether gradients of a loss that was not scaled are.
+        note: Called with the records of accumulated gradients, inside the
+            branch that reduces them.
     """
-    steps = optimizer.gradient_accumulation_steps
-    replicas = [strategy.experimental_local_results(g) for g in gradients]
-    accumulated = [
-        strategy.experimental_local_results(a.value) for a in accumulators
-    ]
 
-    def communicate() -> list[tuple[Any, ...]]:
-        totals = [
-            distribute.PerReplica(tuple(map(_take, parts, variables)))
-            for parts, variables in zip(replicas, accumulated, strict=True)
+    def __init__(
+        self,
+        model: keras.Model,
+        replicas: Replicas,
+        weights: Sequence[tf.Tensor],
+        *,
+        must_scale: bool,
+        note: Callable[[Sequence[BatchRecord]], None],
+    ):
+        self._model = model
+        self._replicas = replicas
+        self._weights = weights
+        self._must_scale = must_scale
+        self._note = note
+
+    def shadows(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """The shadowed optimizers, each with its methods."""
+        for optimizer in keras_optimizers.optimizers_of(self._model):
+            yield optimizer, {"apply": partial(self._apply, optimizer)}
+            inner = keras_optimizers.inner_optimizer(optimizer)
+            if inner is not None:
+                yield inner, {"apply": partial(_update, inner.apply)}
+
+    def _apply(
+        self, optimizer: Any, grads: Any, trainable_variables: Any = None
+    ) -> Any:
+        """Reduces first, so that all that Keras does sees the sum."""
+        keras_apply = type(optimizer).apply.__get__(optimizer)
+        grads = list(grads)
+        this = replica.current()
+        if self._must_scale and this.scaled is None:
+            grads = [g if g is None else scale(g, this.share) for g in grads]
+        if not already_reduced():
+            if trainable_variables is not None:
+                trainable_variables = list(trainable_variables)
+            grads = self._summed(optimizer, grads, trainable_variables)
+        if keras_optimizers.inner_optimizer(optimizer) is not None:
+            # Checks all replicas' gradients at once, in a merge_call; its
+            # inner optimizer then updates as below.
+            return keras_apply(grads, trainable_variables)
+        return _update(keras_apply, grads, trainable_variables)
+
+    def _summed(
+        self, optimizer: Any, grads: list[Any], variables: list[Any] | None
+    ) -> list[Any]:
+        """The sums over all replicas; `None` stays `None`."""
+        moving = [
+            index
+            for index, gradient in enumerate(grads)
+            if gradient is not None
+            and not (
+                variables is not None
+                and keras_optimizers.takes_gradient_as_value(variables[index])
+            )
         ]
-        with observe() as records:
-            sums = sum_now(strategy, totals)
-        note([record.every(steps) for record in records])
-        return [strategy.experimental_local_results(total) for total in sums]
+        if not moving:
+            return grads
+        gradients = [grads[index] for index in moving]
+        accumulators = variables and keras_optimizers.gradient_accumulators(
+            optimizer, [variables[index] for index in moving]
+        )
+        if accumulators:
+            gradients = [tf.convert_to_tensor(each) for each in gradients]
+            merge = partial(self._sum_when_applied, optimizer, accumulators)
+        else:
+            this = replica.current()
+            scales = this.scaled == "gradients" and this.share is not None
+            weights = self._weights if scales else ()
+            merge = partial(self._sum_now, weights)
+        context = tf.distribute.get_replica_context()
+        # Only the gradients are arguments: merge_call makes one distributed
+        # value of the replicas' arguments; what is bound stays as it is.
+        sums = context.merge_call(
+            tf.autograph.experimental.do_not_convert(merge), args=(gradients,)
+        )
+        reduced = list(grads)
+        for index, total in zip(moving, sums, strict=True):
+            reduced[index] = total
+        return reduced
 
-    def keep() -> list[tuple[Any, ...]]:
-        return [tuple(parts) for parts in replicas]
+    def _sum_now(
+        self,
+        weights: Sequence[tf.Tensor],
+        _strategy: tf.distribute.Strategy,
+        gradients: Sequence[Any],
+    ) -> list[Any]:
+        """Sums distributed gradients, in cross-replica context."""
+        return self._replicas.sum_gradients(gradients, weights)
 
-    applies = tf.equal((keras_compat.iterations(optimizer) + 1) % steps, 0)
-    kept = tf.cond(applies, communicate, keep)
-    return [distribute.PerReplica(tuple(parts)) for parts in kept]
+    def _sum_when_applied(
+        self,
+        optimizer: Any,
+        accumulators: Sequence[Any],
+        _strategy: tf.distribute.Strategy,
+        gradients: Sequence[Any],
+    ) -> list[Any]:
+        """Sums accumulated gradients if this step applies them.
+
+        Args:
+            optimizer: Optimizer with `gradient_accumulation_steps`.
+            accumulators: Its accumulator of each gradient.
+            gradients: Distributed dense gradients, one per variable.
+
+        Returns:
+            One distributed value per gradient: on a step that applies, the
+            sum of all that was accumulated on all replicas; on others the
+            gradient as it was.
+        """
+        steps = optimizer.gradient_accumulation_steps
+        local_values = self._replicas.local_values
+        parts = [local_values(gradient) for gradient in gradients]
+        accumulated = [local_values(each.value) for each in accumulators]
+
+        def communicate() -> list[tuple[Any, ...]]:
+            totals = [
+                distribute.PerReplica(tuple(map(_take, *both)))
+                for both in zip(parts, accumulated, strict=True)
+            ]
+            with observe() as records:
+                sums = self._replicas.sum_gradients(totals)
+            self._note([record.every(steps) for record in records])
+            return [tuple(local_values(total)) for total in sums]
+
+        def keep() -> list[tuple[Any, ...]]:
+            return [tuple(each) for each in parts]
+
+        count = keras_optimizers.iterations(optimizer)
+        applies = tf.equal((count + 1) % steps, 0)
+        kept = tf.cond(applies, communicate, keep)
+        return [distribute.PerReplica(tuple(each)) for each in kept]
 
 
 def _take(gradient: tf.Tensor, accumulator: tf.Variable) -> tf.Tensor:
@@ -89,7 +185,7 @@ def _take(gradient: tf.Tensor, accumulator: tf.Variable) -> tf.Tensor:
     return total
 
 
-def update(
+def _update(
     keras_apply: Callable[..., Any],
     grads: Any,
     trainable_variables: Any = None,
@@ -101,58 +197,3 @@ def update(
         return keras_apply(grads, trainable_variables)
     finally:
         _thread.reduced = before
-
-
-def all_reduce(
-    optimizer: Any,
-    grads: list[Any],
-    variables: list[Any] | None,
-    note: Callable[..., None],
-) -> list[Any]:
-    """The sums over all replicas; `None` stays `None`."""
-    moving = [
-        index
-        for index, gradient in enumerate(grads)
-        if gradient is not None
-        and not (
-            variables is not None
-            and getattr(variables[index], "overwrite_with_gradient", False)
-        )
-    ]
-    if not moving:
-        return grads
-    context = tf.distribute.get_replica_context()
-    gradients = [grads[index] for index in moving]
-    accumulators = variables and keras_compat.gradient_accumulators(
-        optimizer, [variables[index] for index in moving]
-    )
-    if accumulators:
-        gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
-        sums = context.merge_call(
-            sum_when_applied,
-            args=(gradients, optimizer, accumulators, note),
-        )
-    else:
-        sums = context.merge_call(sum_now, args=(gradients,))
-    reduced = list(grads)
-    for index, total in zip(moving, sums, strict=True):
-        reduced[index] = total
-    return reduced
-
-
-def accumulates(optimizer: Any) -> bool:
-    """Whether gradients of several steps are summed at once."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    return bool(inner.gradient_accumulation_steps)
-
-
-def optimizers_of(model: keras.Model) -> list[Any]:
-    """All optimizers that a step of the model may use."""
-    candidates = [getattr(model, "optimizer", None), *vars(model).values()]
-    found: list[Any] = []
-    for candidate in candidates:
-        if isinstance(candidate, keras.optimizers.Optimizer) and not any(
-            candidate is other for other in found
-        ):
-            found.append(candidate)
-    return found

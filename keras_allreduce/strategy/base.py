@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.fit_output import keras_hook
 from keras_allreduce.fit_output.meter import Meter
 from keras_allreduce.fit_output.stats import ReduceStats
@@ -28,8 +29,8 @@ class StrategyBase(tf.distribute.Strategy):
             keras_hook.install()
 
     @property
-    def fit_log(self) -> StepLog | None:
-        """What the fit output shows, or `None` if it was switched off."""
+    def shown_steps(self) -> StepLog | None:
+        """The steps that the fit output shows; `None` if `fit_log=False`."""
         return self.step_log if self._fit_log else None
 
     def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
@@ -43,7 +44,7 @@ class StrategyBase(tf.distribute.Strategy):
         Returns:
             A tensor, or a structure of tensors like `value`.
         """
-        if _is_batch_for_its_shapes(reduce_op, value, axis):
+        if keras_compat.is_batch_without_mean(reduce_op, value, axis):
             return keras.tree.map_structure(
                 lambda leaf: self.experimental_local_results(leaf)[0], value
             )
@@ -59,32 +60,3 @@ class StrategyBase(tf.distribute.Strategy):
             Means over those steps, or `None` if there was none.
         """
         return self._meter.read()
-
-
-def _is_batch_for_its_shapes(reduce_op: Any, value: Any, axis: Any) -> bool:
-    """Whether this is Keras, asking for a batch only to see its shapes.
-
-    Before the first step Keras takes the "mean" of a whole nested batch over
-    the replicas. Where there is none (text, ragged or sparse inputs, parts of
-    different sizes), one replica's part shows the shapes as well.
-    """
-    if (
-        not tf.executing_eagerly()
-        or axis is not None
-        or str(getattr(reduce_op, "value", reduce_op)).upper() != "MEAN"
-        or not keras.tree.is_nested(value)
-    ):
-        return False
-    return any(_has_no_mean(leaf) for leaf in keras.tree.flatten(value))
-
-
-def _has_no_mean(value: Any) -> bool:
-    if not isinstance(value, tf.distribute.DistributedValues):
-        return False
-    parts = value.values
-    return any(
-        not isinstance(part, tf.Tensor)
-        or not (part.dtype.is_floating or part.dtype.is_integer)
-        or part.shape != parts[0].shape
-        for part in parts
-    )

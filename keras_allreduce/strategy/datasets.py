@@ -21,7 +21,9 @@ def distribute(dataset: Any, stock: Callable[[Any], Any]) -> Any:
     """
     if not datasets.yields_arrays_of_python(dataset):
         return stock(dataset)
-    return datasets.SpecFirstDataset.take_over(stock(dataset.map(_copied)))
+    return datasets.SpecFirstDataset.convert_in_place(
+        stock(dataset.map(_copied))
+    )
 
 
 @tf.autograph.experimental.do_not_convert

@@ -1,14 +1,15 @@
 """The half of a strategy that decides how values are reduced."""
 
-import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import distribute
-from keras_allreduce.one_device import weighing
+from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.one_device import shares
+from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.step import Step
 from keras_allreduce.one_device.update import already_reduced
 from keras_allreduce.reduce.observe import observe
@@ -18,10 +19,11 @@ from keras_allreduce.strategy.datasets import (
 )
 
 
-class ExtendedBase(distribute.MirroredExtended):
+class ExtendedBase(distribute.MirroredExtended, Replicas):
     """The half of a strategy that decides how values are reduced.
 
-    To be mixed into the `extended` of a strategy of TensorFlow's.
+    To be mixed into the `extended` of a strategy of TensorFlow's. Steps of
+    Keras call it through the interface `Replicas`.
     """
 
     # The step of Keras that is being run or traced.
@@ -48,23 +50,13 @@ class ExtendedBase(distribute.MirroredExtended):
     def _batch_reduce_to(
         self, reduce_op: Any, value_destination_pairs: Any, options: Any
     ) -> Any:
-        if not self._step or reduce_op != tf.distribute.ReduceOp.SUM:
-            return self._sum_over_replicas(
-                reduce_op, value_destination_pairs, options
-            )
-        # A layer sums over the replicas, or its gradient does: an empty
-        # replica gives nothing to the sum, and nothing flows back to it.
-        self._step.layers_sum = True
-        part = self._step.part_of_replicas_with_samples
-        sums = self._sum_over_replicas(
-            reduce_op,
-            [
-                (part(value), destination)
-                for value, destination in value_destination_pairs
-            ],
-            options,
+        sum_over_replicas = partial(
+            self._sum_over_replicas, reduce_op, options=options
         )
-        return [self._step.part_that_flows_back(total) for total in sums]
+        sums = self._step.sums if self._step else None
+        if sums is None or reduce_op != tf.distribute.ReduceOp.SUM:
+            return sum_over_replicas(value_destination_pairs)
+        return sums.sum(sum_over_replicas, value_destination_pairs)
 
     def _sum_over_replicas(
         self, reduce_op: Any, value_destination_pairs: Any, options: Any
@@ -74,20 +66,37 @@ class ExtendedBase(distribute.MirroredExtended):
         )
 
     @property
+    def devices(self) -> Sequence[str]:
+        """Device of each replica of this worker."""
+        return tuple(self.worker_devices)
+
+    @property
     def num_workers(self) -> int:
         """Number of workers."""
         return 1
 
-    def shares_of(self, amounts: list[tf.Tensor]) -> list[tf.Tensor]:
+    def local_values(self, value: Any) -> Sequence[Any]:
+        """The parts of a distributed value; none if it is not distributed."""
+        if isinstance(value, tf.distribute.DistributedValues):
+            strategy = self._container_strategy()
+            return tuple(strategy.experimental_local_results(value))
+        # TensorFlow leaves values of a worker's only replica as they are.
+        if value is not None and len(self.worker_devices) == 1:
+            return (value,)
+        return ()
+
+    def shares_of(self, amounts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Share of each replica in the batch, times the number of replicas."""
-        return weighing.shares(amounts)
+        return shares.shares_of(amounts)
 
     def sum_over_workers(self, value: tf.Tensor, name: str) -> tf.Tensor:
         """The sum of a tensor that each worker has, in its own dtype."""
         return value
 
-    def sum_gradients(self, gradients: Sequence[Any]) -> list[Any]:
-        """Sums distributed gradients; those of an empty replica are 0."""
+    def sum_gradients(
+        self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()
+    ) -> list[Any]:
+        """Sums distributed gradients; in one process `weights` are empty."""
         return self._sum_over_replicas(
             tf.distribute.ReduceOp.SUM,
             [(gradient, gradient) for gradient in gradients],
@@ -98,7 +107,7 @@ class ExtendedBase(distribute.MirroredExtended):
         self, fn: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         strategy = self._container_strategy()
-        model, step_name = _keras_step(fn)
+        model, step_name = keras_compat.step_of(fn)
         run = super()._call_for_each_replica
         if model is None:
             with observe() as records:
@@ -114,7 +123,7 @@ class ExtendedBase(distribute.MirroredExtended):
         self._step = Step(
             model,
             step_name,
-            strategy,
+            self,
             strategy.weigh_samples,
             note=lambda found: strategy.step_log.add(found, model),
         )
@@ -126,13 +135,3 @@ class ExtendedBase(distribute.MirroredExtended):
         if trains:
             strategy.step_log.add(records, model)
         return result
-
-
-def _keras_step(fn: Callable[..., Any]) -> tuple[keras.Model | None, str]:
-    """The model whose step this is, and which step, if it is one."""
-    fn = inspect.unwrap(fn)
-    model = getattr(fn, "__self__", None)
-    name = getattr(fn, "__name__", "")
-    if isinstance(model, keras.Model) and name in ("train_step", "test_step"):
-        return model, name
-    return None, ""

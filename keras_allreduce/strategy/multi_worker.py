@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.devices import host_devices
 from keras_allreduce.environment import HOST_DEVICES
 from keras_allreduce.fit_output.step_log import StepLog
@@ -109,9 +110,9 @@ class MultiWorkerAllReduceStrategy(
     _collective_key_base = 0
 
     @property
-    def fit_log(self) -> StepLog | None:
-        """What the fit output shows: nothing but on the chief."""
-        return super().fit_log if self.extended.is_chief else None
+    def shown_steps(self) -> StepLog | None:
+        """The steps that the fit output shows: nothing but on the chief."""
+        return super().shown_steps if self.extended.is_chief else None
 
     def worker_lateness(self) -> list[float]:
         """How much later than the first each worker comes to a step.
@@ -144,21 +145,11 @@ class MultiWorkerAllReduceStrategy(
         Returns:
             A tensor, or a structure of tensors like `value`.
         """
-        mean = _is_mean(reduce_op)
-        if mean and axis is None and keras.tree.is_nested(value):
+        if keras_compat.is_nested_mean(reduce_op, value, axis):
             return keras.tree.map_structure(
                 lambda leaf: self.experimental_local_results(leaf)[0], value
             )
-        if mean and axis == 0:
+        if keras_compat.are_scalar_logs(reduce_op, value, axis):
             parts = self.experimental_local_results(value)
-            if all(_rank(part) == 0 for part in parts):
-                return tf.reduce_mean(tf.stack(parts))
+            return tf.reduce_mean(tf.stack(parts))
         return super().reduce(reduce_op, value, axis)
-
-
-def _is_mean(reduce_op: Any) -> bool:
-    return str(getattr(reduce_op, "value", reduce_op)).upper() == "MEAN"
-
-
-def _rank(value: Any) -> int | None:
-    return tf.TensorShape(value.shape).rank

@@ -11,7 +11,7 @@ from keras_allreduce import malloc
 from keras_allreduce.compat import distribute
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.devices import on_gpus
-from keras_allreduce.one_device import weighing
+from keras_allreduce.one_device import shares
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.strategy.extended import ExtendedBase
 from keras_allreduce.workers import connect
@@ -123,10 +123,10 @@ class MultiWorkerAllReduceExtended(
         incomplete = any(math.isnan(each) for each in waits)
         return [math.nan] * len(waits) if incomplete else waits
 
-    def shares_of(self, amounts: list[tf.Tensor]) -> list[tf.Tensor]:
+    def shares_of(self, amounts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Share of each replica of this worker in the whole batch."""
-        total = self.sum_over_workers(tf.add_n(amounts), "batch")
-        return weighing.shares(
+        total = self.sum_over_workers(tf.add_n(list(amounts)), "batch")
+        return shares.shares_of(
             amounts, total=total, count=self._num_replicas_in_sync
         )
 
@@ -136,9 +136,10 @@ class MultiWorkerAllReduceExtended(
             return value
         return self._exact.all_reduce(value, name)
 
-    def sum_gradients(self, gradients: Sequence[Any]) -> list[Any]:
-        """Sums distributed gradients, weighed if their loss was not."""
-        weights = self._step.weights_of_gradients if self._step else ()
+    def sum_gradients(
+        self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()
+    ) -> list[Any]:
+        """Sums distributed gradients, each replica's scaled by its weight."""
         ops = self._gradient_ops
         with (
             ops.weighed(weights)
