@@ -97,7 +97,7 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()
     ) -> list[Any]:
         """Sums distributed gradients; in one process `weights` are empty."""
-        return self._sum_over_replicas(
+        return super()._batch_reduce_to(
             tf.distribute.ReduceOp.SUM,
             [(gradient, gradient) for gradient in gradients],
             tf.distribute.experimental.CommunicationOptions(),

@@ -146,7 +146,11 @@ class MultiWorkerAllReduceExtended(
             if isinstance(ops, WorkerAllReduce)
             else contextlib.nullcontext()
         ):
-            return super().sum_gradients(gradients)
+            return self._sum_over_replicas(
+                tf.distribute.ReduceOp.SUM,
+                [(gradient, gradient) for gradient in gradients],
+                tf.distribute.experimental.CommunicationOptions(),
+            )
 
     def _update_config_proto(self, config_proto: Any) -> Any:
         # TensorFlow's defaults cut what a worker sends into strings of 4 KiB
