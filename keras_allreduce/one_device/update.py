@@ -24,6 +24,7 @@ from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.reduce.observe import BatchRecord, observe
 from keras_allreduce.reduce.scaling import scale
 
+_do_not_convert = tf.autograph.experimental.do_not_convert
 _thread = threading.local()
 
 
@@ -110,20 +111,23 @@ class SummedUpdate:
             gradients = [tf.convert_to_tensor(each) for each in gradients]
             merge = partial(self._sum_when_applied, optimizer, accumulators)
         else:
-            this = replica.current()
-            scales = this.scaled == "gradients" and this.share is not None
-            weights = self._weights if scales else ()
-            merge = partial(self._sum_now, weights)
-        context = tf.distribute.get_replica_context()
+            merge = partial(self._sum_now, self._weights_of_gradients())
         # Only the gradients are arguments: merge_call makes one distributed
         # value of the replicas' arguments; what is bound stays as it is.
-        sums = context.merge_call(
-            tf.autograph.experimental.do_not_convert(merge), args=(gradients,)
+        sums = tf.distribute.get_replica_context().merge_call(
+            _do_not_convert(merge), args=(gradients,)
         )
         reduced = list(grads)
         for index, total in zip(moving, sums, strict=True):
             reduced[index] = total
         return reduced
+
+    def _weights_of_gradients(self) -> Sequence[tf.Tensor]:
+        """The share of each replica if it does not scale the loss."""
+        this = replica.current()
+        if this.scaled == "gradients" and this.share is not None:
+            return self._weights
+        return ()
 
     def _sum_now(
         self,
