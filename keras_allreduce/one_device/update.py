@@ -175,9 +175,8 @@ class SummedUpdate:
         def keep() -> list[tuple[Any, ...]]:
             return [tuple(each) for each in parts]
 
-        count = keras_optimizers.iterations(optimizer)
-        applies = tf.equal((count + 1) % steps, 0)
-        kept = tf.cond(applies, communicate, keep)
+        count = keras_optimizers.iterations(optimizer) + 1
+        kept = tf.cond(tf.equal(count % steps, 0), communicate, keep)
         return [distribute.PerReplica(tuple(each)) for each in kept]
 
 
