@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from keras_allreduce.reduce.pack_sizes import small_bytes
+
 BACKWARD_SHARE = 2 / 3
 """Backprop does two matrix products for each one of the forward pass."""
 
@@ -106,20 +108,6 @@ def exchange_seconds(nbytes: float, workers: int, link: Link) -> float:
     steps = workers - 1
     sums = steps * nbytes * link.gamma
     return steps * (link.alpha + nbytes / link.bandwidth) + sums
-
-
-def small_bytes(workers: int) -> int:
-    """Up to this size workers exchange all they have: keras_allreduce/wire.py.
-
-    That module loads TensorFlow, so this is written again; a test compares.
-    """
-    return 2**18 if workers == 2 else 2**14
-
-
-def default_bytes_per_pack(workers: int, nbytes: int) -> int:
-    """As in keras_allreduce/worker_all_reduce.py; a test compares."""
-    half = max(2**17, nbytes // 2)
-    return min(half, max(2**19, nbytes // 16)) * math.isqrt(workers)
 
 
 def workers_seconds(nbytes: float, workers: int, link: Link) -> float:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import scaling_model
 from scaling_model import Inside, Link, Point
 
+from keras_allreduce.reduce import pack_sizes
+
 PROCESS, LOOPBACK, WIRE = "1 process", "loopback", "1gbit"
 RATES = {"1 Gbit/s": 1e9 / 8, "10 Gbit/s": 1e10 / 8, "100 Gbit/s": 1e11 / 8}
 WORKERS = (8, 16, 64, 256, 1024, 4096)
@@ -133,10 +135,8 @@ def exposed(
     if best:
         pack = scaling_model.best_pack(args.gradient_bytes, compute, cost, busy)
     else:
-        default = scaling_model.default_bytes_per_pack(
-            machines, args.gradient_bytes
-        )
-        pack = args.pack_bytes or default
+        default = pack_sizes.between_workers(machines, args.gradient_bytes)
+        pack = args.pack_bytes or default.bytes_per_pack
     seconds = scaling_model.exposed_seconds(
         args.gradient_bytes, compute, pack, cost, busy
     )

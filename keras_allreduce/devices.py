@@ -1,6 +1,6 @@
-"""Device names: parses, checks and makes them."""
+"""Device names: parses, checks and makes them; runs ops on each device."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -94,6 +94,31 @@ def _worker_of(device: str) -> tuple[str | None, int | None]:
     return spec.job, spec.task
 
 
+def is_gpu(device: str) -> bool:
+    """Whether a device name is of a GPU."""
+    return "GPU" in device.upper()
+
+
+def on_each(
+    devices: Sequence[str], function: Callable[..., Any], *values: Sequence[Any]
+) -> list[Any]:
+    """Calls `function` on each device with its part of all `values`.
+
+    Args:
+        devices: Names of devices.
+        function: Takes one argument for each of `values`.
+        *values: One value per device each.
+
+    Returns:
+        What `function` returned, one per device.
+    """
+    made = []
+    for device, *parts in zip(devices, *values, strict=True):
+        with tf.device(device):
+            made.append(function(*parts))
+    return made
+
+
 def on_gpus(devices: Sequence[str] | None = None) -> bool:
     """Whether a strategy for `devices` has GPUs; does not start TensorFlow.
 
@@ -102,7 +127,7 @@ def on_gpus(devices: Sequence[str] | None = None) -> bool:
     """
     if devices is None:
         return bool(tf.config.get_visible_devices("GPU"))
-    return "GPU" in str(devices).upper()
+    return is_gpu(str(devices))
 
 
 def are_virtual(gpus: Sequence[str]) -> bool:

@@ -1,7 +1,8 @@
-"""Ops of a graph that TensorFlow must not put in a row."""
+"""Ops that TensorFlow must not put in a row, and what lives with a graph."""
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_allreduce.compat.distribute import ResourceVariable
@@ -25,18 +26,12 @@ def free_running_clock(variable: tf.Variable) -> Any:
     return now.get_concrete_function()
 
 
-def new_token() -> list[tf.Tensor]:
-    """What keeps a collective in a graph from waiting for the one before it.
-
-    TensorFlow chains the stateful ops of a function, but for those that read
-    or write different variables.
-    """
-    if tf.executing_eagerly():
-        return []
+def new_counter() -> tf.Variable:
+    """An int64 variable of 0 on the current device, outside any graph."""
     with tf.init_scope():
-        token = ResourceVariable(0.0, trainable=False)
-    # The graph keeps it alive, as long as it can run.
-    tf.compat.v1.get_default_graph().add_to_collection(
-        "keras_allreduce_tokens", token
-    )
-    return [token.handle]
+        return ResourceVariable(np.int64(0), trainable=False, dtype=tf.int64)
+
+
+def keep_with_graph(owner: Any) -> None:
+    """Keeps `owner` alive, with its variables, as long as the graph can run."""
+    tf.compat.v1.get_default_graph().add_to_collection("keras_allreduce", owner)

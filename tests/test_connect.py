@@ -3,9 +3,7 @@
 import json
 
 import pytest
-import tensorflow as tf
 
-from keras_allreduce.workers import watchdog
 from keras_allreduce.workers.cluster import check_cluster
 from keras_allreduce.workers.connect import read_cluster
 
@@ -99,15 +97,3 @@ def test_a_bad_tf_config_is_a_value_error_with_a_remedy(name, monkeypatch):
 
 def test_ipv6_addresses_have_ports_too():
     assert check_cluster({"worker": ["[::1]:1", "[::1]:2"]}, "worker", 1)
-
-
-def test_an_error_that_another_worker_has_sent_is_explained_by_its_words():
-    why = "All workers must stay until training ends. Received: worker 1 (a)"
-    error = tf.errors.UnavailableError(
-        None,
-        None,
-        "Collective ops is aborted by: Collective ops is aborted by: "
-        f"{why}\nThe error could be from a previous operation.\n"
-        f'{{grpc_message:"Collective ops is aborted by: {why}"}}',
-    )
-    assert watchdog.explain(error) == why

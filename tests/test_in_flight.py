@@ -1,64 +1,78 @@
-"""How long the collectives of a step take, by clocks that say what they do."""
+"""Which collectives are in flight, as the watchdog sees it."""
 
 import math
 
 import pytest
 import tensorflow as tf
+from graph_walk import ancestors, ops_of_type
 
-from keras_allreduce.workers import in_flight
-from keras_allreduce.workers.in_flight import Progress
+from keras_allreduce.workers.in_flight import InFlight
 
 
 @pytest.fixture
-def step(monkeypatch):
-    """A step with two collectives under way at once, and their `Progress`.
-
-    They begin at 1 and 2 and end at 4 and 9 seconds.
-    """
-    times = iter([1.0, 4.0, 2.0, 9.0])
-    monkeypatch.setattr(
-        in_flight,
-        "free_running_clock",
-        lambda variable: lambda: tf.constant(next(times), tf.float64),
-    )
-    found = Progress(timed=True)
-
-    @tf.function
-    def run():
-        for _ in range(2):
-            found.watched(tf.identity, tf.ones([]))
-
-    return run, found
+def found():
+    return InFlight()
 
 
-def test_the_wait_of_a_step_is_that_of_the_longest_collective(step):
-    run, found = step
-    for _ in range(4):
-        run()
-    assert found.read_waits() == pytest.approx(9.0 - 2.0)
-
-
-def test_waits_are_those_since_the_last_call(step):
-    run, found = step
-    assert math.isnan(found.read_waits())
-    run()  # The first step is not counted.
-    assert math.isnan(found.read_waits())
-    run()
-    assert found.read_waits() == pytest.approx(7.0)
+def test_waits_that_are_not_timed_are_not_told(found):
     assert math.isnan(found.read_waits())
 
 
-def test_waits_that_are_not_timed_are_not_told():
-    assert math.isnan(Progress().read_waits())
-
-
-def test_a_list_of_tensors_is_under_way_until_all_are_there():
-    found = Progress()
-
+def test_several_tensors_are_in_flight_until_all_are_there(found):
     @tf.function
     def run(tensors):
-        return found.watched(lambda ready: [2 * t for t in ready], tensors)
+        with found.watched(tensors) as flight:
+            flight.results += [2 * tensor for tensor in tensors]
+        return flight.results
 
     one, other = run([tf.ones([2]), tf.ones([3])])
     assert one.numpy().tolist() == [2, 2]
     assert other.numpy().tolist() == [2, 2, 2]
+    assert found.waiting_seconds() == 0
+
+
+def test_a_collective_that_has_not_come_back_is_in_flight(found):
+    seen = []
+
+    def look(tensor):
+        found.waiting_seconds()
+        seen.append(found.waiting_seconds())
+        return tensor
+
+    @tf.function
+    def run(tensor):
+        with found.watched([tensor]) as flight:
+            flight.results.append(tf.py_function(look, [tensor], tf.float32))
+        return flight.results
+
+    run(tf.ones([]))
+    assert seen[0] > 0
+    assert found.waiting_seconds() == 0
+
+
+def test_what_runs_eagerly_is_in_flight_until_its_block_ends(found):
+    with found.watched([]):
+        assert found.waiting_seconds() > 0
+    assert found.waiting_seconds() == 0
+
+
+def test_collectives_that_are_independent_do_not_wait_for_each_other(found):
+    @tf.function
+    def run(one, other):
+        for tensor in (one, other):
+            with found.watched([tensor]) as flight:
+                op = tf.raw_ops.CollectiveReduceV2(
+                    input=tensor,
+                    group_size=1,
+                    group_key=1,
+                    instance_key=1,
+                    ordering_token=flight.tokens,
+                    merge_op="Add",
+                    final_op="Id",
+                )
+                flight.results.append(op)
+
+    graph = run.get_concrete_function(tf.ones([]), tf.ones([])).graph
+    one, other = ops_of_type(graph, "CollectiveReduceV2")
+    assert one not in ancestors(other)
+    assert other not in ancestors(one)

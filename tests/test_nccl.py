@@ -9,10 +9,14 @@ from graph_walk import ancestors, ops_of_type
 from keras_allreduce import BatchAllReduce
 from keras_allreduce.compat import distribute
 from keras_allreduce.reduce import nccl
-from keras_allreduce.workers.between_workers import WorkerAllReduce
-from keras_allreduce.workers.collectives import Collectives, WorkerGroup
-from keras_allreduce.workers.in_flight import Progress
+from keras_allreduce.workers.between_workers import (
+    BetweenWorkers,
+    WorkerAllReduce,
+)
+from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
+from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.wire import Wire
+from keras_allreduce.workers.wire_formats import WIRE_FORMATS
 
 GPUS = ["/device:GPU:0", "/device:GPU:1", "/device:GPU:2"]
 SUM = tf.distribute.ReduceOp.SUM
@@ -263,14 +267,12 @@ class TestBetweenWorkers:
         """Traces the sums of gradients; `(graph, results)`."""
         monkeypatch.setattr(distribute, "has_nccl", lambda: True)
 
-        def reduce(gradients, wire_dtype=None):
-            between = Collectives(WorkerGroup(2, self.HOST), Progress())
-            ops = WorkerAllReduce(
-                Wire(between, 2, wire_dtype),
-                Collectives(WorkerGroup(4, self.HOST), Progress()),
-                2,
-                bytes_per_pack=1,
-            )
+        def reduce(gradients, wire_format="exact"):
+            between = Collectives(CollectiveGroup(2, self.HOST), InFlight())
+            gpus = Collectives(CollectiveGroup(4, self.HOST), InFlight())
+            wire = Wire(between, 2, WIRE_FORMATS[wire_format])
+            transport = BetweenWorkers(wire, gpus, 2)
+            ops = WorkerAllReduce(transport, 2, bytes_per_pack=1)
 
             def step():
                 values = [
@@ -335,7 +337,7 @@ class TestBetweenWorkers:
                 assert earlier in later.control_inputs
 
     def test_the_order_goes_on_in_the_next_batch(self, graph):
-        gpus = Collectives(WorkerGroup(4, self.HOST), Progress())
+        gpus = Collectives(CollectiveGroup(4, self.HOST), InFlight())
 
         def step():
             for _ in range(2):

@@ -9,9 +9,12 @@ from graph_walk import ancestors, ops_of_type
 
 from keras_allreduce import BatchAllReduce
 from keras_allreduce.compat import distribute
-from keras_allreduce.workers.between_workers import WorkerAllReduce
-from keras_allreduce.workers.collectives import Collectives, WorkerGroup
-from keras_allreduce.workers.in_flight import Progress
+from keras_allreduce.workers.between_workers import (
+    BetweenWorkers,
+    WorkerAllReduce,
+)
+from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
+from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.wire import Wire
 
 SUM = tf.distribute.ReduceOp.SUM
@@ -148,8 +151,9 @@ def test_a_pack_leaves_while_backprop_goes_on():
 
 
 def test_no_collective_between_workers_waits_for_another():
-    between = Collectives(WorkerGroup(3, DEVICES[0]), Progress())
-    op = WorkerAllReduce(Wire(between, 3), between, 3, bytes_per_pack=1)
+    between = Collectives(CollectiveGroup(3, DEVICES[0]), InFlight())
+    transport = BetweenWorkers(Wire(between, 3), between, 3)
+    op = WorkerAllReduce(transport, 3, bytes_per_pack=1)
 
     @tf.function
     def step():

@@ -6,7 +6,7 @@ import pytest
 import scaling_model
 from scaling_model import Inside, Link, Point
 
-from keras_allreduce.workers import between_workers, wire
+from keras_allreduce.reduce import pack_sizes
 
 MIB = 2**20
 
@@ -34,7 +34,7 @@ def test_an_exchange_of_three_takes_two_steps_of_all_bytes():
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_small_tensors_are_exchanged_and_larger_ones_go_round(workers):
-    small = wire.small_bytes(workers)
+    small = pack_sizes.small_bytes(workers)
     assert scaling_model.workers_seconds(
         small, workers, LINK
     ) == scaling_model.exchange_seconds(small, workers, LINK)
@@ -60,8 +60,7 @@ def test_packs_are_as_large_as_the_package_makes_them(
     workers, gradients_mib, mib
 ):
     nbytes = int(gradients_mib * MIB)
-    assert (scaling_model.default_bytes_per_pack(workers, nbytes)) == mib * MIB
-    size = between_workers.default_pack_size(workers, nbytes)
+    size = pack_sizes.between_workers(workers, nbytes)
     assert size.bytes_per_pack == mib * MIB
     alone_above = max(mib / 2, min(mib, 0.25))
     assert size.alone_above == alone_above * MIB

@@ -60,19 +60,24 @@ def sums(wire_dtypes):
     """Sums of `worker_cases.wire_parts`, by wire dtype and name."""
     import tensorflow as tf
     import worker_cases
-    from keras_allreduce.collectives import Collectives, WorkerGroup
-    from keras_allreduce.progress import Progress
-    from keras_allreduce.wire import Wire
 
     import keras_allreduce
+    from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
+    from keras_allreduce.workers.in_flight import InFlight
+    from keras_allreduce.workers.wire import Wire
+    from keras_allreduce.workers.wire_formats import WIRE_FORMATS
 
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
     workers = strategy.extended.num_workers
     device = strategy.extended.worker_devices[0]
     found = {}
     for dtype in wire_dtypes:
-        collectives = Collectives(WorkerGroup(workers, device), Progress())
-        wire = Wire(collectives, workers, None if dtype == "float32" else dtype)
+        group = CollectiveGroup(workers, device)
+        wire = Wire(
+            Collectives(group, InFlight()),
+            workers,
+            WIRE_FORMATS["exact" if dtype == "float32" else dtype],
+        )
         parts = worker_cases.wire_parts(worker_cases.worker_index())
         parts = {name: tf.constant(part) for name, part in parts.items()}
 

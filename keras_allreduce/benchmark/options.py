@@ -7,7 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-ALGORITHMS = ("auto", "nccl", "ring", "shared_memory", "all")
+from keras_allreduce.reduce.pack_sizes import algorithm_names
+
+ALGORITHMS = (*algorithm_names(), "all")
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
 
 _ITEM_BYTES = {"16": 2, "32": 4, "64": 8}

@@ -25,9 +25,9 @@ from keras_allreduce.benchmark.timed_loop import (
     TimedLoop,
     WrongSumError,
 )
-from keras_allreduce.compat import distribute
-from keras_allreduce.devices import host_devices
+from keras_allreduce.devices import host_devices, is_gpu
 from keras_allreduce.environment import HOST_DEVICES
+from keras_allreduce.reduce.algorithms import runnable
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.strategy.multi_worker import MultiWorkerAllReduceStrategy
 from keras_allreduce.strategy.one_machine import AllReduceStrategy
@@ -59,7 +59,8 @@ def strategies_for(options: BenchmarkOptions) -> dict[str, Any]:
         return {BETWEEN_WORKERS: MultiWorkerAllReduceStrategy(fit_log=False)}
     devices = _devices(options.replicas)
     made = {}
-    for algorithm in _algorithms(options.algorithm, devices):
+    asked = options.algorithm
+    for algorithm in runnable(devices) if asked == "all" else [asked]:
         strategy = AllReduceStrategy(
             devices, algorithm=algorithm, fit_log=False
         )
@@ -202,14 +203,6 @@ def _has_gpus() -> bool:
     return bool(tf.config.list_physical_devices("GPU"))
 
 
-def _algorithms(asked: str, devices: Sequence[str]) -> list[str]:
-    if asked != "all":
-        return [asked]
-    on_gpus = "gpu" in devices[0]
-    nccl = ["nccl"] if on_gpus and distribute.has_nccl() else []
-    return [*nccl, "ring", "shared_memory"]
-
-
 def _check_devices_of_launcher(replicas: int) -> None:
     told = os.environ.get(HOST_DEVICES)
     if told is not None and told != str(replicas):
@@ -227,7 +220,7 @@ def _cores() -> int:
 
 
 def _kind_of(device: str) -> str:
-    if "GPU" not in device.upper():
+    if not is_gpu(device):
         return "host device"
     gpu = tf.config.list_physical_devices("GPU")[0]
     details = tf.config.experimental.get_device_details(gpu)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from keras_allreduce.reduce.plan import bus_share
+
 CLASSES = (
     ("up to 64 KiB", 0, 2**16),
     ("above 64 KiB, up to 4 MiB", 2**16 + 1, 2**22),
@@ -92,11 +94,6 @@ class Row:
     def busbw(self) -> float:
         """Bus bandwidth as nccl-tests define it, in 10^9 bytes per second."""
         return self.algbw * bus_share(self.replicas)
-
-
-def bus_share(replicas: int) -> float:
-    """What each of `replicas` must send at least, as a share of the size."""
-    return 2 * (replicas - 1) / replicas
 
 
 def p90(seconds: Sequence[float]) -> float:

@@ -7,6 +7,8 @@ as soon as there is a public way.
 from collections.abc import Sequence
 from typing import Any
 
+import tensorflow as tf
+
 # Which devices a value is on, by TensorFlow's own rule.
 from tensorflow.python.distribute import cross_device_ops as _cross_device_ops
 
@@ -40,6 +42,13 @@ from tensorflow.python.ops.resource_variable_ops import (
 def mirrored(values: Sequence[Any]) -> Any:
     """Wraps one value per replica, all equal, as cross-device ops return."""
     return _Mirrored(tuple(values))
+
+
+def per_replica(value: Any) -> Any:
+    """Wraps the value of a worker's only replica; others come wrapped."""
+    if isinstance(value, tf.distribute.DistributedValues):
+        return value
+    return PerReplica((value,))
 
 
 def devices_of(value: Any) -> tuple[str, ...]:

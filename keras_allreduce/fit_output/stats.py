@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from keras_allreduce.reduce.plan import bus_share
+
 
 @dataclass(frozen=True)
 class ReduceStats:
@@ -54,8 +56,8 @@ class ReduceStats:
         """
         if not self.all_reduce_ms or self.nbytes is None:
             return float("nan")
-        share = 2 * (self.num_replicas - 1) / self.num_replicas
-        return self.nbytes * share / (self.all_reduce_ms * 1e6)
+        sent = self.nbytes * bus_share(self.num_replicas)
+        return sent / (self.all_reduce_ms * 1e6)
 
 
 def measure(

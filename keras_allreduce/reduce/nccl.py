@@ -1,15 +1,15 @@
-"""All-reduce with NCCL, one tensor per GPU."""
+"""All-reduce with NCCL, one op per GPU and pack."""
 
 import itertools
 from collections.abc import Sequence
 
 import tensorflow as tf
 
-# As in PyTorch DistributedDataParallel.
-BYTES_PER_PACK = 25 * 2**20
+from keras_allreduce.compat import distribute
+from keras_allreduce.devices import are_virtual, is_gpu
+from keras_allreduce.reduce.algorithm import Algorithm
 
-# What NCCL's kernel in TensorFlow takes; everything else is summed by
-# `shared_memory`.
+# The dtypes of NCCL's kernel in TensorFlow.
 DTYPES = frozenset({tf.float16, tf.float32, tf.float64, tf.int64})
 
 _names = itertools.count()
@@ -53,3 +53,26 @@ def all_reduce(
                 )
         sums.append(summed)
     return sums
+
+
+def _refuses(devices: Sequence[str]) -> str:
+    return "" if all(map(is_gpu, devices)) else "runs between GPUs only"
+
+
+def _discouraged(gpus: Sequence[str]) -> str:
+    if not distribute.has_nccl():
+        return "this TensorFlow is built without NCCL"
+    if are_virtual(gpus):
+        return "NCCL does not work between virtual GPUs"
+    return ""
+
+
+ALGORITHM = Algorithm(
+    "nccl",
+    all_reduce,
+    takes=DTYPES.__contains__,
+    refuses=_refuses,
+    discouraged=_discouraged,
+    crosses_workers=True,
+    needs_graph=True,
+)

@@ -1,8 +1,12 @@
 """One bucket, one tensor: `pack` and its inverse `unpack`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
+
+from keras_allreduce.devices import on_each
+from keras_allreduce.reduce.buckets import GradientSpec
 
 
 def pack(gradients: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -41,6 +45,24 @@ def unpack(
     sizes = [_size(gradient) for gradient in gradients]
     parts = tf.split(packed, sizes, num=len(sizes))
     return [_restore(*both) for both in zip(parts, gradients, strict=True)]
+
+
+def densify(replicas: Sequence[Any], devices: Sequence[str]) -> list[Any]:
+    """Makes a sparse gradient dense where it is; a dense one stays."""
+    if not isinstance(replicas[0], tf.IndexedSlices):
+        return list(replicas)
+    return on_each(devices, tf.convert_to_tensor, replicas)
+
+
+def nbytes_of(tensor: tf.Tensor) -> int | None:
+    """Size of a tensor in bytes, `None` if known only while the step runs."""
+    elements = tensor.shape.num_elements()
+    return None if elements is None else elements * tensor.dtype.size
+
+
+def spec_of(gradient: tf.Tensor) -> GradientSpec:
+    """What the plan needs to know of a dense gradient."""
+    return GradientSpec(gradient.dtype.name, nbytes_of(gradient))
 
 
 def _size(gradient: tf.Tensor) -> int | tf.Tensor:

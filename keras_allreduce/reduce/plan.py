@@ -1,6 +1,9 @@
 """The plan of one batch of all-reduces, as the fit output prints it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from keras_allreduce.reduce.buckets import GradientSpec
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,50 @@ def size_of(nbytes: int) -> str:
     """Bytes in the unit that reads best."""
     mib = nbytes / 2**20
     return f"{mib:.1f} MiB" if mib >= 0.1 else f"{nbytes / 2**10:.1f} KiB"
+
+
+def bus_share(num_ranks: int) -> float:
+    """What each rank sends at least in an all-reduce, as a share of its size.
+
+    That is 2 (n - 1) / n for n ranks: reduce-scatter and all-gather. It is
+    also the factor between the algorithm and the bus bandwidth of nccl-tests.
+
+    Args:
+        num_ranks: Number of replicas, or of workers.
+    """
+    return 2 * (num_ranks - 1) / num_ranks
+
+
+def make_plan(
+    specs: Sequence[GradientSpec],
+    *,
+    num_sparse: int,
+    num_packs: int,
+    algorithm: str,
+    reason: str,
+    num_replicas: int,
+) -> ReducePlan:
+    """Sums up a batch of all-reduces.
+
+    Args:
+        specs: The dense gradients.
+        num_sparse: Number of sparse ones, whose rows are counted only while
+            the step runs: with any the size is not known.
+        num_packs: Packs of the dense gradients.
+        algorithm: Name of the algorithm.
+        reason: See `algorithms.choose`.
+        num_replicas: Number of replicas that are summed.
+    """
+    sizes = [spec.nbytes for spec in specs]
+    known = [size for size in sizes if size is not None]
+    complete = not num_sparse and len(known) == len(sizes)
+    return ReducePlan(
+        num_gradients=len(specs),
+        num_sparse=num_sparse,
+        algorithm=algorithm,
+        reason=reason,
+        num_packs=num_packs,
+        nbytes=sum(known) if complete else None,
+        dtypes=tuple(sorted({spec.dtype for spec in specs})),
+        num_replicas=num_replicas,
+    )

@@ -19,8 +19,12 @@ so all ranks end with the same bits.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import tensorflow as tf
+
+from keras_allreduce.devices import on_each
+from keras_allreduce.reduce.algorithm import Algorithm
 
 
 def chunk_sizes(size: int, num_ranks: int) -> list[int]:
@@ -69,12 +73,7 @@ def _all_reduce_pack(
     pack: Sequence[tf.Tensor], devices: Sequence[str]
 ) -> list[tf.Tensor]:
     num_ranks = len(devices)
-    chunks = []
-    for tensor, device in zip(pack, devices, strict=True):
-        with tf.device(device):
-            flat = tf.reshape(tensor, [-1])
-            sizes = _chunk_sizes(flat, num_ranks)
-            chunks.append(list(tf.split(flat, sizes, num=num_ranks)))
+    chunks = on_each(devices, partial(_cut, num_ranks=num_ranks), pack)
     for step, sent in enumerate(schedule(num_ranks)):
         # All ranks of a step send at once: read every chunk before any is
         # replaced.
@@ -87,13 +86,18 @@ def _all_reduce_pack(
                 else:
                     received = tf.identity(moving[rank])
             chunks[receiver][chunk] = received
-    sums = []
-    for rank, device in enumerate(devices):
-        with tf.device(device):
-            flat = tf.concat(chunks[rank], axis=0)
-            sums.append(tf.reshape(flat, tf.shape(pack[rank])))
-            sums[rank].set_shape(pack[rank].shape)
-    return sums
+    return on_each(devices, _join, chunks, pack)
+
+
+def _cut(tensor: tf.Tensor, num_ranks: int) -> list[tf.Tensor]:
+    flat = tf.reshape(tensor, [-1])
+    return list(tf.split(flat, _chunk_sizes(flat, num_ranks), num=num_ranks))
+
+
+def _join(chunks: Sequence[tf.Tensor], like: tf.Tensor) -> tf.Tensor:
+    joined = tf.reshape(tf.concat(chunks, axis=0), tf.shape(like))
+    joined.set_shape(like.shape)
+    return joined
 
 
 def _chunk_sizes(tensor: tf.Tensor, num_ranks: int) -> list[int] | tf.Tensor:
@@ -103,3 +107,6 @@ def _chunk_sizes(tensor: tf.Tensor, num_ranks: int) -> list[int] | tf.Tensor:
     length = tf.size(tensor)
     longer = tf.cast(tf.range(num_ranks) < length % num_ranks, tf.int32)
     return tf.fill([num_ranks], length // num_ranks) + longer
+
+
+ALGORITHM = Algorithm("ring", all_reduce)

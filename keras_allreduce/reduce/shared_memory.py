@@ -1,4 +1,4 @@
-"""All-reduce between replicas of one process: sum once, hand out by reference.
+"""All-reduce between replicas of one process: sum once, share without a copy.
 
 Host devices of one process share their memory, so a tensor goes from one to
 another without a copy. Each pack is summed once, by one device, in one op
@@ -12,7 +12,10 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from keras_allreduce.devices import on_each
+from keras_allreduce.reduce.algorithm import Algorithm
 from keras_allreduce.reduce.buckets import balance
+from keras_allreduce.reduce.packing import nbytes_of
 
 
 def all_reduce(
@@ -30,7 +33,7 @@ def all_reduce(
         `sums[pack][replica]`, like `packs`; all replicas of a pack bit for
         bit the same.
     """
-    owners = balance([_nbytes(pack[0]) for pack in packs], len(devices))
+    owners = balance([nbytes_of(pack[0]) for pack in packs], len(devices))
     return [
         share(add(pack, devices[owner]), devices)
         for pack, owner in zip(packs, owners, strict=True)
@@ -45,13 +48,7 @@ def add(tensors: Sequence[tf.Tensor], device: str) -> tf.Tensor:
 
 def share(tensor: tf.Tensor, devices: Sequence[str]) -> list[tf.Tensor]:
     """Gives `tensor` to every device."""
-    shared = []
-    for device in devices:
-        with tf.device(device):
-            shared.append(tf.identity(tensor))
-    return shared
+    return on_each(devices, lambda: tf.identity(tensor))
 
 
-def _nbytes(tensor: tf.Tensor) -> int | None:
-    elements = tensor.shape.num_elements()
-    return None if elements is None else elements * tensor.dtype.size
+ALGORITHM = Algorithm("shared_memory", all_reduce)

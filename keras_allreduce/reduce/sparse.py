@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce.devices import is_gpu
 from keras_allreduce.reduce import shared_memory
 
 
@@ -38,8 +39,7 @@ def share(
     gathered: tf.IndexedSlices, devices: Sequence[str], owner: str
 ) -> list[Any]:
     """Gives a sparse gradient, which is on `owner`, to every device."""
-    on_gpus = any("GPU" in device.upper() for device in devices)
-    if on_gpus and list(devices) != [owner]:
+    if any(map(is_gpu, devices)) and list(devices) != [owner]:
         with tf.device(owner):
             gathered = add_up(gathered)
     values = shared_memory.share(gathered.values, devices)

@@ -5,6 +5,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_allreduce.devices import is_gpu
+
 
 def check_backend() -> None:
     """Raises if Keras does not run on TensorFlow.
@@ -46,7 +48,7 @@ def check_model(model: keras.Model, strategy: Any) -> None:
     if (
         getattr(model, "jit_compile", False) is True
         and len(devices) > 1
-        and "CPU" in devices[0].upper()
+        and not is_gpu(devices[0])
     ):
         raise ValueError(
             "XLA cannot compile a step that runs on several host devices. "

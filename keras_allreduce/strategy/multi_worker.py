@@ -14,8 +14,9 @@ from keras_allreduce.strategy.base import StrategyBase
 from keras_allreduce.strategy.multi_worker_extended import (
     MultiWorkerAllReduceExtended,
 )
-from keras_allreduce.workers.in_flight import Progress
-from keras_allreduce.workers.wire import WIRE_DTYPES
+from keras_allreduce.workers.group import WorkerOptions
+from keras_allreduce.workers.lateness import lateness_ms
+from keras_allreduce.workers.wire_formats import wire_dtypes
 
 TIMEOUT_SECONDS = 600.0
 
@@ -76,33 +77,26 @@ class MultiWorkerAllReduceStrategy(
         self.measure_lateness = bool(measure_lateness)
         if HOST_DEVICES in os.environ:
             host_devices(int(os.environ[HOST_DEVICES]))
-        if not timeout_seconds > 0:
-            raise ValueError(
-                "`timeout_seconds` must be positive. Received: "
-                f"timeout_seconds={timeout_seconds!r}"
-            )
-        if wire_dtype not in (None, *WIRE_DTYPES):
-            raise ValueError(
-                f"`wire_dtype` must be one of {', '.join(WIRE_DTYPES)}, or "
-                f"None. Received: wire_dtype={wire_dtype!r}"
-            )
+        _check(timeout_seconds, wire_dtype)
         asked = communication_options or (
             tf.distribute.experimental.CommunicationOptions()
         )
-        options = tf.distribute.experimental.CommunicationOptions(
-            bytes_per_pack=asked.bytes_per_pack or bytes_per_pack,
+        options = WorkerOptions(
+            asked.bytes_per_pack or bytes_per_pack,
+            asked.timeout_seconds or timeout_seconds,
+            wire_dtype,
+            self.measure_lateness,
+            sparse_as_dense,
+            weigh_samples,
+        )
+        stock_options = tf.distribute.experimental.CommunicationOptions(
+            bytes_per_pack=options.bytes_per_pack,
             implementation=asked.implementation,
         )
         tf.distribute.Strategy.__init__(
             self,
             MultiWorkerAllReduceExtended(
-                self,
-                cluster_resolver,
-                options,
-                asked.timeout_seconds or timeout_seconds,
-                wire_dtype,
-                sparse_as_dense,
-                Progress(timed=measure_lateness),
+                self, cluster_resolver, stock_options, options
             ),
         )
 
@@ -126,8 +120,7 @@ class MultiWorkerAllReduceStrategy(
             longest. Means over the steps since the last call; all `nan` if a
             worker has counted none.
         """
-        waits = self.extended.waits_of_all_workers()
-        return [(max(waits) - each) * 1e3 for each in waits]
+        return lateness_ms(self.extended.waits_of_all_workers())
 
     def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
         """Reduces `value` across replicas, as `tf.distribute.Strategy` does.
@@ -153,3 +146,17 @@ class MultiWorkerAllReduceStrategy(
             parts = self.experimental_local_results(value)
             return tf.reduce_mean(tf.stack(parts))
         return super().reduce(reduce_op, value, axis)
+
+
+def _check(timeout_seconds: float, wire_dtype: str | None) -> None:
+    """Raises a `ValueError` if an argument is wrong."""
+    if not timeout_seconds > 0:
+        raise ValueError(
+            "`timeout_seconds` must be positive. Received: "
+            f"timeout_seconds={timeout_seconds!r}"
+        )
+    if wire_dtype not in (None, *wire_dtypes()):
+        raise ValueError(
+            f"`wire_dtype` must be one of {', '.join(wire_dtypes())}, or "
+            f"None. Received: wire_dtype={wire_dtype!r}"
+        )

@@ -1,28 +1,22 @@
-"""What must be the same on all workers is compared, before they wait in vain.
+"""Checks that all workers run the same model, options and steps.
 
 Workers that run different code do not fail by themselves: each waits for a
 collective that another never starts. So each publishes what it is about to do
-in the store of TensorFlow's coordination service, and reads the others'.
+in the `Store`, and reads what the others do.
 """
 
 import itertools
 import json
 import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_allreduce.compat import runtime
 from keras_allreduce.version import __version__
 from keras_allreduce.workers.cluster import Cluster
-
-_numbers = itertools.count()
-
-_READ_SECONDS = 1.0
-_GRACE_SECONDS = 10.0
+from keras_allreduce.workers.store import Store
 
 _REMEDY = "Run the same script, in the same environment, on all workers."
 
@@ -52,8 +46,8 @@ class Agreement:
 
     Args:
         cluster: The workers.
-        timeout_seconds: How long one waits for what another publishes.
-        lost: Returns a message once another worker is known to be lost.
+        timeout_seconds: How long to wait for what another publishes.
+        lost: Returns a message once another worker is known to have failed.
     """
 
     def __init__(
@@ -63,10 +57,7 @@ class Agreement:
         lost: Callable[[], str | None] = lambda: None,
     ):
         self._cluster = cluster
-        self._timeout_seconds = timeout_seconds
-        self._lost = lost
-        # Strategies are made in one order on all workers.
-        self._number = next(_numbers)
+        self._store = Store(cluster, timeout_seconds, lost)
         self._lists: list[dict[str, str]] = []
         # Variables and gradients are counted together: where one worker makes
         # a variable and another goes on to its step, these two meet.
@@ -93,13 +84,8 @@ class Agreement:
         """
         own = {key: str(value) for key, value in facts.items()}
         key = name if point is None else f"{name}/{point}"
-        self._publish(key, json.dumps(own))
-        found = {
-            rank: own
-            if rank == self._cluster.rank
-            else json.loads(self._read(key, rank, self._timeout_seconds))
-            for rank in range(len(self._cluster.tasks))
-        }
+        texts = self._store.exchange(key, json.dumps(own))
+        found = [json.loads(text) for text in texts]
         differences = [
             difference
             for rank in range(1, len(found))
@@ -107,7 +93,7 @@ class Agreement:
         ]
         if not differences:
             return
-        self._let_all_read(key)
+        self._store.let_all_read(key)
         raise RuntimeError(
             f"All workers must have the same {name}. Received: "
             f"{'; '.join(differences)}. {remedy}"
@@ -193,59 +179,6 @@ class Agreement:
                     f"{key}: {name(0)} has {one}, {name(rank)} has {another}"
                 ]
         return []
-
-    def _let_all_read(self, name: str) -> None:
-        # The store ends with the chief, so that ends last.
-        self._publish(f"{name} has been read", "")
-        if self._cluster.rank == 0:
-            for rank in self._cluster.others:
-                try:
-                    self._read(f"{name} has been read", rank, _GRACE_SECONDS)
-                except RuntimeError:
-                    return
-
-    def _key(self, name: str, rank: int) -> str:
-        return f"keras_allreduce/{self._number}/{name}/{rank}"
-
-    def _publish(self, name: str, value: str) -> None:
-        try:
-            runtime.publish(self._key(name, self._cluster.rank), value)
-        except tf.errors.OpError as error:
-            raise self._store_failed(name, error) from error
-
-    def _read(self, name: str, rank: int, timeout_seconds: float) -> str:
-        end = time.monotonic() + timeout_seconds
-        while True:
-            left = end - time.monotonic()
-            try:
-                return runtime.read_published(
-                    self._key(name, rank), min(_READ_SECONDS, max(left, 0))
-                )
-            except tf.errors.DeadlineExceededError:
-                lost = self._lost()
-                if lost is not None:
-                    raise RuntimeError(lost) from None
-                if left <= 0:
-                    raise RuntimeError(
-                        "All workers must make the same models and steps, "
-                        f"within timeout_seconds={timeout_seconds:g} of each "
-                        f"other. Received: no {name} from "
-                        f"{self._cluster.name(rank)}. Run the same script on "
-                        "all workers; look at that worker's log."
-                    ) from None
-            except tf.errors.OpError as error:
-                raise self._store_failed(name, error) from error
-
-    def _store_failed(
-        self, name: str, error: tf.errors.OpError
-    ) -> RuntimeError:
-        return RuntimeError(
-            self._lost()
-            or "All workers must stay while they compare what they do. "
-            f"Received: {self._cluster.name(0)} is not there to compare the "
-            f"{name} ({error.message.splitlines()[0]}). Look at its log, then "
-            "start all workers again."
-        )
 
 
 def _spec(gradient: Any) -> str:

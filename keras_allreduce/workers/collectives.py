@@ -18,8 +18,8 @@ from typing import Any
 import tensorflow as tf
 
 from keras_allreduce.compat import distribute
-from keras_allreduce.graph_order import new_token
-from keras_allreduce.workers.in_flight import Progress
+from keras_allreduce.devices import on_each
+from keras_allreduce.workers.in_flight import InFlight
 
 _SUM = {"merge_op": "Add", "final_op": "Id"}
 
@@ -27,7 +27,7 @@ _group_keys = itertools.count(1_000_000)
 
 
 @dataclass(frozen=True)
-class WorkerGroup:
+class CollectiveGroup:
     """The host devices of all workers, one each, or all of their GPUs.
 
     Attributes:
@@ -43,18 +43,18 @@ class WorkerGroup:
 
 
 class Collectives:
-    """Collectives of one group of workers.
+    """Collectives of one group of devices.
 
-    They wait for the others without end; whoever watches `progress` ends them.
+    They wait for the others without a limit; the watchdog ends them.
 
     Args:
-        group: The workers.
-        progress: Told what is under way.
+        group: The devices.
+        in_flight: Tracks the collectives for the watchdog.
     """
 
-    def __init__(self, group: WorkerGroup, progress: Progress):
+    def __init__(self, group: CollectiveGroup, in_flight: InFlight):
         self._group = group
-        self._progress = progress
+        self._in_flight = in_flight
         self._seen: weakref.WeakKeyDictionary[Any, dict[str, int]] = (
             weakref.WeakKeyDictionary()
         )
@@ -87,37 +87,34 @@ class Collectives:
         waits, on its own GPU, for the one traced before it.
 
         Args:
-            tensors: Those of the GPUs of this worker, of one shape and dtype
+            tensors: One of each GPU of this worker, of one shape and dtype
                 on all.
-            devices: Those GPUs.
+            devices: The GPUs of this worker.
             purpose: As for `all_reduce`.
 
         Returns:
             The sum, on each of `devices`.
         """
-
-        def launch(ready: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-            sums = []
-            for tensor, device in zip(ready, devices, strict=True):
-                with tf.device(device):
-                    sums.append(
-                        tf.raw_ops.CollectiveReduceV2(
-                            input=tensor,
-                            ordering_token=[self._token_of(device)],
-                            communication_hint="nccl",
-                            **_SUM,
-                            **place,
-                        )
-                    )
-            return sums
-
         with tf.device(self._group.device):
             place = self._place(tensors[0], purpose)
-            return self._progress.watched(launch, list(tensors))
+
+            def launch(tensor: tf.Tensor, token: tf.Tensor) -> tf.Tensor:
+                return tf.raw_ops.CollectiveReduceV2(
+                    input=tensor,
+                    ordering_token=[token],
+                    communication_hint="nccl",
+                    **_SUM,
+                    **place,
+                )
+
+            tokens = [self._token_of(device) for device in devices]
+            with self._in_flight.watched(tensors) as flight:
+                flight.results += on_each(devices, launch, tensors, tokens)
+            return flight.results
 
     def all_gather(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
         """Concatenates `tensor`, of one shape on all workers, along axis 0."""
-        return self._move(tf.raw_ops.CollectiveGatherV2, tensor, purpose)
+        return self._run(tf.raw_ops.CollectiveGatherV2, tensor, purpose)
 
     def all_to_all(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
         """Sends row w of `tensor` to worker w.
@@ -129,7 +126,7 @@ class Collectives:
         Returns:
             Tensor of the same shape; row w is what worker w has sent here.
         """
-        return self._move(tf.raw_ops.CollectiveAllToAllV2, tensor, purpose)
+        return self._run(tf.raw_ops.CollectiveAllToAllV2, tensor, purpose)
 
     def all_gather_rows(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
         """Concatenates tensors that may differ in length along axis 0."""
@@ -147,29 +144,21 @@ class Collectives:
                 axis=0,
             )
 
-    def _move(self, op: Any, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
-        if tensor.dtype != tf.bfloat16:
-            return self._run(op, tensor, purpose)
-        with tf.device(self._group.device):
-            # Has no kernel for bfloat16, whose bytes it can move as well.
-            moved = self._run(op, tf.bitcast(tensor, tf.float16), purpose)
-            return tf.bitcast(moved, tf.bfloat16)
-
     def _run(
         self, op: Any, tensor: tf.Tensor, purpose: str, **attributes: Any
     ) -> tf.Tensor:
         with tf.device(self._group.device):
             place = self._place(tensor, purpose)
-            return self._progress.watched(
-                lambda ready: op(
-                    input=ready,
-                    ordering_token=new_token(),
+            with self._in_flight.watched([tensor]) as flight:
+                result = op(
+                    input=tensor,
+                    ordering_token=flight.tokens,
                     communication_hint="ring",
                     **attributes,
                     **place,
-                ),
-                tensor,
-            )
+                )
+                flight.results.append(result)
+            return result
 
     def _place(self, tensor: tf.Tensor, purpose: str) -> dict[str, Any]:
         graph = tf.compat.v1.get_default_graph()

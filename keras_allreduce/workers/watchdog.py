@@ -1,32 +1,26 @@
-"""Notices that another worker is lost, and ends in an error that says which.
+"""Checks the health of the other workers, and names the one that failed.
 
 A collective waits for all workers, and TensorFlow's errors tell which socket
 was closed, if that. One thread per strategy asks the server of each other
-worker whether it is there. C++ threads answer it, so a worker that computes,
+worker for a heartbeat. C++ threads answer it, so a worker that computes,
 compiles, saves or stands in a debugger does answer; one that was killed or
 frozen, or whose network is cut, does not.
 """
 
-import atexit
 import contextlib
-import faulthandler
-import os
-import re
-import sys
 import threading
 import time
 import weakref
-from types import TracebackType
 from typing import Any
 
 import tensorflow as tf
 
 from keras_allreduce.compat import runtime
 from keras_allreduce.workers.cluster import Cluster
-from keras_allreduce.workers.in_flight import Progress
+from keras_allreduce.workers.in_flight import InFlight
 
 FROZEN_SECONDS = 20.0
-"""A worker that has not answered for so long is lost."""
+"""A worker that has not answered for so long has failed."""
 
 _INTERVAL_SECONDS = 2.0
 _PROBE_SECONDS = 2.0
@@ -39,17 +33,14 @@ _RETRY_SECONDS = 0.3
 # others may need so long for what they do last, saving as a rule.
 _ALONE_SECONDS = 30.0
 
-# TensorFlow's tear-down waits for a worker that does not answer.
-_TEAR_DOWN_SECONDS = 20.0
-
 _REMEDY = (
     "Look at its log, then start all workers again; "
     "keras.callbacks.BackupAndRestore goes on where they were."
 )
 
 
-class WorkerWatch:
-    """Watches the other workers until `stop`, or until one is lost.
+class Watchdog:
+    """Watches the other workers until `stop`, or until one fails.
 
     Then all collectives of this process end in a `tf.errors.UnavailableError`
     with the message in `lost`.
@@ -57,17 +48,20 @@ class WorkerWatch:
     Args:
         cluster: The workers.
         timeout_seconds: How long a collective may wait for the others. A
-            worker is lost if it has not answered for this long, or for
+            worker has failed if it has not answered for this long, or for
             `FROZEN_SECONDS` if that is shorter.
-        progress: The collectives under way.
+        in_flight: The collectives in flight.
+
+    Attributes:
+        lost: Which worker failed and how, or `None`.
     """
 
     def __init__(
-        self, cluster: Cluster, timeout_seconds: float, progress: Progress
+        self, cluster: Cluster, timeout_seconds: float, in_flight: InFlight
     ):
         self._cluster = cluster
         self._timeout_seconds = timeout_seconds
-        self._progress = progress
+        self._in_flight = in_flight
         self._limit_seconds = min(timeout_seconds, FROZEN_SECONDS)
         self._stopped = threading.Event()
         self._asking = threading.Lock()
@@ -76,13 +70,11 @@ class WorkerWatch:
         self._alone_seconds = _ALONE_SECONDS
         self.lost: str | None = None
         self._thread = threading.Thread(
-            target=self._run, name="keras_allreduce.worker_watch", daemon=True
+            target=self._run, name="keras_allreduce.watchdog", daemon=True
         )
 
     def start(self, owner: Any) -> None:
         """Watches for as long as `owner`, a strategy, is there."""
-        _watches.add(self)
-        _install_last_line()
         # Also runs at the end of the process, before TensorFlow is torn down.
         weakref.finalize(owner, self.stop)
         self._thread.start()
@@ -119,7 +111,7 @@ class WorkerWatch:
                 self._ask(rank)
             if (
                 self.lost is None
-                and self._progress.waiting_seconds() >= self._timeout_seconds
+                and self._in_flight.waiting_seconds() >= self._timeout_seconds
             ):
                 self._give_up(
                     "All workers must take part in every step within "
@@ -190,78 +182,5 @@ class WorkerWatch:
         runtime.abort_collectives(why)
 
 
-_watches: weakref.WeakSet[WorkerWatch] = weakref.WeakSet()
-
-
-def explain(error: BaseException | None) -> str | None:
-    """Why a collective has failed, in words that name the worker.
-
-    Where a worker dies in the middle of a collective, TensorFlow's own error
-    of a closed connection is there before anybody can ask.
-
-    Args:
-        error: What was raised.
-
-    Returns:
-        The explanation, or `None` if it is about something else.
-    """
-    if not isinstance(error, tf.errors.OpError):
-        return None
-    if "ollective" not in error.message:
-        return None
-    for watch in list(_watches):
-        lost = watch.ask_until_sure()
-        if lost is not None:
-            return lost
-    # Another worker has noticed it first, and its error has come here.
-    told = re.search(r"All workers must [^\n\\\"]*", error.message)
-    return told.group() if told else None
-
-
 def _goodbye(cluster: Cluster, rank: int) -> str:
     return f"keras_allreduce/goodbye of {cluster.tasks[rank]}"
-
-
-_state: dict[str, Any] = {"installed": False, "failed": False}
-
-
-def _install_last_line() -> None:
-    """Lets the explanation be the last line of a process that fails."""
-    if _state["installed"]:
-        return
-    _state["installed"] = True
-    show = sys.excepthook
-
-    def show_and_explain(
-        kind: type[BaseException],
-        error: BaseException,
-        traceback: TracebackType | None,
-    ) -> None:
-        _state["failed"] = True
-        show(kind, error, traceback)
-        with contextlib.suppress(Exception):
-            explanation = explain(error)
-            if explanation is not None:
-                print(f"keras_allreduce: {explanation}", file=sys.stderr)
-                _end_within(_TEAR_DOWN_SECONDS)
-
-    sys.excepthook = show_and_explain
-    atexit.register(_leave)
-
-
-def _end_within(seconds: float) -> None:
-    """Ends the process, which has failed, in this time at the latest."""
-    # The one timer that also runs while the interpreter is torn down.
-    nowhere = open(os.devnull, "w")  # noqa: SIM115 (open until the end)
-    faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
-    _state["nowhere"] = nowhere
-
-
-def _leave() -> None:
-    """At the end of the process: says goodbye, unless it ends in an error."""
-    watches = [watch for watch in _watches if watch.lost is None]
-    if watches and not _state["failed"]:
-        # A chief that is frozen would not let this end.
-        goodbye = threading.Thread(target=watches[0].say_goodbye, daemon=True)
-        goodbye.start()
-        goodbye.join(_PROBE_SECONDS)

@@ -1,9 +1,9 @@
-"""How a tensor is summed between workers: which collectives, in which dtype.
+"""Sums a tensor between workers: which collectives, in which format.
 
-In its own dtype a tensor goes round TensorFlow's ring, and a small one is
-exchanged at once, which takes one trip instead of two. In a narrower dtype the
-workers exchange what they have and sum in the tensor's own dtype, which the
-ring cannot: it would round after each addition.
+As it is a tensor goes round TensorFlow's ring, and a small one is exchanged at
+once, in one round trip instead of two. In another format the workers exchange
+what they have and sum in the tensor's own dtype, which the ring cannot: it
+would round after each addition.
 
 2 workers: each sends all it has, both sum          1 rounding of each part
 more:      worker w gets chunk w of all and sums    1 rounding of each part,
@@ -15,18 +15,10 @@ same bits.
 
 import tensorflow as tf
 
+from keras_allreduce.reduce.pack_sizes import small_bytes
+from keras_allreduce.reduce.packing import nbytes_of
 from keras_allreduce.workers.collectives import Collectives
-
-WIRE_DTYPES = ("bfloat16", "float16")
-
-
-def small_bytes(num_workers: int) -> int:
-    """Up to this size the time of a trip costs more than the bytes.
-
-    Between 2 workers an exchange sends no more than the ring does, in one trip,
-    but copies more.
-    """
-    return 2**18 if num_workers == 2 else 2**14
+from keras_allreduce.workers.wire_formats import EXACT, WireFormat
 
 
 class Wire:
@@ -35,19 +27,19 @@ class Wire:
     Args:
         collectives: The collectives between the workers.
         num_workers: Number of workers.
-        dtype: One of `WIRE_DTYPES` in which wider floats cross, or `None`:
-            everything crosses in its own dtype.
+        wire_format: Format of the tensors that it carries; others cross as
+            they are.
     """
 
     def __init__(
         self,
         collectives: Collectives,
         num_workers: int,
-        dtype: str | None = None,
+        wire_format: WireFormat = EXACT,
     ):
         self._collectives = collectives
         self._num_workers = num_workers
-        self._dtype = None if dtype is None else tf.as_dtype(dtype)
+        self._format = wire_format
 
     @property
     def device(self) -> str:
@@ -65,60 +57,64 @@ class Wire:
             The sum in the shape and dtype of `tensor`, bit for bit the same
             on all workers, on the host device.
         """
-        wire = self.dtype_of(tensor.dtype)
-        small = _nbytes(tensor) <= small_bytes(self._num_workers)
-        if wire == tensor.dtype and not small:
+        wire_format = self.format_of(tensor.dtype)
+        nbytes = nbytes_of(tensor)
+        small = nbytes is not None and nbytes <= small_bytes(self._num_workers)
+        if wire_format is EXACT and not small:
             return self._collectives.all_reduce(tensor, purpose)
         with tf.device(self._collectives.device):
             if small or self._num_workers == 2:
-                total = self._exchange(tf.cast(tensor, wire), purpose)
+                rows = tensor[tf.newaxis]
+                total = self._exchange(wire_format, rows, purpose)
             else:
-                total = self._exchange_chunks(tf.cast(tensor, wire), purpose)
+                total = self._exchange_chunks(wire_format, tensor, purpose)
             total = tf.cast(total, tensor.dtype)
             total.set_shape(tensor.shape)
             return total
 
     def all_gather_rows(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
         """Concatenates tensors that may differ in length along axis 0."""
+        wire_format = self.format_of(tensor.dtype)
         with tf.device(self._collectives.device):
-            rows = tf.cast(tensor, self.dtype_of(tensor.dtype))
+            rows = wire_format.encode(tensor)
             gathered = self._collectives.all_gather_rows(rows, purpose)
-            return tf.cast(gathered, tensor.dtype)
+            return wire_format.decode(gathered, tensor)
 
-    def dtype_of(self, dtype: tf.DType) -> tf.DType:
-        """The dtype in which tensors of `dtype` cross."""
-        if self._dtype is None or not dtype.is_floating:
-            return dtype
-        return self._dtype if self._dtype.size < dtype.size else dtype
+    def format_of(self, dtype: tf.DType) -> WireFormat:
+        """The format in which tensors of `dtype` cross."""
+        return self._format if self._format.carries(dtype) else EXACT
 
-    def _exchange(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
-        gathered = self._collectives.all_gather(tensor[tf.newaxis], purpose)
-        return _sum(gathered, self._num_workers)
+    def _exchange(
+        self, wire_format: WireFormat, rows: tf.Tensor, purpose: str
+    ) -> tf.Tensor:
+        """The sum of the one row of each worker."""
+        encoded = wire_format.encode(rows)
+        gathered = self._collectives.all_gather(encoded, purpose)
+        return _sum(wire_format.decode(gathered, rows), self._num_workers)
 
-    def _exchange_chunks(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
+    def _exchange_chunks(
+        self, wire_format: WireFormat, tensor: tf.Tensor, purpose: str
+    ) -> tf.Tensor:
+        """The same, where each worker sums one chunk of all tensors."""
         size = tf.size(tensor)
         flat = tf.pad(
             tf.reshape(tensor, [-1]), [[0, -size % self._num_workers]]
         )
-        chunks = tf.reshape(flat, [self._num_workers, -1])
-        mine = _sum(
-            self._collectives.all_to_all(chunks, f"chunks of {purpose}"),
-            self._num_workers,
+        # chunks[worker] is a row, and its sum one row again.
+        chunks = tf.reshape(flat, [self._num_workers, 1, -1])
+        crossed = self._collectives.all_to_all(
+            wire_format.encode(chunks), f"chunks of {purpose}"
         )
-        sums = self._collectives.all_gather(
-            tf.cast(mine, tensor.dtype), purpose
+        mine = _sum(wire_format.decode(crossed, chunks), self._num_workers)
+        gathered = self._collectives.all_gather(
+            wire_format.encode(mine), purpose
         )
+        sums = tf.reshape(wire_format.decode(gathered, mine), [-1])
         return tf.reshape(sums[:size], tf.shape(tensor))
 
 
-def _sum(parts: tf.Tensor, count: int) -> tf.Tensor:
-    """Sums along axis 0 in the order of the workers, in 32 bits or more."""
-    wide = parts.dtype.is_floating and parts.dtype.size < 4
-    if wide:
-        parts = tf.cast(parts, tf.float32)
-    return tf.add_n(tf.unstack(parts, count))
-
-
-def _nbytes(tensor: tf.Tensor) -> float:
-    elements = tensor.shape.num_elements()
-    return float("inf") if elements is None else elements * tensor.dtype.size
+def _sum(rows: tf.Tensor, count: int) -> tf.Tensor:
+    """Sums rows in the order of the workers, in 32 bits or more."""
+    if rows.dtype.is_floating and rows.dtype.size < 4:
+        rows = tf.cast(rows, tf.float32)
+    return tf.add_n(tf.unstack(rows, count))

@@ -1,0 +1,99 @@
+"""Makes the failed worker's name the last line of a process that fails.
+
+Where a worker dies in the middle of a collective, TensorFlow's own error of a
+closed connection is raised before the watchdog has asked.
+"""
+
+import atexit
+import contextlib
+import faulthandler
+import os
+import re
+import sys
+import threading
+import weakref
+from types import TracebackType
+from typing import Any
+
+import tensorflow as tf
+
+from keras_allreduce.workers.watchdog import Watchdog
+
+# TensorFlow's tear-down waits for a worker that does not answer.
+_TEAR_DOWN_SECONDS = 20.0
+
+# A chief that is frozen would not let the goodbye end.
+_GOODBYE_SECONDS = 2.0
+
+_watchdogs: weakref.WeakSet[Watchdog] = weakref.WeakSet()
+_state: dict[str, Any] = {"installed": False, "failed": False}
+
+
+def install(watchdog: Watchdog) -> None:
+    """Lets the explanation be the last line of a process that fails.
+
+    Args:
+        watchdog: Asked which worker failed; says goodbye to the others if
+            the process ends as it should.
+    """
+    _watchdogs.add(watchdog)
+    if _state["installed"]:
+        return
+    _state["installed"] = True
+    show = sys.excepthook
+
+    def show_and_explain(
+        kind: type[BaseException],
+        error: BaseException,
+        traceback: TracebackType | None,
+    ) -> None:
+        _state["failed"] = True
+        show(kind, error, traceback)
+        with contextlib.suppress(Exception):
+            explanation = explain(error)
+            if explanation is not None:
+                print(f"keras_allreduce: {explanation}", file=sys.stderr)
+                _end_within(_TEAR_DOWN_SECONDS)
+
+    sys.excepthook = show_and_explain
+    atexit.register(_leave)
+
+
+def _end_within(seconds: float) -> None:
+    """Ends the process, which has failed, in this time at the latest."""
+    # The one timer that also runs while the interpreter is torn down.
+    nowhere = open(os.devnull, "w")  # noqa: SIM115 (open until the end)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
+    _state["nowhere"] = nowhere
+
+
+def _leave() -> None:
+    """At the end of the process: says goodbye, unless it ends in an error."""
+    watchdogs = [each for each in _watchdogs if each.lost is None]
+    if watchdogs and not _state["failed"]:
+        say_goodbye = watchdogs[0].say_goodbye
+        goodbye = threading.Thread(target=say_goodbye, daemon=True)
+        goodbye.start()
+        goodbye.join(_GOODBYE_SECONDS)
+
+
+def explain(error: BaseException | None) -> str | None:
+    """Why a collective has failed, in words that name the worker.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        The explanation, or `None` if it is about something else.
+    """
+    if not isinstance(error, tf.errors.OpError):
+        return None
+    if "ollective" not in error.message:
+        return None
+    for watchdog in list(_watchdogs):
+        lost = watchdog.ask_until_sure()
+        if lost is not None:
+            return lost
+    # Another worker has noticed it first, and its error has come here.
+    told = re.search(r"All workers must [^\n\\\"]*", error.message)
+    return told.group() if told else None

@@ -1,0 +1,194 @@
+"""The other workers of one strategy, or none: two classes of one interface.
+
+Workers.connect
+    [1] watchdog        asks the others, from now on
+    [2] agreement       same versions, devices and options?
+    [3] collectives     between host devices, and between GPUs
+    [4] wires           exact, and in the format of `wire_dtype`
+    [5] gradient_ops    what sums gradients
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
+from keras_allreduce.workers import exit_message, lateness
+from keras_allreduce.workers.agreement import Agreement, environment
+from keras_allreduce.workers.between_workers import (
+    BetweenWorkers,
+    WorkerAllReduce,
+)
+from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
+from keras_allreduce.workers.in_flight import InFlight
+from keras_allreduce.workers.watchdog import Watchdog
+from keras_allreduce.workers.wire import Wire
+from keras_allreduce.workers.wire_formats import EXACT, WIRE_FORMATS
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Options of a strategy, which must be the same on all workers.
+
+    Attributes:
+        bytes_per_pack: See `BatchAllReduce`.
+        timeout_seconds: How long a worker waits for the others.
+        wire_dtype: Name of a wire format, or `None` for "exact".
+        measure_lateness: Whether waits are measured.
+        sparse_as_dense: See `BatchAllReduce`.
+        weigh_samples: See `AllReduceStrategy`.
+    """
+
+    bytes_per_pack: int
+    timeout_seconds: float
+    wire_dtype: str | None
+    measure_lateness: bool
+    sparse_as_dense: bool
+    weigh_samples: bool | None
+
+
+class SingleWorker:
+    """The group of a worker that trains alone.
+
+    Args:
+        options: Options of the strategy.
+        in_flight: Tracks what is reduced eagerly.
+
+    Attributes:
+        gradient_ops: Sums gradients over the devices of this worker.
+    """
+
+    def __init__(self, options: WorkerOptions, in_flight: InFlight):
+        self._in_flight = in_flight
+        self.gradient_ops = BatchAllReduce(
+            "auto",
+            options.bytes_per_pack,
+            sparse_as_dense=options.sparse_as_dense,
+        )
+
+    def compare_initial_value(self, initial_value: Any) -> Any:
+        """Returns the initial value of a variable."""
+        return initial_value
+
+    def compare_steps(self, asked: int | None, batches: int | None) -> None:
+        """Accepts any number of steps."""
+
+    def sum(self, value: tf.Tensor, purpose: str) -> tf.Tensor:
+        """Returns `value`."""
+        return value
+
+    def sum_dtype(self, dtype: tf.DType) -> tf.DType:
+        """Returns `dtype`: nothing crosses."""
+        return dtype
+
+    def waits(self) -> list[float]:
+        """Mean seconds per step in a collective, of the one worker."""
+        return [self._in_flight.read_waits()]
+
+
+class Workers:
+    """The workers of one strategy, seen from one of them.
+
+    Args:
+        num_workers: Number of workers.
+        agreement: Compares what they do.
+        collectives: The collectives between their host devices.
+        gpus: The collectives between all of their devices.
+        options: Options of the strategy.
+        in_flight: Tracks the collectives.
+
+    Attributes:
+        gradient_ops: Sums gradients over the devices of all workers.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        agreement: Agreement,
+        collectives: Collectives,
+        gpus: Collectives,
+        options: WorkerOptions,
+        in_flight: InFlight,
+    ):
+        self._agreement = agreement
+        self._collectives = collectives
+        self._in_flight = in_flight
+        wire_format = WIRE_FORMATS[options.wire_dtype or EXACT.name]
+        self._exact = Wire(collectives, num_workers)  # [4]
+        self._wire = Wire(collectives, num_workers, wire_format)
+        self.gradient_ops = WorkerAllReduce(  # [5]
+            BetweenWorkers(
+                self._wire, gpus, num_workers, agreement.compare_gradients
+            ),
+            num_workers,
+            options.bytes_per_pack,
+            sparse_as_dense=options.sparse_as_dense,
+        )
+
+    @classmethod
+    def connect(
+        cls,
+        cluster: Cluster,
+        owner: Any,
+        devices: Sequence[str],
+        host: str,
+        options: WorkerOptions,
+        in_flight: InFlight,
+    ) -> "Workers":
+        """Starts the watchdog and compares the workers, as drawn at the top.
+
+        Args:
+            cluster: The workers, which TensorFlow has connected.
+            owner: The watchdog watches as long as this object is there.
+            devices: Devices of this worker.
+            host: Host device of this worker.
+            options: Options of the strategy.
+            in_flight: Tracks the collectives.
+
+        Raises:
+            RuntimeError: If workers differ in versions, devices or options,
+                or one fails.
+        """
+        watchdog = Watchdog(cluster, options.timeout_seconds, in_flight)  # [1]
+        exit_message.install(watchdog)
+        watchdog.start(owner)
+        agreement = Agreement(  # [2]
+            cluster, options.timeout_seconds, lost=lambda: watchdog.lost
+        )
+        facts: Mapping[str, Any] = environment(devices) | vars(options)
+        agreement.compare("versions, devices and options", facts)
+        workers = len(cluster.tasks)
+        groups = [  # [3]
+            CollectiveGroup(workers, host),
+            CollectiveGroup(workers * len(devices), host),
+        ]
+        between, gpus = (Collectives(group, in_flight) for group in groups)
+        return cls(workers, agreement, between, gpus, options, in_flight)
+
+    def compare_initial_value(self, initial_value: Any) -> Any:
+        """See `Agreement`."""
+        return self._agreement.compare_initial_value(initial_value)
+
+    def compare_steps(self, asked: int | None, batches: int | None) -> None:
+        """See `Agreement`."""
+        self._agreement.compare_steps(asked, batches)
+
+    def sum(self, value: tf.Tensor, purpose: str) -> tf.Tensor:
+        """The sum of a tensor that each worker has, in its own dtype."""
+        return self._exact.all_reduce(value, purpose)
+
+    def sum_dtype(self, dtype: tf.DType) -> tf.DType:
+        """The dtype in which TensorFlow may sum gradients of `dtype`."""
+        return self._wire.format_of(dtype).sum_dtype(dtype) or dtype
+
+    def waits(self) -> list[float]:
+        """Mean seconds per step in a collective, by worker.
+
+        To be called on all workers. All `nan` if one has counted no step.
+        """
+        wait = tf.constant([self._in_flight.read_waits()], tf.float64)
+        gathered = self._collectives.all_gather(wait, "waits")
+        return lateness.complete([float(each) for each in gathered.numpy()])

@@ -1,0 +1,109 @@
+"""Publishes what a worker is about to do, and reads what the others do.
+
+The store is that of TensorFlow's coordination service. It ends with the chief.
+"""
+
+import itertools
+import time
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from keras_allreduce.compat import runtime
+from keras_allreduce.workers.cluster import Cluster
+
+_numbers = itertools.count()
+
+_READ_SECONDS = 1.0
+_GRACE_SECONDS = 10.0
+
+
+class Store:
+    """The texts that the workers publish under one strategy.
+
+    Args:
+        cluster: The workers.
+        timeout_seconds: How long to wait for what another publishes.
+        lost: Returns a message once another worker is known to have failed.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        timeout_seconds: float,
+        lost: Callable[[], str | None],
+    ):
+        self._cluster = cluster
+        self._timeout_seconds = timeout_seconds
+        self._lost = lost
+        # Strategies are made in one order on all workers.
+        self._number = next(_numbers)
+
+    def exchange(self, name: str, value: str) -> list[str]:
+        """Publishes a text and returns those of all workers, by rank.
+
+        Args:
+            name: What it is about; not used before.
+            value: The text of this worker.
+
+        Raises:
+            RuntimeError: If another worker does not publish its own in time.
+        """
+        self._publish(name, value)
+        return [
+            value
+            if rank == self._cluster.rank
+            else self._read(name, rank, self._timeout_seconds)
+            for rank in range(len(self._cluster.tasks))
+        ]
+
+    def let_all_read(self, name: str) -> None:
+        """Keeps the chief, with which the store ends, until all have read."""
+        self._publish(f"{name} has been read", "")
+        if self._cluster.rank == 0:
+            for rank in self._cluster.others:
+                try:
+                    self._read(f"{name} has been read", rank, _GRACE_SECONDS)
+                except RuntimeError:
+                    return
+
+    def _key(self, name: str, rank: int) -> str:
+        return f"keras_allreduce/{self._number}/{name}/{rank}"
+
+    def _publish(self, name: str, value: str) -> None:
+        try:
+            runtime.publish(self._key(name, self._cluster.rank), value)
+        except tf.errors.OpError as error:
+            raise self._failed(name, error) from error
+
+    def _read(self, name: str, rank: int, timeout_seconds: float) -> str:
+        end = time.monotonic() + timeout_seconds
+        while True:
+            left = end - time.monotonic()
+            try:
+                return runtime.read_published(
+                    self._key(name, rank), min(_READ_SECONDS, max(left, 0))
+                )
+            except tf.errors.DeadlineExceededError:
+                lost = self._lost()
+                if lost is not None:
+                    raise RuntimeError(lost) from None
+                if left <= 0:
+                    raise RuntimeError(
+                        "All workers must make the same models and steps, "
+                        f"within timeout_seconds={timeout_seconds:g} of each "
+                        f"other. Received: no {name} from "
+                        f"{self._cluster.name(rank)}. Run the same script on "
+                        "all workers; look at that worker's log."
+                    ) from None
+            except tf.errors.OpError as error:
+                raise self._failed(name, error) from error
+
+    def _failed(self, name: str, error: tf.errors.OpError) -> RuntimeError:
+        return RuntimeError(
+            self._lost()
+            or "All workers must stay while they compare what they do. "
+            f"Received: {self._cluster.name(0)} is not there to compare the "
+            f"{name} ({error.message.splitlines()[0]}). Look at its log, then "
+            "start all workers again."
+        )
