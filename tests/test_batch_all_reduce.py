@@ -13,10 +13,11 @@ from distributed_values import (
 )
 
 from keras_allreduce import BatchAllReduce
+from keras_allreduce.reduce import algorithms
 
 SUM = tf.distribute.ReduceOp.SUM
 MEAN = tf.distribute.ReduceOp.MEAN
-HOST_ALGORITHMS = ["ring", "shared_memory"]
+HOST_ALGORITHMS = algorithms.runnable(DEVICES)
 # Uneven, so that no number of ranks from 2 to 5 divides them all.
 SHAPES = [[], [1], [7], [2, 3], [0], [13], [5, 1, 1], [0, 4], [2]]
 # Of float32: the last gradients fill packs of 32 bytes, [13] travels alone.

@@ -59,6 +59,7 @@ def cases_on_the_wire(names, wire_dtype):
 def sums(wire_dtypes):
     """Sums of `worker_cases.wire_parts`, by wire dtype and name."""
     import tensorflow as tf
+    import toy_wire_format
     import worker_cases
 
     import keras_allreduce
@@ -67,6 +68,7 @@ def sums(wire_dtypes):
     from keras_allreduce.workers.wire import Wire
     from keras_allreduce.workers.wire_formats import WIRE_FORMATS
 
+    WIRE_FORMATS[toy_wire_format.NAME] = toy_wire_format.ScaledFloat16()
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
     workers = strategy.extended.num_workers
     device = strategy.extended.worker_devices[0]
@@ -155,6 +157,28 @@ def what_backprop_waits_for():
             ),
         ]
     return found
+
+
+def paths_of_gradients():
+    """Our frames from a train step to each collective of a gradient."""
+    import call_path
+    import keras
+    import tensorflow as tf
+
+    import keras_allreduce
+
+    gather = call_path.Recorder(tf.raw_ops.CollectiveGatherV2)
+    tf.raw_ops.CollectiveGatherV2 = gather
+    reduce = call_path.Recorder(tf.raw_ops.CollectiveReduceV2)
+    tf.raw_ops.CollectiveReduceV2 = reduce
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    with strategy.scope():
+        # One gradient is small, and one is too large for an exchange.
+        layers = [keras.Input([300]), keras.layers.Dense(300)]
+        model = keras.Sequential([*layers, keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    model.fit(tf.ones([8, 300]), tf.ones([8, 1]), verbose=0)
+    return gather.paths_of_gradients() + reduce.paths_of_gradients()
 
 
 def fit_with_a_late_worker():

@@ -1,0 +1,146 @@
+"""What crosses between workers, and what it is made of again.
+
+The sums of several workers are in `test_wire.py`, also in the toy format.
+"""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import DEVICES
+from distributed_values import per_replica
+from toy_wire_format import NAME, ScaledFloat16
+
+from keras_allreduce import MultiWorkerAllReduceStrategy
+from keras_allreduce.reduce.observe import observe
+from keras_allreduce.workers import wire_formats
+from keras_allreduce.workers.between_workers import (
+    BetweenWorkers,
+    WorkerAllReduce,
+)
+from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
+from keras_allreduce.workers.in_flight import InFlight
+from keras_allreduce.workers.wire import Wire
+from keras_allreduce.workers.wire_formats import EXACT, WIRE_FORMATS
+
+MOVED = (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64)
+DTYPES = [tf.bfloat16, tf.float16, tf.float32, tf.float64, tf.int32, tf.int64]
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The one entry."""
+    monkeypatch.setitem(WIRE_FORMATS, NAME, ScaledFloat16())
+    return WIRE_FORMATS[NAME]
+
+
+FORMATS = [*WIRE_FORMATS.values(), ScaledFloat16()]
+CARRIED = {
+    f"{each.name} of {dtype.name}": (each, dtype)
+    for each in FORMATS
+    for dtype in DTYPES
+    if each.carries(dtype)
+}
+
+
+@pytest.mark.parametrize(
+    ("wire_format", "dtype"), CARRIED.values(), ids=CARRIED.keys()
+)
+@pytest.mark.parametrize("shape", [[2, 3], [3, 1, 4], [1], [0, 2]], ids=str)
+class TestEveryFormat:
+    def rows(self, dtype, shape):
+        numbers = np.arange(np.prod(shape)).reshape(shape) - 3
+        return tf.constant(numbers, dtype)
+
+    def test_decodes_what_it_has_encoded(self, wire_format, dtype, shape):
+        rows = self.rows(dtype, shape)
+        decoded = wire_format.decode(wire_format.encode(rows), rows)
+        assert decoded.dtype == dtype
+        np.testing.assert_array_equal(decoded, rows)
+
+    def test_encodes_into_what_collectives_move(
+        self, wire_format, dtype, shape
+    ):
+        encoded = wire_format.encode(self.rows(dtype, shape))
+        assert encoded.dtype in MOVED
+        assert len(encoded) == shape[0]
+
+    def test_encodes_each_row_by_itself(self, wire_format, dtype, shape):
+        rows = self.rows(dtype, shape)
+        encoded = wire_format.encode(rows)
+        for index in range(len(rows)):
+            one = rows[index : index + 1]
+            np.testing.assert_array_equal(
+                wire_format.decode(encoded[index : index + 1], one), one
+            )
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "carried"),
+    [
+        ("exact", tf.int32, True),
+        ("exact", tf.bfloat16, True),
+        ("bfloat16", tf.float32, True),
+        ("bfloat16", tf.float64, True),
+        ("bfloat16", tf.float16, False),
+        ("bfloat16", tf.bfloat16, False),
+        ("float16", tf.bfloat16, False),
+        ("float16", tf.int64, False),
+        ("float16", tf.complex64, False),
+    ],
+)
+def test_wider_floats_are_carried(name, dtype, carried):
+    assert WIRE_FORMATS[name].carries(dtype) == carried
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "nbytes"),
+    [
+        ("exact", tf.float32, 400),
+        ("bfloat16", tf.float32, 200),
+        ("float16", tf.float64, 100),
+    ],
+)
+def test_the_bytes_on_the_wire_are_known(name, dtype, nbytes):
+    assert WIRE_FORMATS[name].nbytes(400, dtype) == nbytes
+
+
+def test_what_cannot_be_moved_crosses_bit_for_bit():
+    bits = tf.bitcast(tf.range(2**16, dtype=tf.int32), tf.int16)[:, 0]
+    rows = tf.bitcast(bits, tf.bfloat16)
+    decoded = EXACT.decode(EXACT.encode(rows), rows)
+    np.testing.assert_array_equal(tf.bitcast(decoded, tf.int16), bits)
+
+
+class TestANewFormat:
+    def test_may_be_asked_for(self, toy):
+        assert wire_formats.wire_dtypes() == ["bfloat16", "float16", NAME]
+        with pytest.raises(ValueError, match=f"bfloat16, float16, {NAME}, or"):
+            MultiWorkerAllReduceStrategy(wire_dtype="int4")
+
+    def test_is_not_there_before(self):
+        with pytest.raises(ValueError, match="one of bfloat16, float16, or"):
+            MultiWorkerAllReduceStrategy(wire_dtype=NAME)
+
+    def test_carries_gradients_and_is_named_in_the_plan(self, toy):
+        between = Collectives(CollectiveGroup(2, DEVICES[0]), InFlight())
+        transport = BetweenWorkers(Wire(between, 2, toy), between, 2)
+        ops = WorkerAllReduce(transport, 2)
+
+        @tf.function
+        def step():
+            value = per_replica([tf.ones([3, 4]), tf.ones([3, 4])])
+            (total,) = ops.sum([value])
+            return total.values
+
+        with observe() as records:
+            graph = step.get_concrete_function().graph
+        (gather,) = [
+            op
+            for op in graph.get_operations()
+            if op.type == "CollectiveGatherV2"
+        ]
+        assert gather.inputs[0].dtype == tf.float16
+        assert gather.inputs[0].shape.as_list() == [1, 1 + 3 * 4]
+        assert str(records[0].plan).endswith(
+            f"between 2 workers, 0.0 KiB sent by each in a step as {NAME}"
+        )
