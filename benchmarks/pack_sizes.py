@@ -18,7 +18,9 @@ import numpy as np
 import tensorflow as tf
 
 import keras_allreduce
-from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce, PackSize
+from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
+from keras_allreduce.reduce.in_process import InProcess
+from keras_allreduce.reduce.pack_sizes import PackSize
 
 KIB, MIB = 2**10, 2**20
 
@@ -56,15 +58,22 @@ SIZES = {
 }
 
 
+class OfSize(InProcess):
+    """Sums in packs of a given `PackSize`."""
+
+    def __init__(self, size: PackSize):
+        self._size = size
+
+    def pack_size(self, algorithm, specs):
+        return self._size
+
+
 class Sized(BatchAllReduce):
     """BatchAllReduce with a given `PackSize`."""
 
     def __init__(self, algorithm: str, size: PackSize):
         super().__init__(algorithm)
-        self._size = size
-
-    def _pack_size(self, algorithm, options, specs):
-        return self._size
+        self._transport = OfSize(size)
 
 
 def make_step(devices, variables, ops: BatchAllReduce | None):

@@ -51,6 +51,7 @@ PURE = [
     "version",
     "reduce.buckets",
     "reduce.pack_sizes",
+    "reduce.plan",
     "fit_output.stats",
     "workers.cluster",
     "workers.rendezvous",

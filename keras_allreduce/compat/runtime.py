@@ -27,13 +27,13 @@ def configure_coordination(
     """Sets up how workers find each other, as TensorFlow's strategy would.
 
     It does not, if this has been called before. Theirs waits an hour for a
-    worker, and reports a lost one in words of its own, which `worker_watch`
+    worker, and reports a lost one in words of its own, which `watchdog`
     does in ours.
     """
     if _context.context().coordination_service is not None:
         return
     milliseconds = int(timeout_seconds * 1000)
-    # Later than `worker_watch` says it, which names the worker.
+    # Later than `watchdog` says it, which names the worker.
     heartbeat_milliseconds = 100_000
     _context.context().configure_coordination_service(
         service_type="standalone",

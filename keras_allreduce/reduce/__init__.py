@@ -2,15 +2,16 @@
 
     gradients[variable][replica]
         |   buckets.py, pack_sizes.py   which gradients travel together
-        v   packing.py
+        v   packing.py, scaling.py
     packs[pack][replica]
-        |   ring.py, shared_memory.py, nccl.py, sparse.py
-        v
+        |   transport.py                in_process.py, or between workers
+        |   algorithms.py               ring.py, shared_memory.py, nccl.py
+        v   sparse.py                   rows are gathered instead
     sums[pack][replica]
         |   packing.py
         v
     sums of gradients, equal on all replicas
 
-`batch_all_reduce.py` tells the whole story; `plan.py` and `observe.py` report
-what is sent.
+`batch_all_reduce.py` tells the whole story, `batch.py` the part about the
+sums; `plan.py` and `observe.py` report what is sent.
 """

@@ -1,4 +1,4 @@
-"""Which gradient travels in which pack: planning only, no TensorFlow.
+"""Plans which gradients travel in which pack; no TensorFlow.
 
 A plan is made once, while the train step is traced, from what is known then:
 the order, dtype and size of the gradients. It never looks at a clock, so every

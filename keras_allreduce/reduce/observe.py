@@ -1,4 +1,4 @@
-"""What one batch of all-reduces sends, for the log and for whoever watches."""
+"""Records what one batch of all-reduces sends, for the log and observers."""
 
 import contextlib
 import contextvars
@@ -13,7 +13,7 @@ from keras_allreduce.reduce.plan import ReducePlan
 
 @dataclass(frozen=True)
 class PackTensors:
-    """The tensors between which one pack is under way.
+    """The tensors between which one pack is in flight.
 
     Attributes:
         gradients: `gradients[replica][i]`, what the pack is made of.
@@ -26,7 +26,7 @@ class PackTensors:
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """One batch of all-reduces, for whoever observes.
+    """One batch of all-reduces, for an observer.
 
     Attributes:
         plan: What is sent.

@@ -1,4 +1,4 @@
-"""MultiWorkerAllReduceStrategy: the same on several machines."""
+"""MultiWorkerMirroredStrategy whose gradients go through `BatchAllReduce`."""
 
 import os
 from typing import Any
@@ -36,7 +36,7 @@ class MultiWorkerAllReduceStrategy(
             there is one worker.
         communication_options: A
             `tf.distribute.experimental.CommunicationOptions`; its
-            `bytes_per_pack` and `timeout_seconds` go before the arguments
+            `bytes_per_pack` and `timeout_seconds` override the arguments
             below.
         bytes_per_pack: Capacity of a pack in bytes; 0: chosen for you.
         timeout_seconds: How long a worker waits for the others before the

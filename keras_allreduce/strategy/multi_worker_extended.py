@@ -1,6 +1,5 @@
 """How values are reduced over several workers."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -174,7 +173,7 @@ class MultiWorkerAllReduceExtended(
             (_cast(value, self._workers.sum_dtype(dtype)), destination)
             for (value, destination), dtype in zip(pairs, dtypes, strict=True)
         ]
-        with self._waiting():
+        with self._in_flight.during():
             reduced = super()._sum_over_replicas(reduce_op, sent, options)
         return list(map(_cast, reduced, dtypes))
 
@@ -190,18 +189,12 @@ class MultiWorkerAllReduceExtended(
             # Whether any worker still has data, which every step asks. In one
             # process TensorFlow refuses to sum a lone tensor.
             return self._workers.sum(value, "reduce")
-        with self._waiting():
+        with self._in_flight.during():
             return super()._reduce_to(reduce_op, value, destinations, options)
 
     def _gather_to_implementation(self, *args: Any, **kwargs: Any) -> Any:
-        with self._waiting():
+        with self._in_flight.during():
             return super()._gather_to_implementation(*args, **kwargs)
-
-    def _waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Counts what stock runs eagerly in the block as in flight."""
-        if tf.executing_eagerly():
-            return self._in_flight.during()
-        return contextlib.nullcontext()
 
 
 def _dtype(value: Any) -> tf.DType:

@@ -98,7 +98,7 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
 
 
 class AllReduceExtended(ExtendedBase):
-    """MirroredStrategy's, with another road for gradients."""
+    """MirroredStrategy's, with another path for gradients."""
 
     def _get_cross_device_ops(self, value: Any) -> Any:
         # Stock takes a new ReductionToOneDevice for each int32 value, and

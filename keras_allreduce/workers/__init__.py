@@ -3,7 +3,11 @@
 In: TF_CONFIG and the packs of this worker. Out: sums over all workers, or one
 error that names the worker that failed.
 
-    start     cluster.py --> rendezvous.py --> connect.py --> agreement.py
+    start     cluster.py --> rendezvous.py --> connect.py
+    group     group.py: all of the below, of one strategy
+    agree     agreement.py --> store.py
     step      between_workers.py --> wire.py --> collectives.py
-    failure   in_flight.py --> watchdog.py
+              wire_formats.py: how a tensor crosses
+    failure   in_flight.py --> watchdog.py --> exit_message.py
+    straggler lateness.py
 """

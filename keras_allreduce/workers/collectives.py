@@ -1,4 +1,4 @@
-"""All-reduce between workers, on TensorFlow's collective runtime.
+"""Runs collectives between workers, on TensorFlow's collective runtime.
 
 TensorFlow's own strategy numbers its collectives as they are called, through
 a value captured when a function is called; inside a function in a function

@@ -97,7 +97,13 @@ class InFlight:
 
     @contextlib.contextmanager
     def during(self) -> Iterator[None]:
-        """Counts what runs eagerly in the block as in flight."""
+        """Counts what runs eagerly in the block as in flight.
+
+        What is only traced there counts by itself.
+        """
+        if not tf.executing_eagerly():
+            yield
+            return
         call = object()
         self._calls[call] = time.monotonic()
         try:
