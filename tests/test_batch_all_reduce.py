@@ -300,3 +300,53 @@ def test_nccl_between_host_devices_is_an_error_when_it_is_used():
     value = per_replica([tf.ones([2])] * 2)
     with pytest.raises(ValueError, match=r"between GPUs only\. Received: "):
         BatchAllReduce("nccl").reduce(SUM, value, value)
+
+
+class TestSum:
+    """`sum`, which also scales what each replica has."""
+
+    @pytest.fixture(params=[True, False], ids=["graph", "eager"])
+    def sum_of(self, request):
+        op = BatchAllReduce(bytes_per_pack=BYTES_PER_PACK)
+
+        def sum_of(values, weights=()):
+            return [local(total) for total in op.sum(values, weights)]
+
+        return tf.function(sum_of) if request.param else sum_of
+
+    def test_is_the_plain_sum_without_weights(self, sum_of):
+        values = gradients(3)
+        for total, value in zip(sum_of(values), values, strict=True):
+            for replica in total:
+                np.testing.assert_array_equal(replica, plain_sum(value))
+
+    def test_scales_each_replica_by_its_weight(self, sum_of):
+        values = [
+            per_replica([tf.constant([1.0, 2.0]), tf.constant([3.0, 4.0])]),
+            sparse_value([[1], [1, 2]]),
+            per_replica([tf.constant(5.0), tf.constant(6.0)]),
+        ]
+        weights = [tf.constant(0.5), tf.constant(2.0)]
+        pair, rows, one = sum_of(values, weights)
+        for replica in range(2):
+            assert pair[replica].numpy().tolist() == [6.5, 9.0]
+            assert dense(rows[replica]).tolist() == [0, 2.5, 4, 0, 0]
+            assert one[replica].numpy() == 14.5
+
+    def test_a_weight_of_0_silences_nan(self, sum_of):
+        nan = float("nan")
+        value = per_replica([tf.constant([1.0]), tf.constant([nan])])
+        weights = [tf.constant(2.0), tf.constant(0.0)]
+        (total,) = sum_of([value], weights)
+        assert [part.numpy().tolist() for part in total] == [[2.0]] * 2
+
+    def test_a_weight_of_1_keeps_nan(self, sum_of):
+        nan = float("nan")
+        value = per_replica([tf.constant([1.0]), tf.constant([nan])])
+        (total,) = sum_of([value], [tf.constant(1.0)] * 2)
+        assert np.isnan(total[0].numpy())
+
+    def test_takes_a_tensor_where_there_is_one_replica(self, sum_of):
+        with tf.device(DEVICES[0]):
+            (total,) = sum_of([tf.constant([3.0])], [tf.constant(2.0)])
+        assert [part.numpy().tolist() for part in total] == [[6.0]]

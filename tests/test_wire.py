@@ -28,7 +28,7 @@ def of_all(request):
     parts = {name: [part[name] for part in parts] for name in parts[0]}
     parts["of any shape"] = parts["large"]
     results = workers.results(
-        "sums", list(ROUNDING), deadline_seconds=120, num_workers=count
+        "sums", list(ROUNDING), deadline_seconds=300, num_workers=count
     )
     return parts, results
 
