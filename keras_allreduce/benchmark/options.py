@@ -20,10 +20,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 # must loop as often.
 _BYTES_PER_CALL = 128 * 2**20
 _MAX_LOOPS = 100
-
 # The call itself costs about 0.1 ms for each of its gradients.
 _LOOPS_IF_MANY = 10
-
 # A round trip between workers takes milliseconds; a call is cheap beside it.
 _MAX_LOOPS_BETWEEN_WORKERS = 10
 
