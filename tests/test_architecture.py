@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -355,3 +356,29 @@ def test_no_file_has_many_jobs():
 def test_bad_input_is_not_met_with_assert(module):
     tree = tree_of(MODULES[module])
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Assert)]
+
+
+def test_the_design_lists_every_file_with_its_first_line():
+    listed = re.findall(
+        r"^\| `([\w/]+\.py)` \| (.*) \|$",
+        (REPOSITORY / "docs" / "design.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    there = {
+        str(path.relative_to(PACKAGE)): ast.get_docstring(
+            tree_of(path)
+        ).splitlines()[0]
+        for path in MODULES.values()
+    }
+    assert dict(listed) == there
+    # Bottom up: no folder is listed before one that it imports.
+    order = list(
+        dict.fromkeys(part_of(Path(name).parts[0]) for name, _ in listed)
+    )
+    for module, path in MODULES.items():
+        for name in modules_imported(path):
+            mine, theirs = (
+                part_of(each).removesuffix(".py") for each in (module, name)
+            )
+            if mine != theirs and theirs not in GROUND:
+                assert order.index(theirs) < order.index(mine)
