@@ -16,6 +16,7 @@ from keras_allreduce.strategy.multi_worker_extended import (
 )
 from keras_allreduce.workers.group import WorkerOptions
 from keras_allreduce.workers.lateness import lateness_ms
+from keras_allreduce.workers.resolvers import resolver_for
 from keras_allreduce.workers.wire_formats import wire_dtypes
 
 TIMEOUT_SECONDS = 600.0
@@ -32,8 +33,9 @@ class MultiWorkerAllReduceStrategy(
 
     Args:
         cluster_resolver: Where the workers are and which of them this is.
-            `None`: from the environment variable TF_CONFIG. Without that,
-            there is one worker.
+            `None`: from the environment variable TF_CONFIG; without that,
+            see `LauncherClusterResolver`, if `mpirun`, `srun` or Kubernetes
+            has started several processes. Else there is one worker.
         communication_options: A
             `tf.distribute.experimental.CommunicationOptions`; its
             `bytes_per_pack` and `timeout_seconds` override the arguments
@@ -55,9 +57,9 @@ class MultiWorkerAllReduceStrategy(
     Raises:
         ValueError: If an argument is not one of the above, or TF_CONFIG does
             not describe workers.
-        RuntimeError: If a worker's port is not free, if a worker does not
-            come within `timeout_seconds`, or if workers differ in versions,
-            options or devices.
+        WorkerError: If a worker's port is not free, if a worker does not come
+            within `timeout_seconds`, or if workers differ in versions, options
+            or devices. A `RuntimeError`.
     """
 
     def __init__(
@@ -96,7 +98,10 @@ class MultiWorkerAllReduceStrategy(
         tf.distribute.Strategy.__init__(
             self,
             MultiWorkerAllReduceExtended(
-                self, cluster_resolver, stock_options, options
+                self,
+                resolver_for(cluster_resolver, options.timeout_seconds),
+                stock_options,
+                options,
             ),
         )
 
