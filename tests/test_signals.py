@@ -56,9 +56,13 @@ def test_it_is_put_back_in_a_thread_too(heard):
 
 
 def test_it_is_put_back_after_an_error(heard):
-    with pytest.raises(KeyError), signals.kept():
+    @signals.kept()
+    def fail():
         ignore_in_c()
         raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     os.kill(os.getpid(), signal.SIGUSR1)
     assert heard == [signal.SIGUSR1]
 

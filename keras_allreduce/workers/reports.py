@@ -28,6 +28,7 @@ from keras_allreduce.addresses import Address
 
 _BEGIN = b"keras_allreduce "
 _RECEIVED = {"received": True}
+_NO_WORKER = "what listens there is no worker of this job"
 
 # For the bytes of one message, and for the word that it was received. A
 # worker whose message is late tries again.
@@ -229,6 +230,8 @@ def _deliver(
         first = _next(lines, connection, min(end, begin + _PATIENCE_SECONDS))
         if "refused" in first:
             raise NoAnswer(str(first["refused"])[:200])
+        if first != _RECEIVED:
+            raise NoAnswer(_NO_WORKER)
         return _next(lines, connection, end)
 
 
@@ -244,7 +247,7 @@ def _lines(
         *lines, received = (received + data).split(b"\n")
         yield from lines
         yield None
-    raise NoAnswer("what listens there is no worker of this job")
+    raise NoAnswer(_NO_WORKER)
 
 
 def _next(
@@ -260,7 +263,7 @@ def _next(
         if content is None:
             break
         return content
-    raise NoAnswer("what listens there is no worker of this job")
+    raise NoAnswer(_NO_WORKER)
 
 
 def _encode(message: Mapping[str, Any]) -> bytes:
