@@ -358,6 +358,51 @@ def die_after_the_meeting(index, timeout_seconds):
     )
 
 
+def fit_without_coordination():
+    """Trains as TensorFlow's own tests do, and with a copy of the strategy."""
+    import copy
+    import importlib
+
+    import tensorflow as tf
+    import worker_cases
+
+    import keras_allreduce
+
+    # What those tests call, which has no public name.
+    context = importlib.import_module("tensorflow.python.eager.context")
+    context.context().configure_coordination_service(service_type="")
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    losses = []
+    for each in (strategy, copy.deepcopy(strategy)):
+        with each.scope():
+            fitted = worker_cases.fit(worker_cases.dense(), epochs=2)
+        losses.append(fitted["history"]["loss"])
+        replicas = tf.constant(each.num_replicas_in_sync)
+    return {"losses": losses, "replicas": int(replicas)}
+
+
+def make_a_variable_after_a_failure():
+    """Worker 1 is killed; the chief makes a variable."""
+    import tensorflow as tf
+    import worker_cases
+
+    import keras_allreduce
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    if worker_cases.worker_index() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    found = []
+    # The first is compared, the second sent to the others at once.
+    for value in (tf.constant(1.0), 1.0):
+        try:
+            with strategy.scope():
+                tf.Variable(value)
+        except tf.errors.UnavailableError as error:
+            is_ours = isinstance(error, keras_allreduce.WorkerLostError)
+            found.append([is_ours, str(error)])
+    return found
+
+
 def hear_sigterm():
     """Who hears a SIGTERM: handlers from before and after the strategy."""
     import multiprocessing

@@ -34,6 +34,9 @@ class MultiWorkerAllReduceExtended(
 
     _workers: Workers | SingleWorker
 
+    # The watchdog does this, and names the worker.
+    _enable_check_health = False
+
     def __init__(
         self,
         container_strategy: Any,

@@ -14,6 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce.compat import runtime
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.workers import exit_message, lateness
 from keras_allreduce.workers.agreement import Agreement, environment
@@ -24,6 +25,7 @@ from keras_allreduce.workers.between_workers import (
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
 from keras_allreduce.workers.in_flight import InFlight
+from keras_allreduce.workers.store import NoStore, Store
 from keras_allreduce.workers.watchdog import Watchdog
 from keras_allreduce.workers.wire import Wire
 from keras_allreduce.workers.wire_formats import EXACT, WIRE_FORMATS
@@ -68,6 +70,10 @@ class SingleWorker:
             options.bytes_per_pack,
             sparse_as_dense=options.sparse_as_dense,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SingleWorker":
+        """A copy of the strategy has the same threads and counters."""
+        return self
 
     def compare_initial_value(self, initial_value: Any) -> Any:
         """Returns the initial value of a variable."""
@@ -149,15 +155,18 @@ class Workers:
             in_flight: Tracks the collectives.
 
         Raises:
-            RuntimeError: If workers differ in versions, devices or options,
+            WorkerError: If workers differ in versions, devices or options,
                 or one fails.
         """
         watchdog = Watchdog(cluster, options.timeout_seconds, in_flight)  # [1]
         exit_message.install(watchdog)
         watchdog.start(owner)
-        agreement = Agreement(  # [2]
-            cluster, options.timeout_seconds, lost=lambda: watchdog.lost
+        store = (
+            Store(cluster, options.timeout_seconds, lambda: watchdog.lost)
+            if runtime.has_store()
+            else NoStore(cluster)
         )
+        agreement = Agreement(cluster, store)  # [2]
         facts: Mapping[str, Any] = environment(devices) | vars(options)
         agreement.compare("versions, devices and options", facts)
         workers = len(cluster.tasks)
@@ -167,6 +176,10 @@ class Workers:
         ]
         between, gpus = (Collectives(group, in_flight) for group in groups)
         return cls(workers, agreement, between, gpus, options, in_flight)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Workers":
+        """A copy of the strategy has the same watchdog and collectives."""
+        return self
 
     def compare_initial_value(self, initial_value: Any) -> Any:
         """See `Agreement`."""
