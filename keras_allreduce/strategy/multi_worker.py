@@ -16,7 +16,6 @@ from keras_allreduce.strategy.multi_worker_extended import (
 )
 from keras_allreduce.workers.group import WorkerOptions
 from keras_allreduce.workers.lateness import lateness_ms
-from keras_allreduce.workers.resolvers import resolver_for
 from keras_allreduce.workers.wire_formats import wire_dtypes
 
 TIMEOUT_SECONDS = 600.0
@@ -98,10 +97,7 @@ class MultiWorkerAllReduceStrategy(
         tf.distribute.Strategy.__init__(
             self,
             MultiWorkerAllReduceExtended(
-                self,
-                resolver_for(cluster_resolver, options.timeout_seconds),
-                stock_options,
-                options,
+                self, cluster_resolver, stock_options, options
             ),
         )
 

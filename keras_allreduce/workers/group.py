@@ -14,7 +14,6 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce.compat import runtime
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.workers import exit_message, lateness
 from keras_allreduce.workers.agreement import Agreement, environment
@@ -25,7 +24,7 @@ from keras_allreduce.workers.between_workers import (
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
 from keras_allreduce.workers.in_flight import InFlight
-from keras_allreduce.workers.store import NoStore, Store
+from keras_allreduce.workers.store import store_of
 from keras_allreduce.workers.watchdog import Watchdog
 from keras_allreduce.workers.wire import Wire
 from keras_allreduce.workers.wire_formats import EXACT, WIRE_FORMATS
@@ -161,11 +160,8 @@ class Workers:
         watchdog = Watchdog(cluster, options.timeout_seconds, in_flight)  # [1]
         exit_message.install(watchdog)
         watchdog.start(owner)
-        store = (
-            Store(cluster, options.timeout_seconds, lambda: watchdog.lost)
-            if runtime.has_store()
-            else NoStore(cluster)
-        )
+        seconds = options.timeout_seconds
+        store = store_of(cluster, seconds, lambda: watchdog.lost)
         agreement = Agreement(cluster, store)  # [2]
         facts: Mapping[str, Any] = environment(devices) | vars(options)
         agreement.compare("versions, devices and options", facts)

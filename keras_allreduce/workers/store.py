@@ -137,6 +137,15 @@ class NoStore:
         """Returns at once: there is nothing to read."""
 
 
+def store_of(
+    cluster: Cluster, timeout_seconds: float, lost: Callable[[], str | None]
+) -> Store | NoStore:
+    """Returns the store of the workers, as far as TensorFlow has one."""
+    if runtime.has_store():
+        return Store(cluster, timeout_seconds, lost)
+    return NoStore(cluster)
+
+
 @functools.cache
 def _say_once() -> None:
     logging.warning(
