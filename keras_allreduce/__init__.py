@@ -14,13 +14,27 @@ if TYPE_CHECKING:
         MultiWorkerAllReduceStrategy,
     )
     from keras_allreduce.strategy.one_machine import AllReduceStrategy
+    from keras_allreduce.workers.errors import (
+        WorkerError,
+        WorkerLostError,
+        WorkersDifferError,
+        WorkerStartError,
+        WorkerTimeoutError,
+    )
+    from keras_allreduce.workers.resolvers import LauncherClusterResolver
 
 __all__ = [
     "AllReduceLogger",
     "AllReduceStrategy",
     "BatchAllReduce",
+    "LauncherClusterResolver",
     "MultiWorkerAllReduceStrategy",
     "ReduceStats",
+    "WorkerError",
+    "WorkerLostError",
+    "WorkerStartError",
+    "WorkerTimeoutError",
+    "WorkersDifferError",
     "host_devices",
 ]
 
@@ -30,8 +44,14 @@ _HOMES = {
     "AllReduceLogger": "fit_output.logger",
     "AllReduceStrategy": "strategy.one_machine",
     "BatchAllReduce": "reduce.batch_all_reduce",
+    "LauncherClusterResolver": "workers.resolvers",
     "MultiWorkerAllReduceStrategy": "strategy.multi_worker",
     "ReduceStats": "fit_output.stats",
+    "WorkerError": "workers.errors",
+    "WorkerLostError": "workers.errors",
+    "WorkerStartError": "workers.errors",
+    "WorkerTimeoutError": "workers.errors",
+    "WorkersDifferError": "workers.errors",
     "host_devices": "devices",
 }
 

@@ -6,6 +6,9 @@ HOST_DEVICES = "KERAS_ALLREDUCE_HOST_DEVICES"
 TF_CONFIG = "TF_CONFIG"
 """JSON with the addresses of all workers and the task of this one."""
 
+JOB_TOKEN = "KERAS_ALLREDUCE_JOB_TOKEN"
+"""Any text that the workers of one job share and no other job has."""
+
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 """Tells CUDA which GPUs a process has."""
 

@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "keras_allreduce"
 
 GROUND = [
+    "addresses",
     "compat",
     "devices",
     "environment",
@@ -28,7 +29,7 @@ GROUND = [
 # `fit_output` and `input` never import each other.
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
-    "launch": ["environment", "version"],
+    "launch": ["addresses", "environment", "version"],
     "reduce": GROUND,
     "input": GROUND,
     "one_device": [*GROUND, "reduce"],
@@ -47,6 +48,7 @@ MAY_IMPORT = {
 
 # Planning, arithmetic and the launcher, which load no TensorFlow.
 PURE = [
+    "addresses",
     "environment",
     "malloc",
     "version",
@@ -54,8 +56,12 @@ PURE = [
     "reduce.pack_sizes",
     "reduce.plan",
     "fit_output.stats",
+    "workers.address_exchange",
     "workers.cluster",
+    "workers.ranks",
     "workers.rendezvous",
+    "workers.reports",
+    "workers.signals",
     "workers.time_limit",
     "launch.__main__",
     "launch.gpus",
@@ -72,8 +78,14 @@ PUBLIC = [
     "AllReduceLogger",
     "AllReduceStrategy",
     "BatchAllReduce",
+    "LauncherClusterResolver",
     "MultiWorkerAllReduceStrategy",
     "ReduceStats",
+    "WorkerError",
+    "WorkerLostError",
+    "WorkerStartError",
+    "WorkerTimeoutError",
+    "WorkersDifferError",
     "host_devices",
 ]
 

@@ -30,8 +30,17 @@ def worker(index):
             {"worker": TWO, "evaluator": ["c:3"]},
             {"type": "evaluator", "index": 0},
         ),
+        described({"worker": TWO}, {"type": "evaluator", "index": 0}),
     ],
-    ids=["none", "empty", "object", "no cluster", "one worker", "evaluator"],
+    ids=[
+        "none",
+        "empty",
+        "object",
+        "no cluster",
+        "one worker",
+        "evaluator",
+        "evaluator of TFJob",
+    ],
 )
 def test_one_worker_trains_alone(text, monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
@@ -82,6 +91,28 @@ BAD = {
         described({"worker": ["a:1", "a:1"]}, worker(0)),
         "a:1, listed twice",
     ),
+    "one address in two spellings": (
+        described({"worker": ["localhost:1", "127.0.0.1:1"]}, worker(0)),
+        "localhost:1, 127.0.0.1:1, listed twice",
+    ),
+    "scheme": (
+        described({"worker": ["grpc://a:1", "b:2"]}, worker(0)),
+        "Leave out the scheme: 'a:1'",
+    ),
+    "blanks": (described({"worker": ["a:1 ", "b:2"]}, worker(0)), "'a:1 '"),
+    "bare IPv6": (
+        described({"worker": ["fd00::1:1", "b:2"]}, worker(0)),
+        "stands in brackets",
+    ),
+    "index missing in a dictionary": (
+        described({"worker": {"0": "a:1", "2": "b:2"}}, worker(0)),
+        "indices ['0', '2']",
+    ),
+    "index twice in a dictionary": (
+        described({"worker": {"0": "a:1", "00": "b:2"}}, worker(0)),
+        "indices ['0', '00']",
+    ),
+    "nested too deep": ("[" * 100000, "must be JSON"),
     "addresses a string": (described({"worker": "a:1"}, worker(0)), "cluster="),
 }
 
@@ -93,6 +124,13 @@ def test_a_bad_tf_config_is_a_value_error_with_a_remedy(name, monkeypatch):
     with pytest.raises(ValueError, match="Received") as caught:
         read_cluster(None)
     assert match in str(caught.value)
+
+
+def test_a_dictionary_of_addresses_is_in_the_order_of_its_indices():
+    jobs = {"worker": {"10": "k:1", **{str(n): f"w{n}:1" for n in range(10)}}}
+    cluster = check_cluster(jobs, "worker", 10)
+    assert cluster.addresses[:3] == ("w0:1", "w1:1", "w2:1")
+    assert cluster.addresses[cluster.rank] == "k:1"
 
 
 def test_ipv6_addresses_have_ports_too():

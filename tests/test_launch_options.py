@@ -47,6 +47,24 @@ def test_several_devices_per_worker_are_told_to_the_strategy(script):
     assert added["KERAS_ALLREDUCE_HOST_DEVICES"] == "3"
 
 
+def test_workers_of_one_host_share_a_token_that_no_other_start_has(script):
+    options = parse(["--workers", "2", script])
+    tokens = [
+        added["KERAS_ALLREDUCE_JOB_TOKEN"]
+        for _ in range(2)
+        for added in environments(
+            options, ["127.0.0.1:1", "127.0.0.1:2"]
+        ).values()
+    ]
+    assert tokens[0] == tokens[1] != tokens[2] == tokens[3]
+
+
+def test_of_several_hosts_the_token_is_the_users(script):
+    options = parse(["--hosts", "a:1,b:1", "--host-index", "1", script])
+    added = environments(options, options.hosts)[1]
+    assert "KERAS_ALLREDUCE_JOB_TOKEN" not in added
+
+
 def test_one_device_per_worker_leaves_the_environment_to_the_user(script):
     options = parse(["--workers", "1", script])
     added = environments(options, ["127.0.0.1:1001"])[0]
@@ -110,8 +128,14 @@ BAD = {
         f"{HOSTS} --host-index 0 --workers 2",
         "one worker per host",
     ),
-    "a host twice": ("--hosts a:1,a:1 --host-index 0", "every worker once"),
-    "no port": ("--hosts a,b:1 --host-index 0", "Received: 'a' in 'a,b:1'"),
+    "a host twice": (
+        "--hosts a:1,a:1 --host-index 0",
+        "must have its own address",
+    ),
+    "no port": (
+        "--hosts a,b:1 --host-index 0",
+        "Received: 'a', which does not end in a port",
+    ),
     "no host": ("--hosts :1 --host-index 0", "host:port of each"),
     "port not a number": ("--hosts a:x --host-index 0", "host:port of each"),
     "port too high": ("--hosts a:65536 --host-index 0", "host:port of each"),

@@ -3,6 +3,8 @@
 The workers are processes of their own on loopback (`workers.py`).
 """
 
+import signal
+
 import pytest
 import workers
 
@@ -41,7 +43,7 @@ def test_workers_that_differ_all_say_in_what(what):
     assert codes == [1, 1]
     for output in outputs:
         last = output.strip().splitlines()[-1]
-        assert f"RuntimeError: {SAME} {name}" in last, output
+        assert f"WorkersDifferError: {SAME} {name}" in last, output
         assert f") has {of_chief}" in last
         assert f") has {of_other}" in last
 
@@ -84,3 +86,60 @@ def test_a_worker_that_dies_while_they_connect_ends_the_other(index):
     rule = "All workers must stay while they connect. Received: "
     last = outputs[1 - index].strip().splitlines()[-1]
     assert rule in last, outputs[1 - index]
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
+def test_sigterm_ends_a_worker_and_the_other_says_so(index):
+    codes, outputs = ends("fit_and_signal", "SIGTERM", index, 60)
+    assert codes[index] == -signal.SIGTERM
+    assert codes[1 - index] == 1
+    last = outputs[1 - index].strip().splitlines()[-1]
+    assert f"Received: worker {index} (127.0.0.1:" in last, outputs[1 - index]
+
+
+def test_handlers_of_sigterm_are_the_scripts():
+    results = workers.results("hear_sigterm", deadline_seconds=120)
+    assert results == 2 * [
+        {
+            "heard": ["before", "after"],
+            "exit_code_of_child": -signal.SIGTERM,
+        }
+    ]
+
+
+def test_a_preemption_handler_of_the_script_saves_on_all_workers():
+    chief, other = workers.results(
+        "checkpoint_on_sigterm", deadline_seconds=120
+    )
+    assert chief["saved"] == chief["steps"] == other["steps"] >= 5
+
+
+def test_a_worker_with_a_pool_of_processes_ends_with_its_script():
+    results = workers.results("fit_with_processes", deadline_seconds=120)
+    assert results == [True, True]
+
+
+def test_workers_train_without_the_coordination_service_and_say_so_once():
+    with workers.running(
+        "fit_without_coordination", deadline_seconds=120
+    ) as both:
+        assert [worker.wait() for worker in both] == [0, 0], both[0].output
+        one, another = (worker.result for worker in both)
+        outputs = [worker.output for worker in both]
+    assert one == another
+    assert one["replicas"] == 2
+    losses = one["losses"]
+    assert all(last < first for first, last in losses)
+    for output in outputs:
+        assert output.count("coordination service is switched off") == 1
+
+
+def test_a_variable_after_a_failure_is_an_unavailable_error():
+    with workers.running(
+        "make_a_variable_after_a_failure", deadline_seconds=120
+    ) as (chief, _):
+        chief.wait()
+        compared, sent = chief.result
+    for _, message in (compared, sent):
+        assert "worker 1 (127.0.0.1:" in message
+    assert compared[0]

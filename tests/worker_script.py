@@ -273,6 +273,19 @@ def fit_and_fall_behind(timeout_seconds):
     _fit(timeout_seconds, Sleep(), batch_size=8)
 
 
+def describe():
+    """What a strategy without arguments finds out about its workers."""
+    import keras_allreduce
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    resolver = strategy.cluster_resolver
+    return {
+        "resolver": type(resolver).__name__,
+        "index": resolver.task_id,
+        "workers": strategy.extended.num_workers,
+    }
+
+
 def _fit(timeout_seconds, callback, **options):
     """Trains a small model; `options` are those of `model.fit`."""
     import worker_cases
@@ -330,19 +343,159 @@ def die_after_the_meeting(index, timeout_seconds):
     import worker_cases
 
     import keras_allreduce
-    from keras_allreduce import worker_checks
+    from keras_allreduce.workers import connect
 
-    meet = worker_checks.meet
+    meet = connect.meet
 
     def meet_and_die(*arguments):
         meet(*arguments)
         os._exit(3)
 
     if worker_cases.worker_index() == index:
-        worker_checks.meet = meet_and_die
+        connect.meet = meet_and_die
     keras_allreduce.MultiWorkerAllReduceStrategy(
         timeout_seconds=timeout_seconds
     )
+
+
+def fit_without_coordination():
+    """Trains as TensorFlow's own tests do, and with a copy of the strategy."""
+    import copy
+    import importlib
+
+    import tensorflow as tf
+    import worker_cases
+
+    import keras_allreduce
+
+    # What those tests call, which has no public name.
+    context = importlib.import_module("tensorflow.python.eager.context")
+    context.context().configure_coordination_service(service_type="")
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    losses = []
+    for each in (strategy, copy.deepcopy(strategy)):
+        with each.scope():
+            fitted = worker_cases.fit(worker_cases.dense(), epochs=2)
+        losses.append(fitted["history"]["loss"])
+        replicas = tf.constant(each.num_replicas_in_sync)
+    return {"losses": losses, "replicas": int(replicas)}
+
+
+def make_a_variable_after_a_failure():
+    """Worker 1 is killed; the chief makes a variable."""
+    import tensorflow as tf
+    import worker_cases
+
+    import keras_allreduce
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    if worker_cases.worker_index() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    found = []
+    # The first is compared, the second sent to the others at once.
+    for value in (tf.constant(1.0), 1.0):
+        try:
+            with strategy.scope():
+                tf.Variable(value)
+        except tf.errors.UnavailableError as error:
+            is_ours = isinstance(error, keras_allreduce.WorkerLostError)
+            found.append([is_ours, str(error)])
+    return found
+
+
+def hear_sigterm():
+    """Who hears a SIGTERM: handlers from before and after the strategy."""
+    import multiprocessing
+
+    import keras_allreduce
+
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append("before"))
+    keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: heard.append("after"))
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    child = multiprocessing.get_context("fork").Process(
+        target=time.sleep, args=(600,)
+    )
+    child.start()
+    child.terminate()
+    child.join(60)
+    exit_code = child.exitcode
+    child.kill()
+    return {"heard": heard, "exit_code_of_child": exit_code}
+
+
+def checkpoint_on_sigterm():
+    """Worker 1 is preempted; all save the same step and leave their loop."""
+    import tensorflow as tf
+    import worker_cases
+
+    import keras_allreduce
+
+    class LeftError(Exception):
+        pass
+
+    def leave():
+        raise LeftError
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    with strategy.scope():
+        steps = tf.Variable(0, dtype=tf.int64)
+
+    @tf.function
+    def step():
+        def add():
+            gathered = tf.distribute.get_replica_context().all_reduce(
+                "SUM", tf.constant(1.0)
+            )
+            steps.assign_add(tf.cast(gathered > 1.5, tf.int64))
+
+        strategy.run(add)
+
+    with tempfile.TemporaryDirectory() as folder:
+        handler = tf.distribute.experimental.PreemptionCheckpointHandler(
+            strategy.cluster_resolver,
+            tf.train.Checkpoint(steps=steps),
+            folder,
+            tf.distribute.experimental.TerminationConfig(exit_fn=leave),
+        )
+        with contextlib.suppress(LeftError):
+            while True:
+                if worker_cases.worker_index() == 1 and steps.numpy() == 5:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                handler.run(step)
+        saved = None
+        if worker_cases.worker_index() == 0:  # The others save elsewhere.
+            path = tf.train.latest_checkpoint(folder)
+            name = "steps/.ATTRIBUTES/VARIABLE_VALUE"
+            saved = int(tf.train.load_checkpoint(path).get_tensor(name))
+    return {"steps": int(steps.numpy()), "saved": saved}
+
+
+def fit_with_processes():
+    """Trains on a `PyDataset` with a pool of forked processes, and ends."""
+    import keras
+    import numpy as np
+    import worker_cases
+
+    import keras_allreduce
+
+    class Data(keras.utils.PyDataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            rows = slice(4 * index, 4 * index + 4)
+            return worker_cases.X[rows], worker_cases.TARGET[rows]
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    with strategy.scope():
+        model = worker_cases.dense()
+        model.compile("sgd", "mse")
+    model.fit(Data(workers=2, use_multiprocessing=True), epochs=2, verbose=0)
+    return bool(np.all(np.isfinite(model.get_weights()[0])))
 
 
 def start_without(absent, timeout_seconds):

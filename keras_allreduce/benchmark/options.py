@@ -1,13 +1,14 @@
 """Reads the command line of the benchmark: sizes and settings."""
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from keras_allreduce.environment import TF_CONFIG
 from keras_allreduce.reduce.pack_sizes import algorithm_names
+from keras_allreduce.workers.cluster import num_workers, read_tf_config
 
 ALGORITHMS = (*algorithm_names(), "all")
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
@@ -202,18 +203,10 @@ def workers_in(environment: Mapping[str, str] = os.environ) -> int:
     """Number of workers that TF_CONFIG names; 1 without it.
 
     Raises:
-        ValueError: If TF_CONFIG is not what TensorFlow expects.
+        ValueError: If TF_CONFIG does not describe workers.
     """
-    text = environment.get("TF_CONFIG") or "{}"
-    try:
-        cluster = json.loads(text).get("cluster", {})
-        tasks = [*cluster.get("chief", []), *cluster.get("worker", [])]
-    except (ValueError, AttributeError, TypeError):
-        raise ValueError(
-            "TF_CONFIG must be a JSON object with the cluster and the task. "
-            f"Received: TF_CONFIG={text!r}"
-        ) from None
-    return max(len(tasks), 1)
+    described = read_tf_config(environment.get(TF_CONFIG, ""))
+    return 1 if described is None else max(num_workers(described[0]), 1)
 
 
 def sizes_between(least: int, most: int, factor: int) -> tuple[int, ...]:

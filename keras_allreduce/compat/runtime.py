@@ -47,6 +47,15 @@ def configure_coordination(
     )
 
 
+def has_store() -> bool:
+    """Whether workers can publish: the coordination service is not off.
+
+    TensorFlow's own tests switch it off with an empty `service_type`.
+    """
+    config = _context.context().coordination_service
+    return config is not None and bool(config.service_type)
+
+
 def publish(key: str, value: str) -> None:
     """Writes into the store that all workers can read.
 

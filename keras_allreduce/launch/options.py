@@ -4,12 +4,14 @@ import argparse
 import importlib.util
 import json
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keras_allreduce import environment
+from keras_allreduce.addresses import parse_addresses
 from keras_allreduce.environment import HOST_DEVICES
 from keras_allreduce.launch import gpus
 
@@ -91,20 +93,13 @@ def parse_hosts(text: str) -> tuple[str, ...]:
         ValueError: If one is not `host:port` or is there twice.
     """
     hosts = tuple(host.strip() for host in text.split(","))
-    for host in hosts:
-        name, _, port = host.rpartition(":")
-        is_number = port.isascii() and port.isdigit()
-        bare_ipv6 = ":" in name and not name.startswith("[")
-        if not (name and is_number and 0 < int(port) < 65536) or bare_ipv6:
-            raise ValueError(
-                "--hosts must list host:port of each worker, such as "
-                "a:12345,b:12345 or [fd00::1]:12345. "
-                f"Received: {host!r} in {text!r}"
-            )
-    if len(set(hosts)) < len(hosts):
+    try:
+        parse_addresses(hosts)
+    except ValueError as error:
         raise ValueError(
-            f"--hosts must name every worker once. Received: {text!r}"
-        )
+            "--hosts must list host:port of each worker, such as "
+            f"a:12345,b:12345. Received: {text!r}. {error}"
+        ) from None
     return hosts
 
 
@@ -121,18 +116,27 @@ def environments(
         By index of the worker, in ascending order.
     """
     here = [options.host_index] if options.hosts else range(len(addresses))
-    return {index: _environment(options, addresses, index) for index in here}
+    # Those of other hosts could not know it.
+    token = "" if options.hosts else secrets.token_hex(16)
+    return {
+        index: _environment(options, addresses, index, token) for index in here
+    }
 
 
 def _environment(
-    options: LaunchOptions, addresses: Sequence[str], index: int
+    options: LaunchOptions, addresses: Sequence[str], index: int, token: str
 ) -> dict[str, str]:
     config = {
         "cluster": {"worker": list(addresses)},
         "task": {"type": "worker", "index": index},
     }
     # Lines arrive as they are written, not when a buffer is full.
-    added = {"TF_CONFIG": json.dumps(config), "PYTHONUNBUFFERED": "1"}
+    added = {
+        environment.TF_CONFIG: json.dumps(config),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if token:
+        added[environment.JOB_TOKEN] = token
     if options.gpus:
         added[environment.VISIBLE_GPUS] = ",".join(options.gpus[index])
     elif (options.devices_per_worker or 1) > 1:

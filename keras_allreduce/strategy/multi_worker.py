@@ -32,8 +32,9 @@ class MultiWorkerAllReduceStrategy(
 
     Args:
         cluster_resolver: Where the workers are and which of them this is.
-            `None`: from the environment variable TF_CONFIG. Without that,
-            there is one worker.
+            `None`: from the environment variable TF_CONFIG; without that,
+            see `LauncherClusterResolver`, if `mpirun`, `srun` or Kubernetes
+            has started several processes. Else there is one worker.
         communication_options: A
             `tf.distribute.experimental.CommunicationOptions`; its
             `bytes_per_pack` and `timeout_seconds` override the arguments
@@ -55,9 +56,9 @@ class MultiWorkerAllReduceStrategy(
     Raises:
         ValueError: If an argument is not one of the above, or TF_CONFIG does
             not describe workers.
-        RuntimeError: If a worker's port is not free, if a worker does not
-            come within `timeout_seconds`, or if workers differ in versions,
-            options or devices.
+        WorkerError: If a worker's port is not free, if a worker does not come
+            within `timeout_seconds`, or if workers differ in versions, options
+            or devices. A `RuntimeError`.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from keras_allreduce.workers import connect
 from keras_allreduce.workers.group import SingleWorker, WorkerOptions, Workers
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.lateness import TimedInFlight
+from keras_allreduce.workers.resolvers import resolver_for
 
 _SUM = tf.distribute.ReduceOp.SUM
 
@@ -34,6 +35,9 @@ class MultiWorkerAllReduceExtended(
 
     _workers: Workers | SingleWorker
 
+    # The watchdog does this, and names the worker.
+    _enable_check_health = False
+
     def __init__(
         self,
         container_strategy: Any,
@@ -47,6 +51,7 @@ class MultiWorkerAllReduceExtended(
         # For the variables that TensorFlow makes while it connects.
         self._workers = SingleWorker(options, self._in_flight)
         timeout_seconds = options.timeout_seconds
+        cluster_resolver = resolver_for(cluster_resolver, timeout_seconds)
         with connect.starting(cluster_resolver, timeout_seconds) as cluster:
             if cluster is not None or not on_gpus():
                 # Has no effect once TensorFlow has started its threads.

@@ -8,7 +8,7 @@ in the `Store`, and reads what the others do.
 import itertools
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -16,7 +16,8 @@ import tensorflow as tf
 
 from keras_allreduce.version import __version__
 from keras_allreduce.workers.cluster import Cluster
-from keras_allreduce.workers.store import Store
+from keras_allreduce.workers.errors import WorkersDifferError
+from keras_allreduce.workers.store import NoStore, Store
 
 _REMEDY = "Run the same script, in the same environment, on all workers."
 
@@ -46,18 +47,12 @@ class Agreement:
 
     Args:
         cluster: The workers.
-        timeout_seconds: How long to wait for what another publishes.
-        lost: Returns a message once another worker is known to have failed.
+        store: What they publish.
     """
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        timeout_seconds: float,
-        lost: Callable[[], str | None] = lambda: None,
-    ):
+    def __init__(self, cluster: Cluster, store: Store | NoStore):
         self._cluster = cluster
-        self._store = Store(cluster, timeout_seconds, lost)
+        self._store = store
         self._lists: list[dict[str, str]] = []
         # Variables and gradients are counted together: where one worker makes
         # a variable and another goes on to its step, these two meet.
@@ -79,8 +74,8 @@ class Agreement:
             remedy: What to do if they differ.
 
         Raises:
-            RuntimeError: If they differ, or if a worker does not publish its
-                own in time.
+            WorkersDifferError: If they differ.
+            WorkerError: If a worker does not publish its own in time.
         """
         own = {key: str(value) for key, value in facts.items()}
         key = name if point is None else f"{name}/{point}"
@@ -94,7 +89,7 @@ class Agreement:
         if not differences:
             return
         self._store.let_all_read(key)
-        raise RuntimeError(
+        raise WorkersDifferError(
             f"All workers must have the same {name}. Received: "
             f"{'; '.join(differences)}. {remedy}"
         )
@@ -110,7 +105,7 @@ class Agreement:
                 and shapes are compared; the plan of packs follows from them.
 
         Raises:
-            RuntimeError: See `compare`.
+            WorkerError: See `compare`.
         """
         facts = {"number of gradients": str(len(gradients))}
         for index, gradient in enumerate(gradients):
@@ -132,7 +127,7 @@ class Agreement:
             batches: Batches of the data set, or `None` if not known.
 
         Raises:
-            RuntimeError: See `compare`.
+            WorkerError: See `compare`.
         """
         self.compare(
             "models and steps",
@@ -150,7 +145,7 @@ class Agreement:
                 it.
 
         Returns:
-            A function that makes the same value, and raises a `RuntimeError`
+            A function that makes the same value, and raises a `WorkerError`
             if another worker makes a variable of another dtype or shape.
         """
 

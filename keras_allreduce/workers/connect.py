@@ -8,12 +8,15 @@ from typing import Any
 import tensorflow as tf
 
 from keras_allreduce.compat import runtime
+from keras_allreduce.environment import JOB_TOKEN, TF_CONFIG
+from keras_allreduce.workers import signals
 from keras_allreduce.workers.cluster import (
     JOBS,
     Cluster,
     check_cluster,
     read_tf_config,
 )
+from keras_allreduce.workers.errors import WorkerStartError
 from keras_allreduce.workers.rendezvous import meet
 from keras_allreduce.workers.time_limit import limited
 
@@ -37,11 +40,11 @@ def read_cluster(resolver: Any) -> Cluster | None:
         resolver, tf.distribute.cluster_resolver.TFConfigClusterResolver
     )
     if reads_environment:
-        described = read_tf_config(os.environ.get("TF_CONFIG", ""))
+        described = read_tf_config(os.environ.get(TF_CONFIG, ""))
         if described is None:
             return None
         jobs, job, index = described
-        # Arguments of the resolver go before TF_CONFIG.
+        # Arguments of the resolver override TF_CONFIG.
         job = getattr(resolver, "task_type", None) or job
         asked = getattr(resolver, "task_id", None)
         index = index if asked is None else asked
@@ -57,6 +60,8 @@ def read_cluster(resolver: Any) -> Cluster | None:
 def starting(resolver: Any, timeout_seconds: float) -> Iterator[Cluster | None]:
     """Checks before TensorFlow's own set-up, which runs in the block.
 
+    The process keeps its signal handlers, whatever TensorFlow does to them.
+
     Args:
         resolver: See `read_cluster`.
         timeout_seconds: How long to wait for the other workers.
@@ -66,33 +71,46 @@ def starting(resolver: Any, timeout_seconds: float) -> Iterator[Cluster | None]:
 
     Raises:
         ValueError: If the description of the cluster cannot be right.
-        RuntimeError: If the workers cannot meet.
+        WorkerStartError: If the workers cannot meet.
     """
     cluster = read_cluster(resolver)
     # A second strategy uses the server that is there.
     if cluster is None or runtime.is_started():
         yield cluster
         return
-    meet(cluster, timeout_seconds)
+    problem = meet(cluster, timeout_seconds, os.environ.get(JOB_TOKEN, ""))
+    if problem is not None:
+        raise WorkerStartError(problem)
+    _configure(cluster, timeout_seconds)
+    with signals.kept(), _connecting(cluster, timeout_seconds):
+        yield cluster
+
+
+def _configure(cluster: Cluster, timeout_seconds: float) -> None:
     jobs = [task.removeprefix("/job:").split("/")[0] for task in cluster.tasks]
     runtime.configure_coordination(
         cluster.tasks[0],
         {job: jobs.count(job) for job in JOBS if job in jobs},
         timeout_seconds,
     )
+
+
+@contextlib.contextmanager
+def _connecting(cluster: Cluster, timeout_seconds: float) -> Iterator[None]:
+    """Limits the time of the block, and turns TensorFlow's errors into ours."""
+    this = cluster.name(cluster.rank)
+    remedy = "Look for the worker whose log ends first, and start all again."
     # TensorFlow has the same limit, but not wherever it waits.
     limit = limited(
         timeout_seconds + _LATER_THAN_TENSORFLOW_SECONDS,
         "keras_allreduce: All workers must stay while they connect. Received: "
-        f"{cluster.name(cluster.rank)} still waits for one that is lost. Look "
-        "for the worker whose log ends first, and start all again.",
+        f"{this} still waits for one that is lost. {remedy}",
     )
     try:
         with limit:
-            yield cluster
+            yield
     except tf.errors.OpError as error:
-        raise RuntimeError(
+        raise WorkerStartError(
             "All workers must stay while they connect. Received: "
-            f"{error.message.splitlines()[0]}, in {cluster.name(cluster.rank)}"
-            ". Look for the worker whose log ends first, and start all again."
+            f"{error.message.splitlines()[0]}, in {this}. {remedy}"
         ) from error

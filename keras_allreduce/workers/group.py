@@ -24,6 +24,7 @@ from keras_allreduce.workers.between_workers import (
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
 from keras_allreduce.workers.in_flight import InFlight
+from keras_allreduce.workers.store import store_of
 from keras_allreduce.workers.watchdog import Watchdog
 from keras_allreduce.workers.wire import Wire
 from keras_allreduce.workers.wire_formats import EXACT, WIRE_FORMATS
@@ -68,6 +69,10 @@ class SingleWorker:
             options.bytes_per_pack,
             sparse_as_dense=options.sparse_as_dense,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SingleWorker":
+        """A copy of the strategy has the same threads and counters."""
+        return self
 
     def compare_initial_value(self, initial_value: Any) -> Any:
         """Returns the initial value of a variable."""
@@ -149,15 +154,15 @@ class Workers:
             in_flight: Tracks the collectives.
 
         Raises:
-            RuntimeError: If workers differ in versions, devices or options,
+            WorkerError: If workers differ in versions, devices or options,
                 or one fails.
         """
         watchdog = Watchdog(cluster, options.timeout_seconds, in_flight)  # [1]
         exit_message.install(watchdog)
         watchdog.start(owner)
-        agreement = Agreement(  # [2]
-            cluster, options.timeout_seconds, lost=lambda: watchdog.lost
-        )
+        seconds = options.timeout_seconds
+        store = store_of(cluster, seconds, lambda: watchdog.lost)
+        agreement = Agreement(cluster, store)  # [2]
         facts: Mapping[str, Any] = environment(devices) | vars(options)
         agreement.compare("versions, devices and options", facts)
         workers = len(cluster.tasks)
@@ -167,6 +172,10 @@ class Workers:
         ]
         between, gpus = (Collectives(group, in_flight) for group in groups)
         return cls(workers, agreement, between, gpus, options, in_flight)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Workers":
+        """A copy of the strategy has the same watchdog and collectives."""
+        return self
 
     def compare_initial_value(self, initial_value: Any) -> Any:
         """See `Agreement`."""

@@ -71,6 +71,10 @@ class InFlight:
         )
         self._calls: dict[object, float] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InFlight":
+        """A copy of the strategy has the same watchdog, which reads this."""
+        return self
+
     @contextlib.contextmanager
     def watched(self, tensors: Sequence[tf.Tensor]) -> Iterator[Flight]:
         """Counts the collective that is traced or run in the block.

@@ -8,160 +8,195 @@ TensorFlow's server listens on afterwards, and waits there for the word to go.
        |--- here I am ------->|                       |
        |                      |<------- here I am ----|
        |<-- all are there ----|--- all are there ---->|
+
+`reports.py` has the messages.
 """
 
-import contextlib
-import json
 import os
-import select
 import socket
 import time
 from typing import Any
 
-from keras_allreduce.workers.cluster import Cluster, host_and_port
+from keras_allreduce.addresses import parse_address
+from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.reports import (
+    NoAnswer,
+    Reception,
+    Report,
+    deliver,
+)
 
-_MAX_BYTES = 2**20
 _PATIENCE_SECONDS = 5.0
+_MAX_BYTES_OF_A_PROBLEM = 2**16
 
 
-def meet(cluster: Cluster, timeout_seconds: float) -> None:
-    """Returns when all workers are there.
+def meet(
+    cluster: Cluster, timeout_seconds: float, token: str = ""
+) -> str | None:
+    """Returns when all workers are there, or when that cannot be.
 
     Args:
         cluster: The workers.
         timeout_seconds: How long to wait for the others.
+        token: Keeps workers of other jobs apart; the same on all.
 
-    Raises:
-        RuntimeError: On all workers that are there, if one does not come, if
-            its port is not free, or if it has other addresses.
+    Returns:
+        `None` if all are there. Otherwise the problem, for an error on all
+        workers that are: one does not come, its port is not free, or it has
+        other addresses.
     """
     if cluster.rank == 0:
-        problem = _expect_all(cluster, timeout_seconds)
-    else:
-        problem = _report_to_chief(cluster, timeout_seconds)
-    if problem is not None:
-        raise RuntimeError(problem)
+        return _expect_all(cluster, timeout_seconds, token)
+    return _report_to_chief(cluster, timeout_seconds, token)
 
 
-def _expect_all(cluster: Cluster, timeout_seconds: float) -> str | None:
+def listen(port: int, backlog: int = 128) -> socket.socket:
+    """A socket that listens where TensorFlow's server on this port will.
+
+    Raises:
+        OSError: If the port is not free.
+    """
+    dual = socket.has_dualstack_ipv6()
+    return socket.create_server(
+        ("", port),
+        family=socket.AF_INET6 if dual else socket.AF_INET,
+        dualstack_ipv6=dual,
+        backlog=backlog,
+    )
+
+
+def _expect_all(
+    cluster: Cluster, timeout_seconds: float, token: str
+) -> str | None:
     """The chief's side. Returns the problem, if any, which all are told."""
     end = time.monotonic() + timeout_seconds
-    here: dict[int, socket.socket] = {}
-    problem = None
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(_listen(cluster))
-        server.settimeout(0.1)
+    here: dict[int, Report] = {}
+    try:
+        server = listen(_own_port(cluster), max(128, len(cluster.tasks)))
+    except OSError as error:
+        return _port_in_use(cluster, error)
+    with Reception(server, token, _limit_bytes(cluster)) as reception:
+        problem = None
         while problem is None and len(here) < len(cluster.others):
-            with contextlib.suppress(
-                OSError, ValueError, LookupError, TypeError
-            ):
-                connection = stack.enter_context(server.accept()[0])
-                connection.settimeout(_PATIENCE_SECONDS)
-                report = _receive(connection)
-                rank = cluster.others[cluster.others.index(report["rank"])]
-                problem = report["problem"] or _other_addresses(
-                    cluster, rank, report["addresses"]
-                )
-                here[rank] = connection
-            here = {r: c for r, c in here.items() if not _has_ended(c)}
+            for report in reception.wait(0.1):
+                found = _take(cluster, here, report)
+                problem = problem or found
+            here = {r: c for r, c in here.items() if not c.has_ended}
             missing = [rank for rank in cluster.others if rank not in here]
             if problem is None and missing and time.monotonic() > end:
-                problem = _never_came(cluster, missing, timeout_seconds)
-        for connection in here.values():
-            with contextlib.suppress(OSError):
-                _send(connection, {"problem": problem})
+                problem = _never_came(
+                    cluster,
+                    missing,
+                    timeout_seconds,
+                    f"{reception.strangers} other connections were turned away"
+                    if reception.strangers
+                    else None,
+                )
+        for report in here.values():
+            report.answer({"problem": problem})
     return problem
 
 
-def _report_to_chief(cluster: Cluster, timeout_seconds: float) -> str | None:
+def _take(
+    cluster: Cluster, here: dict[int, Report], report: Report
+) -> str | None:
+    """Notes who is here. Returns the problem, if any."""
+    rank = report.content.get("rank")
+    addresses = report.content.get("addresses")
+    if not isinstance(rank, int) or not isinstance(addresses, list):
+        return None
+    problem = report.content.get("problem")
+    if problem is not None:
+        problem = str(problem)[:_MAX_BYTES_OF_A_PROBLEM]
+    elif addresses != list(cluster.addresses):
+        problem = _other_addresses(cluster, rank, addresses)
+    elif rank not in cluster.others:
+        return None
+    elif rank in here and not here[rank].has_ended:
+        problem = (
+            "Every worker must have its own index. Received: two processes "
+            f"are {cluster.name(rank)}. Only the task in TF_CONFIG differs "
+            "between workers."
+        )
+    else:
+        here[rank] = report
+        return None
+    # The others are told when this returns.
+    report.answer({"problem": problem})
+    return problem
+
+
+def _report_to_chief(
+    cluster: Cluster, timeout_seconds: float, token: str
+) -> str | None:
     """The side of another worker. Returns the problem, if any."""
-    own = None
+    own, patience = None, timeout_seconds
     try:
-        _listen(cluster).close()
-    except RuntimeError as error:
-        own = str(error)
-        timeout_seconds = min(timeout_seconds, _PATIENCE_SECONDS)
-    report = {
+        listen(_own_port(cluster)).close()
+    except OSError as error:
+        own = _port_in_use(cluster, error)
+        patience = min(timeout_seconds, _PATIENCE_SECONDS)
+    report: dict[str, Any] = {
         "rank": cluster.rank,
         "addresses": cluster.addresses,
         "problem": own,
     }
-    end = time.monotonic() + timeout_seconds
-    while (left := end - time.monotonic()) > 0:
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+    try:
+        answer = deliver(
+            [parse_address(cluster.addresses[0])],
+            report,
+            token,
+            patience,
             # The chief's time may have begun a little later.
-            return _tell_chief(cluster, report, left + _PATIENCE_SECONDS)
-        time.sleep(0.1)
-    return own or _never_came(cluster, [0], timeout_seconds)
+            _PATIENCE_SECONDS,
+            _MAX_BYTES_OF_A_PROBLEM + _limit_bytes(cluster),
+        )
+    except NoAnswer as reason:
+        return own or _never_came(cluster, [0], timeout_seconds, str(reason))
+    problem = answer.get("problem")
+    return None if problem is None else str(problem)
 
 
-def _tell_chief(
-    cluster: Cluster, report: dict[str, Any], timeout_seconds: float
-) -> str | None:
-    """Reports once. Returns the problem that the chief answers, if any."""
-    with socket.create_connection(
-        host_and_port(cluster.addresses[0]), 2
-    ) as connection:
-        _send(connection, report)
-        connection.settimeout(timeout_seconds)
-        problem = _receive(connection)["problem"]
-        return None if problem is None else str(problem)
+def _own_port(cluster: Cluster) -> int:
+    return parse_address(cluster.addresses[cluster.rank]).port
+
+
+def _limit_bytes(cluster: Cluster) -> int:
+    """Bytes of the largest report: other addresses may be longer than ours."""
+    own = sum(len(each) + 4 for each in cluster.addresses)
+    return _MAX_BYTES_OF_A_PROBLEM + 2 * own
 
 
 def _never_came(
-    cluster: Cluster, missing: list[int], timeout_seconds: float
+    cluster: Cluster,
+    missing: list[int],
+    timeout_seconds: float,
+    found: str | None,
 ) -> str:
     return (
         "All workers must start within "
         f"timeout_seconds={timeout_seconds:g} of each other. Never reached: "
-        f"{cluster.names(missing)}. Look at their logs, check that the "
-        "addresses are right and the ports open, and start all workers again."
+        f"{cluster.names(missing)}{f' ({found})' if found else ''}. Look at "
+        "their logs, check that the addresses are right and the ports open, "
+        "and start all workers again."
     )
 
 
-def _other_addresses(
-    cluster: Cluster, rank: int, addresses: list[str]
-) -> str | None:
-    if list(addresses) == list(cluster.addresses):
-        return None
+def _other_addresses(cluster: Cluster, rank: int, addresses: list[Any]) -> str:
+    other = cluster.name(rank) if rank in cluster.others else "another"
     return (
         "All workers must have the same cluster, in the same order. Received: "
         f"{cluster.name(0)} has {list(cluster.addresses)}, "
-        f"{cluster.name(rank)} has {list(addresses)}. Only the task in "
+        f"{other} has {addresses}. Only the task in "
         "TF_CONFIG differs between workers."
     )
 
 
-def _listen(cluster: Cluster) -> socket.socket:
-    """A socket that listens where TensorFlow's server will."""
-    _, port = host_and_port(cluster.addresses[cluster.rank])
-    dual = socket.has_dualstack_ipv6()
-    try:
-        return socket.create_server(
-            ("", port),
-            family=socket.AF_INET6 if dual else socket.AF_INET,
-            dualstack_ipv6=dual,
-            backlog=len(cluster.tasks),
-        )
-    except OSError as error:
-        raise RuntimeError(
-            "The port of a worker must be free. Received: "
-            f"{cluster.name(cluster.rank)}, where this worker cannot listen "
-            f"({os.strerror(error.errno or 0)}). End what listens there, such "
-            "as an earlier run of this worker, or give it another port on all "
-            "workers."
-        ) from None
-
-
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _receive(connection: socket.socket) -> dict[str, Any]:
-    with connection.makefile("rb") as file:
-        return dict(json.loads(file.readline(_MAX_BYTES)))
-
-
-def _has_ended(connection: socket.socket) -> bool:
-    """Whether the other side, which only waits now, has gone."""
-    return bool(select.select([connection], [], [], 0)[0])
+def _port_in_use(cluster: Cluster, error: OSError) -> str:
+    return (
+        "The port of a worker must be free. Received: "
+        f"{cluster.name(cluster.rank)}, where this worker cannot listen "
+        f"({os.strerror(error.errno or 0)}). End what listens there, such "
+        "as an earlier run of this worker, or give it another port on all "
+        "workers."
+    )

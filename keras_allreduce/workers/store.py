@@ -3,14 +3,21 @@
 The store is that of TensorFlow's coordination service. It ends with the chief.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
 
 import tensorflow as tf
+from absl import logging
 
 from keras_allreduce.compat import runtime
 from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.errors import (
+    WorkerError,
+    WorkerLostError,
+    WorkerTimeoutError,
+)
 
 _numbers = itertools.count()
 
@@ -47,7 +54,9 @@ class Store:
             value: The text of this worker.
 
         Raises:
-            RuntimeError: If another worker does not publish its own in time.
+            WorkerTimeoutError: If another worker does not publish its own in
+                time.
+            WorkerLostError: If it has failed.
         """
         self._publish(name, value)
         return [
@@ -64,7 +73,7 @@ class Store:
             for rank in self._cluster.others:
                 try:
                     self._read(f"{name} has been read", rank, _GRACE_SECONDS)
-                except RuntimeError:
+                except WorkerError:
                     return
 
     def _key(self, name: str, rank: int) -> str:
@@ -87,9 +96,9 @@ class Store:
             except tf.errors.DeadlineExceededError:
                 lost = self._lost()
                 if lost is not None:
-                    raise RuntimeError(lost) from None
+                    raise WorkerLostError(lost) from None
                 if left <= 0:
-                    raise RuntimeError(
+                    raise WorkerTimeoutError(
                         "All workers must make the same models and steps, "
                         f"within timeout_seconds={timeout_seconds:g} of each "
                         f"other. Received: no {name} from "
@@ -99,11 +108,49 @@ class Store:
             except tf.errors.OpError as error:
                 raise self._failed(name, error) from error
 
-    def _failed(self, name: str, error: tf.errors.OpError) -> RuntimeError:
-        return RuntimeError(
+    def _failed(self, name: str, error: tf.errors.OpError) -> WorkerLostError:
+        return WorkerLostError(
             self._lost()
             or "All workers must stay while they compare what they do. "
             f"Received: {self._cluster.name(0)} is not there to compare the "
             f"{name} ({error.message.splitlines()[0]}). Look at its log, then "
             "start all workers again."
         )
+
+
+class NoStore:
+    """What there is without TensorFlow's coordination service: no checks.
+
+    Args:
+        cluster: The workers.
+    """
+
+    def __init__(self, cluster: Cluster):
+        self._num_workers = len(cluster.tasks)
+        _say_once()
+
+    def exchange(self, name: str, value: str) -> list[str]:
+        """Returns the text of this worker for all of them."""
+        return [value] * self._num_workers
+
+    def let_all_read(self, name: str) -> None:
+        """Returns at once: there is nothing to read."""
+
+
+def store_of(
+    cluster: Cluster, timeout_seconds: float, lost: Callable[[], str | None]
+) -> Store | NoStore:
+    """Returns the store of the workers, as far as TensorFlow has one."""
+    if runtime.has_store():
+        return Store(cluster, timeout_seconds, lost)
+    return NoStore(cluster)
+
+
+@functools.cache
+def _say_once() -> None:
+    logging.warning(
+        "keras_allreduce: TensorFlow's coordination service is switched off. "
+        "Workers train without checks that their models, steps and options "
+        "are the same, and one that has ended counts as failed. Leave "
+        "`service_type` alone to have them."
+    )

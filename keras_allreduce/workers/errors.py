@@ -1,0 +1,53 @@
+"""The exceptions that other workers cause.
+
+    WorkerError (RuntimeError)
+    ├── WorkerStartError     the workers could not start together
+    ├── WorkersDifferError   they do not do the same
+    ├── WorkerTimeoutError   one did not take part in time
+    └── WorkerLostError      one has failed or is unreachable; it is a
+                             tf.errors.UnavailableError too
+
+A collective that fails in the middle of a step raises TensorFlow's own
+`tf.errors.UnavailableError`, so that a script which wants to catch "a worker
+failed", whenever that is, catches this:
+
+    except (keras_allreduce.WorkerError, tf.errors.UnavailableError):
+
+What the script itself does wrong, such as a TF_CONFIG that makes no sense, is
+a `ValueError`.
+"""
+
+from typing import Any
+
+import tensorflow as tf
+
+
+class WorkerError(RuntimeError):
+    """Another worker failed, or does not do what this one does."""
+
+
+class WorkerStartError(WorkerError):
+    """The workers could not start together."""
+
+
+class WorkersDifferError(WorkerError):
+    """The workers do not do the same, and would wait for each other."""
+
+
+class WorkerTimeoutError(WorkerError):
+    """A worker did not take part within `timeout_seconds`."""
+
+
+class WorkerLostError(WorkerError, tf.errors.UnavailableError):
+    """A worker has failed or is unreachable.
+
+    Args:
+        message: Names the worker.
+    """
+
+    def __init__(self, message: str):
+        tf.errors.UnavailableError.__init__(self, None, None, message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # TensorFlow's would call this class with three arguments.
+        return type(self), (self.message,)

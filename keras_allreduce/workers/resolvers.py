@@ -1,0 +1,171 @@
+"""Cluster resolvers: from what a process is told to a `tf.train.ClusterSpec`.
+
+`mpirun`, `srun` and Kubernetes tell a process its rank; TF_CONFIG tells it all
+addresses. `resolver_for` finds out which of them there is.
+"""
+
+import functools
+import os
+from typing import Any
+
+import tensorflow as tf
+from absl import logging
+
+from keras_allreduce.environment import JOB_TOKEN, TF_CONFIG
+from keras_allreduce.workers.address_exchange import (
+    NoExchange,
+    exchange_addresses,
+)
+from keras_allreduce.workers.cluster import read_tf_config
+from keras_allreduce.workers.errors import WorkerStartError
+from keras_allreduce.workers.ranks import Placement, hint_of, placement_of
+
+_ALONE = "TF_CONFIG='{}' trains on this process alone."
+
+
+class LauncherClusterResolver(tf.distribute.cluster_resolver.ClusterResolver):
+    """Finds the workers that `mpirun`, `srun` or Kubernetes has started.
+
+    `MultiWorkerAllReduceStrategy` uses it where there is no TF_CONFIG. Pass
+    it for another timeout, or to `tf.distribute.MultiWorkerMirroredStrategy`.
+    Rank and size come from the environment of the process. Each process tells
+    rank 0 its address and gets those of all; MASTER_ADDR and MASTER_PORT say
+    where rank 0 is, if nothing else does.
+
+    Args:
+        timeout_seconds: How long to wait for the other processes.
+
+    Raises:
+        ValueError: If the process was not started with others, or nothing
+            says on which host rank 0 is.
+    """
+
+    def __init__(self, timeout_seconds: float = 600.0):
+        placement = placement_of(os.environ)
+        if placement is None:
+            raise ValueError(
+                "A launcher must have started several processes. Received: "
+                "none of the variables of Open MPI, MPICH, srun or a "
+                "Kubernetes Indexed Job. Set RANK, WORLD_SIZE and MASTER_ADDR, "
+                "or TF_CONFIG, by hand."
+            )
+        if not placement.leader:
+            raise ValueError(
+                "The host of rank 0 must be known to train on several. "
+                f"Received: {placement.source}, and no MASTER_ADDR. Set "
+                "MASTER_ADDR to that host on all processes, or TF_CONFIG to "
+                f"the addresses of all. {_ALONE}"
+            )
+        self._placement = placement
+        self._timeout_seconds = timeout_seconds
+        self.task_type = "worker"
+        self.task_id = placement.rank
+        self.rpc_layer = "grpc"
+
+    def cluster_spec(self) -> tf.train.ClusterSpec:
+        """Addresses of all workers; waits for the others the first time.
+
+        Raises:
+            WorkerStartError: If they do not come.
+        """
+        return tf.train.ClusterSpec(
+            {"worker": list(_exchange(self._placement, self._timeout_seconds))}
+        )
+
+    def master(
+        self,
+        task_type: str | None = None,
+        task_id: int | None = None,
+        rpc_layer: str | None = None,
+    ) -> str:
+        """URL of a worker: of this one, or of the one that is asked for."""
+        address = self.cluster_spec().task_address(
+            task_type or self.task_type,
+            self.task_id if task_id is None else task_id,
+        )
+        return f"{rpc_layer or self.rpc_layer}://{address}"
+
+    def num_accelerators(
+        self,
+        task_type: str | None = None,
+        task_id: int | None = None,
+        config_proto: Any = None,
+    ) -> dict[str, int]:
+        """GPUs of this process by kind: those that CUDA shows it."""
+        return _num_accelerators()
+
+
+class _Alone(tf.distribute.cluster_resolver.ClusterResolver):
+    """An evaluator, which is in no collective and needs no server."""
+
+    def __init__(self, task_type: str, task_id: int):
+        self.task_type = task_type
+        self.task_id = task_id
+        self.rpc_layer = "grpc"
+
+    def cluster_spec(self) -> tf.train.ClusterSpec:
+        return tf.train.ClusterSpec({})
+
+    def master(self, *args: Any, **kwargs: Any) -> str:
+        return ""
+
+    def num_accelerators(self, *args: Any, **kwargs: Any) -> dict[str, int]:
+        return _num_accelerators()
+
+
+def resolver_for(resolver: Any, timeout_seconds: float) -> Any:
+    """The cluster resolver to start with.
+
+    Args:
+        resolver: The one that the script passes, or `None`.
+        timeout_seconds: How long ours waits for the other workers.
+
+    Returns:
+        The one that was passed; without it and without TF_CONFIG a
+        `LauncherClusterResolver`, if a launcher has started several
+        processes. An evaluator, whose collectives would wait for nobody, gets
+        one of its own.
+
+    Raises:
+        ValueError: If TF_CONFIG makes no sense; see `LauncherClusterResolver`.
+    """
+    text = os.environ.get(TF_CONFIG, "")
+    if resolver is None:
+        if not text.strip():
+            return _of_launcher(timeout_seconds)
+        resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    if isinstance(
+        resolver, tf.distribute.cluster_resolver.TFConfigClusterResolver
+    ):
+        read_tf_config(text)  # In words of ours, where it makes no sense.
+    if getattr(resolver, "task_type", None) == "evaluator":
+        return _Alone("evaluator", resolver.task_id)
+    return resolver
+
+
+def _of_launcher(timeout_seconds: float) -> LauncherClusterResolver | None:
+    if placement_of(os.environ) is not None:
+        return LauncherClusterResolver(timeout_seconds)
+    hint = hint_of(os.environ)
+    if hint is not None:
+        logging.warning(
+            "keras_allreduce: This process trains alone. Received: %s. %s",
+            hint,
+            _ALONE,
+        )
+    return None
+
+
+# A second strategy has the workers and the servers of the first.
+@functools.cache
+def _exchange(placement: Placement, timeout_seconds: float) -> tuple[str, ...]:
+    token = os.environ.get(JOB_TOKEN) or placement.job
+    try:
+        return tuple(exchange_addresses(placement, timeout_seconds, token))
+    except NoExchange as error:
+        raise WorkerStartError(str(error)) from None
+
+
+def _num_accelerators() -> dict[str, int]:
+    num_gpus = len(tf.config.list_logical_devices("GPU"))
+    return {"GPU": num_gpus} if num_gpus else {}
