@@ -47,7 +47,8 @@ def mean_over_samples(outputs: Any, seen: Any, replicas: Replicas) -> Any:
         shares = shares_of(replicas.local_values(seen))
 
     def scaled(value: Any) -> Any:
-        parts = replicas.local_values(value)
+        # Before Keras 3.14 the results of eager metrics are Python floats.
+        parts = [tf.convert_to_tensor(v) for v in replicas.local_values(value)]
         if not parts or not parts[0].dtype.is_floating:
             return value
         scaled_parts = []
