@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from keras_allreduce.compat import versions as _versions
 from keras_allreduce.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -59,7 +60,11 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    try:
+        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    except ImportError as error:
+        _versions.explain_import_error(error)
+        raise
     value = getattr(home, name)
     globals()[name] = value
     return value

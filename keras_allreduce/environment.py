@@ -14,3 +14,6 @@ VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 NCCL_SHARED_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
 """Set to 1 if NCCL (from 2.30 on) may sum between workers on one GPU."""
+
+LEGACY_KERAS = "TF_USE_LEGACY_KERAS"
+"""Makes `tf.keras` Keras 2, the package tf_keras, if it is 1 or true."""

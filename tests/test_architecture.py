@@ -43,12 +43,15 @@ MAY_IMPORT = {
         "workers",
         "fit_output",
     ],
+    "__main__": [*GROUND, "strategy"],
     "benchmark": [*GROUND, "reduce", "strategy", "workers.cluster"],
 }
 
 # Planning, arithmetic and the launcher, which load no TensorFlow.
 PURE = [
     "addresses",
+    "__main__",
+    "compat.versions",
     "environment",
     "malloc",
     "version",

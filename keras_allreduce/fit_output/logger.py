@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_allreduce.compat import versions
 from keras_allreduce.fit_output.meter import EpochMeter
 from keras_allreduce.fit_output.progress_bar import NEVER
 
@@ -25,9 +26,11 @@ class AllReduceLogger(keras.callbacks.Callback):
 
     Raises:
         ValueError: If the model is trained without an `AllReduceStrategy`.
+        RuntimeError: If it is a model of tf_keras (Keras 2).
     """
 
     def set_model(self, model: keras.Model) -> None:
+        versions.check_model_is_not_legacy(model)
         super().set_model(model)
         log = getattr(model.distribute_strategy, "step_log", None)
         if log is None:

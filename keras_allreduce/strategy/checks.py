@@ -5,15 +5,22 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_allreduce.compat import versions
 from keras_allreduce.devices import is_gpu
 
 
 def check_backend() -> None:
-    """Raises if Keras does not run on TensorFlow.
+    """Raises unless a tested Keras 3 runs on a tested TensorFlow.
+
+    Warns once if one is newer than the tests know.
 
     Raises:
-        ValueError: If it runs on something else.
+        RuntimeError: If TensorFlow or Keras is too old, or if `tf.keras` is
+            Keras 2.
+        ValueError: If Keras runs on another backend.
     """
+    versions.check_versions(tf.__version__, keras.__version__)
+    versions.check_keras_is_not_legacy()
     backend = keras.backend.backend()
     if backend != "tensorflow":
         raise ValueError(

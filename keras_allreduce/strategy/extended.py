@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce.compat import distribute
+from keras_allreduce.compat import distribute, versions
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import shares
 from keras_allreduce.one_device.replicas import Replicas
@@ -107,6 +107,7 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         self, fn: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         strategy = self._container_strategy()
+        versions.check_step_is_not_legacy(fn)
         model, step_name = keras_compat.step_of(fn)
         run = super()._call_for_each_replica
         if model is None:
