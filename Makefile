@@ -1,23 +1,31 @@
-# make demo    the main job on real data
-# make test    the tests
-# make lint    format, lint and types, in seconds
-# make check   lint and tests: the one command before a push
-# make docs    the site, in build/site; every link is checked
+# make demo           the main job on real data
+# make test           the tests
+# make test-fast      those for the loop of a developer
+# make test-versions  those for other versions, in environments of their own
+# make lint           format, lint and types, in seconds
+# make check          lint and tests: the one command before a push
+# make docs           the site, in build/site; every link is checked
 #
-# Each sets up what it needs in .venv, once.
+# Each sets up what it needs in .venv, once, with pip or with uv.
 
 PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint check docs clean
+.PHONY: demo test test-fast test-versions lint check docs clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/digits.py
+	@$(SHARED) $(BIN)/python examples/digits.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto -m 'not slow' $(PYTEST_ARGS)
+
+test-versions: $(VENV)/.dev
+	$(BIN)/python -m nox -s start versions
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
@@ -30,17 +38,38 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m mkdocs build --strict
 
 # A stamp is newer than pyproject.toml as long as nothing has to be installed.
+# One make at a time installs: another one that waited for the lock finds the
+# stamp there.
+ifdef LOCKED
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".[examples]"
+	$(call install,examples)
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(call install,dev)
 	touch $@ $(VENV)/.demo
+else
+$(VENV)/.demo $(VENV)/.dev: pyproject.toml
+	@$(LOCK) $(MAKE) --no-print-directory LOCKED=1 $@
+endif
+
+# Where there is no flock, two at once have to be started one after the other.
+# The demo keeps others from installing under its feet.
+FLOCK = $(shell command -v flock)
+LOCK = $(if $(FLOCK),flock .venv.lock)
+SHARED = $(if $(FLOCK),flock --shared .venv.lock)
+
+# An environment made by uv has no pip.
+define install
+@echo "Installing keras_allreduce[$(1)] in $(VENV)"
+@if $(BIN)/python -m pip --version >/dev/null 2>&1; \
+	then $(BIN)/python -m pip install --quiet --editable ".[$(1)]"; \
+	else uv pip install --quiet --python $(BIN)/python --editable ".[$(1)]"; fi
+endef
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "keras_allreduce needs Python 3.10 or later; received %s. Set PYTHON=/path/to/python3." % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv.lock .nox build *.egg-info .pytest_cache .mypy_cache .ruff_cache
