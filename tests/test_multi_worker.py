@@ -30,9 +30,7 @@ DIFFER_FROM_ONE_DEVICE = ["batch_normalization", "dropout"]
 @pytest.fixture(scope="module")
 def on_workers(request):
     """Results of each of two workers, by case."""
-    return workers.results(
-        "cases", workers.selected(request), deadline_seconds=400
-    )
+    return workers.results("cases", workers.selected(request))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +38,6 @@ def on_workers_of_two_devices(request):
     return workers.results(
         "cases_on_two_devices_each",
         workers.selected(request),
-        deadline_seconds=300,
     )
 
 
@@ -75,9 +72,7 @@ def test_workers_of_two_devices_train_as_one_does(
 
 
 def test_backprop_does_not_wait_for_the_other_workers():
-    for found in workers.results(
-        "what_backprop_waits_for", deadline_seconds=100
-    ):
+    for found in workers.results("what_backprop_waits_for"):
         # Two layers: two products forwards, three back. The collectives are
         # the number of samples and one pack.
         assert found["dense"] == [5, 0, 2]
@@ -94,7 +89,6 @@ def on_a_narrow_wire(request):
         "cases_on_the_wire",
         ON_A_NARROW_WIRE,
         request.param,
-        deadline_seconds=300,
     )
 
 
@@ -150,9 +144,7 @@ STAY = "All workers must stay until training ends. Received:"
 
 
 def test_all_workers_are_told_whom_they_wait_for():
-    first, other = workers.results(
-        "fit_with_a_late_worker", deadline_seconds=90
-    )
+    first, other = workers.results("fit_with_a_late_worker")
     assert first == other
     assert first["last_worker"] == [1, 1]
     # It computes for 300 ms before each step.
@@ -167,7 +159,7 @@ def end_of_the_other(signal, index, timeout_seconds):
         took to end.
     """
     with workers.running(
-        "fit_and_signal", signal, index, timeout_seconds, deadline_seconds=300
+        "fit_and_signal", signal, index, timeout_seconds
     ) as pair:
         other = pair[1 - index]
         while "is gone" not in other.output and other.process.poll() is None:
@@ -199,9 +191,7 @@ def test_a_frozen_worker_ends_the_other_in_an_error(index):
 
 
 def test_a_worker_that_falls_behind_ends_the_other_after_the_timeout():
-    with workers.running(
-        "fit_and_fall_behind", 5, deadline_seconds=100
-    ) as pair:
+    with workers.running("fit_and_fall_behind", 5) as pair:
         code = pair[0].wait()
         assert code not in (0, None), pair[0].output
         last = pair[0].output.splitlines()[-1]
@@ -210,9 +200,7 @@ def test_a_worker_that_falls_behind_ends_the_other_after_the_timeout():
 
 def test_datasets_of_other_known_lengths_end_in_an_error_at_once():
     # Long before the timeout, which is 600 s.
-    with workers.running(
-        "fit_with_other_lengths", None, deadline_seconds=100
-    ) as pair:
+    with workers.running("fit_with_other_lengths", None) as pair:
         for worker in pair:
             assert worker.wait() == 1, worker.output
             last = worker.output.splitlines()[-1]
@@ -222,7 +210,5 @@ def test_datasets_of_other_known_lengths_end_in_an_error_at_once():
 
 
 def test_datasets_of_other_lengths_train_as_many_steps_as_are_asked_for():
-    chief, other = workers.results(
-        "fit_with_other_lengths", 2, deadline_seconds=100
-    )
+    chief, other = workers.results("fit_with_other_lengths", 2)
     assert chief == other

@@ -32,9 +32,7 @@ def network():
 def on_a_slow_network():
     """Results of each of two workers, by case."""
     with namespaces.network(2, rate="1gbit") as net:
-        return workers.results(
-            "cases", CASES, deadline_seconds=240, network=net
-        )
+        return workers.results("cases", CASES, network=net)
 
 
 def said_by(*command):
@@ -97,9 +95,7 @@ def test_workers_train_as_one_device_does(name, on_a_slow_network):
 
 @pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
 def test_a_cut_link_ends_both_workers_in_an_error(index, network):
-    with workers.running(
-        "fit_until_ended", 60, deadline_seconds=240, network=network
-    ) as pair:
+    with workers.running("fit_until_ended", 60, network=network) as pair:
         while not all("has ended" in worker.output for worker in pair):
             codes = [worker.process.poll() for worker in pair]
             assert codes == [None, None], [worker.output for worker in pair]

@@ -189,7 +189,6 @@ def on_workers(request):
     return workers.results(
         "cases",
         workers.selected(request),
-        deadline_seconds=300,
         environment=[
             {
                 "CUDA_VISIBLE_DEVICES": str(index % NUM_PHYSICAL),

@@ -14,7 +14,7 @@ SAME = "All workers must have the same"
 def ends(function, *arguments, num_workers=2):
     """Outputs of workers that all have to end; a hang fails the test."""
     with workers.running(
-        function, *arguments, deadline_seconds=120, num_workers=num_workers
+        function, *arguments, num_workers=num_workers
     ) as all_workers:
         codes = [worker.wait() for worker in all_workers]
         outputs = [worker.output for worker in all_workers]
