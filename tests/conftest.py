@@ -26,6 +26,45 @@ GPUS = (
 )
 
 
+# They start processes, or train for seconds: not in `make test-fast`. All are
+# in `make test`.
+SLOW_FILES = {
+    "test_benchmark.py",
+    "test_custom_loop.py",
+    "test_docs.py",
+    "test_drop_in.py",
+    "test_examples.py",
+    "test_input.py",
+    "test_keras_assumptions.py",
+    "test_launch.py",
+    "test_malloc.py",
+    "test_migrating.py",
+    "test_multi_worker.py",
+    "test_namespaces.py",
+    "test_notebook.py",
+    "test_on_gpus.py",
+    "test_one_device.py",
+    "test_package.py",
+    "test_pack_independence.py",
+    "test_progress_bar.py",
+    "test_randomness.py",
+    "test_reduce_in_strategy.py",
+    "test_rendezvous.py",
+    "test_restart.py",
+    "test_saving.py",
+    "test_several_strategies.py",
+    "test_sharp_bits.py",
+    "test_wire.py",
+    "test_worker_failures.py",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in SLOW_FILES:
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     keras.utils.set_random_seed(7)

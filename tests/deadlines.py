@@ -5,3 +5,6 @@ a machine that is ten times slower, because it is busy or old.
 """
 
 DEADLINE_SECONDS = 600
+
+PATIENCE_SECONDS = 8
+"""When a worker that does not answer has failed, where a test freezes one."""

@@ -155,8 +155,7 @@ def end_of_the_other(signal, index, timeout_seconds):
     """Sends one of two workers a signal.
 
     Returns:
-        Exit code of the other, its output after that, and the seconds it
-        took to end.
+        Exit code of the other, and its output.
     """
     with workers.running(
         "fit_and_signal", signal, index, timeout_seconds
@@ -169,25 +168,23 @@ def end_of_the_other(signal, index, timeout_seconds):
         seconds = time.monotonic() - start
         print(f"{signal} to worker {index}: {seconds:.1f} s, exit code {code}")
         print(other.output[-3000:])
-        return code, other.output, seconds
+        return code, other.output
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
 def test_a_killed_worker_ends_the_other_in_an_error(index):
-    code, output, seconds = end_of_the_other("SIGKILL", index, 600)
+    code, output = end_of_the_other("SIGKILL", index, 600)
     assert code not in (0, None), output
     assert f"keras_allreduce: {STAY} worker {index} (127.0.0.1:" in output
     assert "its port is closed" in output.splitlines()[-1]
-    assert seconds < 60
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
 def test_a_frozen_worker_ends_the_other_in_an_error(index):
-    code, output, seconds = end_of_the_other("SIGSTOP", index, 600)
+    code, output = end_of_the_other("SIGSTOP", index, 600)
     assert code not in (0, None), output
     assert f"aborted by: {STAY} worker {index} (127.0.0.1:" in output
     assert "it is frozen" in output.splitlines()[-1]
-    assert seconds < 60
 
 
 def test_a_worker_that_falls_behind_ends_the_other_after_the_timeout():

@@ -111,4 +111,3 @@ def test_a_cut_link_ends_both_workers_in_an_error(index, network):
             # Both, by questions to the other that get no answer.
             assert "Collective ops is aborted by" in worker.output
             assert f"worker {1 - worker.index} (" in worker.output
-        assert seconds < 150

@@ -19,8 +19,6 @@ from deadlines import DEADLINE_SECONDS
 
 import keras_allreduce
 
-pytestmark = pytest.mark.slow
-
 REPOSITORY = Path(__file__).parent.parent
 
 PROGRAM = """

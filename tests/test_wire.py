@@ -3,14 +3,21 @@
 sent by a worker      rounded once per part, once more with 3 workers
 bfloat16              1/256 of the part at most
 float16               1/2048
+scaled_float16        1/2048, a format that the tests add
 """
 
 import numpy as np
 import pytest
+import toy_wire_format
 import worker_cases
 import workers
 
-ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+ROUNDING = {
+    "float32": 0.0,
+    "bfloat16": 2.0**-8,
+    "float16": 2.0**-11,
+    toy_wire_format.NAME: 2.0**-11,
+}
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 workers", "3 workers"])
@@ -65,5 +72,5 @@ class TestEverySum:
 def test_a_narrow_wire_rounds_what_does_not_fit(of_all):
     _, (first, *_) = of_all
     exact = np.asarray(first["float32"]["large"]["values"])
-    for wire in ("bfloat16", "float16"):
+    for wire in ("bfloat16", "float16", toy_wire_format.NAME):
         assert np.any(np.asarray(first[wire]["large"]["values"]) != exact)

@@ -12,13 +12,18 @@ import tempfile
 import time
 import traceback
 
+from deadlines import DEADLINE_SECONDS, PATIENCE_SECONDS
+
 
 def cases(names):
     """Trains the cases one after the other, on one device per worker."""
     import keras_allreduce
 
     return _run(
-        names, keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+        names,
+        keras_allreduce.MultiWorkerAllReduceStrategy(
+            timeout_seconds=DEADLINE_SECONDS
+        ),
     )
 
 
@@ -39,7 +44,7 @@ def cases_on_two_devices_each(names):
     return _run(
         names,
         keras_allreduce.MultiWorkerAllReduceStrategy(
-            resolver, timeout_seconds=60
+            resolver, timeout_seconds=DEADLINE_SECONDS
         ),
     )
 
@@ -51,7 +56,7 @@ def cases_on_the_wire(names, wire_dtype):
     return _run(
         names,
         keras_allreduce.MultiWorkerAllReduceStrategy(
-            timeout_seconds=60, wire_dtype=wire_dtype
+            timeout_seconds=DEADLINE_SECONDS, wire_dtype=wire_dtype
         ),
     )
 
@@ -69,7 +74,9 @@ def sums(wire_dtypes):
     from keras_allreduce.workers.wire_formats import WIRE_FORMATS
 
     WIRE_FORMATS[toy_wire_format.NAME] = toy_wire_format.ScaledFloat16()
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=DEADLINE_SECONDS
+    )
     workers = strategy.extended.num_workers
     device = strategy.extended.worker_devices[0]
     found = {}
@@ -126,7 +133,9 @@ def what_backprop_waits_for():
 
     import keras_allreduce
 
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=DEADLINE_SECONDS
+    )
     found = {}
     for name, layers in {
         "dense": [],
@@ -171,7 +180,9 @@ def paths_of_gradients():
     tf.raw_ops.CollectiveGatherV2 = gather
     reduce = call_path.Recorder(tf.raw_ops.CollectiveReduceV2)
     tf.raw_ops.CollectiveReduceV2 = reduce
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=DEADLINE_SECONDS
+    )
     with strategy.scope():
         # One gradient is small, and one is too large for an exchange.
         layers = [keras.Input([300]), keras.layers.Dense(300)]
@@ -195,7 +206,7 @@ def fit_with_a_late_worker():
                 pass
 
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=60, measure_lateness=True
+        timeout_seconds=DEADLINE_SECONDS, measure_lateness=True
     )
     with strategy.scope():
         history = worker_cases.fit(
@@ -210,6 +221,11 @@ def fit_and_signal(name, index, timeout_seconds):
     """Trains until worker `index` gets a signal in the middle of an epoch."""
     import keras
     import worker_cases
+
+    from keras_allreduce.workers import watchdog
+
+    # Tests need not wait as long as users for one that is only slow.
+    watchdog.FROZEN_SECONDS = PATIENCE_SECONDS
 
     class Signal(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -322,7 +338,7 @@ def fit_what_differs(what):
     if what == "policy" and differs:
         keras.config.set_dtype_policy("mixed_bfloat16")
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=60,
+        timeout_seconds=DEADLINE_SECONDS,
         bytes_per_pack=512 if what == "option" and differs else 1024,
     )
     layers = []
@@ -539,7 +555,9 @@ def start_with_other_addresses():
     if worker_cases.worker_index() == 1:
         config["cluster"]["worker"].append("127.0.0.1:1")
     os.environ["TF_CONFIG"] = json.dumps(config)
-    keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=DEADLINE_SECONDS
+    )
 
 
 def end_one_after_the_other(last):

@@ -1,8 +1,8 @@
 """Starts workers by `fork`, so that TensorFlow is imported once for all.
 
 Not a test. `workers.py` runs one server per process of pytest: importing
-TensorFlow takes most of the time of a small worker. A server has imported it and
-started nothing: forked, that is as good as new.
+TensorFlow takes most of the time of a small worker. A server has imported it
+and started nothing: forked, that is as good as new.
 
 Each line on stdin is a JSON object: `argv` of worker_script.py, `environment`,
 and the paths of the files for `output` and `exit_code`. The server answers with
