@@ -98,7 +98,7 @@ def test_sigterm_ends_a_worker_and_the_other_says_so(index):
 
 
 def test_handlers_of_sigterm_are_the_scripts():
-    results = workers.results("hear_sigterm", deadline_seconds=120)
+    results = workers.results("hear_sigterm")
     assert results == 2 * [
         {
             "heard": ["before", "after"],
@@ -108,21 +108,17 @@ def test_handlers_of_sigterm_are_the_scripts():
 
 
 def test_a_preemption_handler_of_the_script_saves_on_all_workers():
-    chief, other = workers.results(
-        "checkpoint_on_sigterm", deadline_seconds=120
-    )
+    chief, other = workers.results("checkpoint_on_sigterm")
     assert chief["saved"] == chief["steps"] == other["steps"] >= 5
 
 
 def test_a_worker_with_a_pool_of_processes_ends_with_its_script():
-    results = workers.results("fit_with_processes", deadline_seconds=120)
+    results = workers.results("fit_with_processes")
     assert results == [True, True]
 
 
 def test_workers_train_without_the_coordination_service_and_say_so_once():
-    with workers.running(
-        "fit_without_coordination", deadline_seconds=120
-    ) as both:
+    with workers.running("fit_without_coordination") as both:
         assert [worker.wait() for worker in both] == [0, 0], both[0].output
         one, another = (worker.result for worker in both)
         outputs = [worker.output for worker in both]
@@ -135,9 +131,7 @@ def test_workers_train_without_the_coordination_service_and_say_so_once():
 
 
 def test_a_variable_after_a_failure_is_an_unavailable_error():
-    with workers.running(
-        "make_a_variable_after_a_failure", deadline_seconds=120
-    ) as (chief, _):
+    with workers.running("make_a_variable_after_a_failure") as (chief, _):
         chief.wait()
         compared, sent = chief.result
     for _, message in (compared, sent):

@@ -293,7 +293,9 @@ def describe():
     """What a strategy without arguments finds out about its workers."""
     import keras_allreduce
 
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=DEADLINE_SECONDS
+    )
     resolver = strategy.cluster_resolver
     return {
         "resolver": type(resolver).__name__,
@@ -387,7 +389,9 @@ def fit_without_coordination():
     # What those tests call, which has no public name.
     context = importlib.import_module("tensorflow.python.eager.context")
     context.context().configure_coordination_service(service_type="")
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=DEADLINE_SECONDS
+    )
     losses = []
     for each in (strategy, copy.deepcopy(strategy)):
         with each.scope():
@@ -404,7 +408,9 @@ def make_a_variable_after_a_failure():
 
     import keras_allreduce
 
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=DEADLINE_SECONDS
+    )
     if worker_cases.worker_index() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     found = []
@@ -427,7 +433,9 @@ def hear_sigterm():
 
     heard = []
     signal.signal(signal.SIGTERM, lambda *_: heard.append("before"))
-    keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=DEADLINE_SECONDS
+    )
     os.kill(os.getpid(), signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: heard.append("after"))
     os.kill(os.getpid(), signal.SIGTERM)
@@ -456,7 +464,9 @@ def checkpoint_on_sigterm():
     def leave():
         raise LeftError
 
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=DEADLINE_SECONDS
+    )
     with strategy.scope():
         steps = tf.Variable(0, dtype=tf.int64)
 
@@ -506,7 +516,9 @@ def fit_with_processes():
             rows = slice(4 * index, 4 * index + 4)
             return worker_cases.X[rows], worker_cases.TARGET[rows]
 
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=DEADLINE_SECONDS
+    )
     with strategy.scope():
         model = worker_cases.dense()
         model.compile("sgd", "mse")
