@@ -1,11 +1,12 @@
-"""Distributes data sets whose arrays belong to Python."""
+"""Distributes data sets; copies arrays that belong to Python."""
 
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce.compat import datasets
+from keras_allreduce.compat.datasets import yields_arrays_of_python
+from keras_allreduce.input.dataset import own
 
 
 def distribute(dataset: Any, stock: Callable[[Any], Any]) -> Any:
@@ -19,11 +20,9 @@ def distribute(dataset: Any, stock: Callable[[Any], Any]) -> Any:
         dataset: A `tf.data.Dataset`.
         stock: Distributes a data set as TensorFlow does.
     """
-    if not datasets.yields_arrays_of_python(dataset):
-        return stock(dataset)
-    return datasets.SpecFirstDataset.convert_in_place(
-        stock(dataset.map(_copied))
-    )
+    if yields_arrays_of_python(dataset):
+        dataset = dataset.map(_copied)
+    return own(stock(dataset))
 
 
 @tf.autograph.experimental.do_not_convert

@@ -1,6 +1,6 @@
 """How values are reduced over several workers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -8,10 +8,14 @@ import tensorflow as tf
 from keras_allreduce import malloc
 from keras_allreduce.compat import distribute
 from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.compat.datasets import ends_in_one_step
+from keras_allreduce.compat.iterators import every_worker_knows_its_steps
 from keras_allreduce.devices import on_each, on_gpus
+from keras_allreduce.input.dataset import know_steps
 from keras_allreduce.one_device import shares
 from keras_allreduce.reduce import scaling
 from keras_allreduce.strategy.extended import ExtendedBase
+from keras_allreduce.strategy.metric_sums import MetricSums
 from keras_allreduce.workers import connect
 from keras_allreduce.workers.group import SingleWorker, WorkerOptions, Workers
 from keras_allreduce.workers.in_flight import InFlight
@@ -50,6 +54,7 @@ class MultiWorkerAllReduceExtended(
         )
         # For the variables that TensorFlow makes while it connects.
         self._workers = SingleWorker(options, self._in_flight)
+        self._metric_sums = MetricSums(self.sum_over_workers)
         timeout_seconds = options.timeout_seconds
         cluster_resolver = resolver_for(cluster_resolver, timeout_seconds)
         with connect.starting(cluster_resolver, timeout_seconds) as cluster:
@@ -158,10 +163,29 @@ class MultiWorkerAllReduceExtended(
     def _experimental_distribute_dataset(
         self, dataset: Any, options: Any
     ) -> Any:
+        self._metric_sums.forget()
         steps = keras_compat.steps_of_keras_epochs()
         if steps is not None:
             self._workers.compare_steps(*steps)
-        return super()._experimental_distribute_dataset(dataset, options)
+        distributed = super()._experimental_distribute_dataset(dataset, options)
+        if steps is not None and self._num_workers > 1:
+            know = tf.constant(int(ends_in_one_step(dataset)))
+            known = self._workers.sum(know, "steps are known")
+            if int(known) == self._num_workers:
+                know_steps(distributed)
+        return distributed
+
+    def metric_sum(self, variable: Any) -> tf.Tensor | None:
+        """The sum of a metric's variable, if Keras is reading its metrics."""
+        if self._num_workers == 1:
+            return None
+        return self._metric_sums.of(variable)
+
+    def _call_for_each_replica(
+        self, fn: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        self._metric_sums.forget()
+        return super()._call_for_each_replica(fn, args, kwargs)
 
     def _sum_over_replicas(
         self, reduce_op: Any, value_destination_pairs: Any, options: Any
@@ -191,6 +215,8 @@ class MultiWorkerAllReduceExtended(
             and reduce_op == _SUM
             and isinstance(value, tf.Tensor)
         ):
+            if every_worker_knows_its_steps():
+                return value
             # Whether any worker still has data, which every step asks. In one
             # process TensorFlow refuses to sum a lone tensor.
             return self._workers.sum(value, "reduce")
