@@ -569,15 +569,6 @@ def end_one_after_the_other(last):
     model(worker_cases.X)
 
 
-if __name__ == "__main__":
-    call, path, seconds = sys.argv[1:]
-    signal.alarm(int(seconds))
-    function, *arguments = json.loads(call)
-    result = globals()[function](*arguments)
-    with open(path, "w") as file:
-        json.dump(result, file)
-
-
 def sums_between_steps():
     """What the workers sum while a model trains, by what it is for."""
     import worker_cases
@@ -602,3 +593,12 @@ def sums_between_steps():
     first, purposes[:] = list(purposes), []
     model.fit(x, y, batch_size=8, epochs=2, verbose=0)
     return {"first": first, "then": list(purposes)}
+
+
+if __name__ == "__main__":
+    call, path, seconds = sys.argv[1:]
+    signal.alarm(int(seconds))
+    function, *arguments = json.loads(call)
+    result = globals()[function](*arguments)
+    with open(path, "w") as file:
+        json.dump(result, file)

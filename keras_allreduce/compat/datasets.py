@@ -51,7 +51,7 @@ def draws_seeds(dataset: Any) -> bool:
     )
 
 
-def ends_in_one_step(dataset: Any) -> bool:
+def ends_in_one_step(dataset: Any, batches: int | None) -> bool:
     """Whether a data set ends in the same step on all workers.
 
     That is so if TensorFlow splits each of its batches into a part for each
@@ -63,7 +63,11 @@ def ends_in_one_step(dataset: Any) -> bool:
     by_data = policy == policies.DATA or (
         policy == policies.AUTO and not _may_read_files(dataset)
     )
-    return by_data and int(dataset.cardinality()) >= 0
+    if not by_data or batches is None:
+        return False
+    return int(dataset.cardinality()) >= 0 or not yields_arrays_of_python(
+        dataset
+    )
 
 
 def _may_read_files(dataset: Any) -> bool:

@@ -169,7 +169,7 @@ class MultiWorkerAllReduceExtended(
             self._workers.compare_steps(*steps)
         distributed = super()._experimental_distribute_dataset(dataset, options)
         if steps is not None and self._num_workers > 1:
-            know = tf.constant(int(ends_in_one_step(dataset)))
+            know = tf.constant(int(ends_in_one_step(dataset, steps[1])))
             known = self._workers.sum(know, "steps are known")
             if int(known) == self._num_workers:
                 know_steps(distributed)
