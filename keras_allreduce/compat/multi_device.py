@@ -116,21 +116,23 @@ class DeviceFunctions:
         for generator, device in zip(
             self._generators, self._devices, strict=True
         ):
+            arguments = [
+                [given[self._what(tensor)] for tensor in tensors]
+                for tensors in _arguments(generator)
+            ]
             with tf.device(device):
-                part = _Generator(
-                    generator,
-                    [
-                        [given[self._what(tensor)] for tensor in arguments]
-                        for arguments in _arguments(generator)
-                    ],
-                )
-                iterators.append(
-                    iter(_prefetched(part, source.buffer_size, slack))
-                )
+                part = _Generator(generator, arguments)
+                part = _prefetched(part, source.buffer_size, slack)
+                iterators.append(iter(part))
+        return self._owner([resource, *iterators], dataset, source)
+
+    def _owner(
+        self, components: Sequence[Any], dataset: Any, source: Source
+    ) -> Any:
         iterator = _MultiDeviceIterator(
             devices=self._devices,
             source_device=self._source_device,
-            components=[resource, *iterators],
+            components=list(components),
             element_spec=self._element_spec,
         )
         owner = _SingleWorkerOwnedDatasetIterator(

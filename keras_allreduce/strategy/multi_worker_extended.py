@@ -1,6 +1,6 @@
 """How values are reduced over several workers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -8,12 +8,11 @@ import tensorflow as tf
 from keras_allreduce import malloc
 from keras_allreduce.compat import distribute
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.compat.datasets import ends_in_one_step
 from keras_allreduce.compat.iterators import every_worker_knows_its_steps
 from keras_allreduce.devices import on_each, on_gpus
-from keras_allreduce.input.dataset import know_steps
 from keras_allreduce.one_device import shares
 from keras_allreduce.reduce import scaling
+from keras_allreduce.strategy.datasets import share_steps
 from keras_allreduce.strategy.extended import ExtendedBase
 from keras_allreduce.strategy.metric_sums import MetricSums
 from keras_allreduce.workers import connect
@@ -54,7 +53,7 @@ class MultiWorkerAllReduceExtended(
         )
         # For the variables that TensorFlow makes while it connects.
         self._workers = SingleWorker(options, self._in_flight)
-        self._metric_sums = MetricSums(self.sum_over_workers)
+        self.metric_sums = MetricSums(self.sum_over_workers)
         timeout_seconds = options.timeout_seconds
         cluster_resolver = resolver_for(cluster_resolver, timeout_seconds)
         with connect.starting(cluster_resolver, timeout_seconds) as cluster:
@@ -129,13 +128,8 @@ class MultiWorkerAllReduceExtended(
         if not tf.executing_eagerly():
             return self._workers.gradient_ops.sum(gradients, weights)
         if weights:
-            gradients = [self._scaled(each, weights) for each in gradients]
+            gradients = _scaled(gradients, weights, self.worker_devices)
         return super().sum_gradients(gradients)
-
-    def _scaled(self, value: Any, weights: Sequence[tf.Tensor]) -> Any:
-        parts = distribute.per_replica(value).values
-        scaled = on_each(self.worker_devices, scaling.scale, parts, weights)
-        return distribute.PerReplica(tuple(scaled))
 
     def _update_config_proto(self, config_proto: Any) -> Any:
         # TensorFlow's defaults cut what a worker sends into strings of 4 KiB
@@ -163,29 +157,13 @@ class MultiWorkerAllReduceExtended(
     def _experimental_distribute_dataset(
         self, dataset: Any, options: Any
     ) -> Any:
-        self._metric_sums.forget()
+        self.metric_sums.forget()
         steps = keras_compat.steps_of_keras_epochs()
         if steps is not None:
             self._workers.compare_steps(*steps)
         distributed = super()._experimental_distribute_dataset(dataset, options)
-        if steps is not None and self._num_workers > 1:
-            know = tf.constant(int(ends_in_one_step(dataset, steps[1])))
-            known = self._workers.sum(know, "steps are known")
-            if int(known) == self._num_workers:
-                know_steps(distributed)
+        share_steps(dataset, steps, distributed, self)
         return distributed
-
-    def metric_sum(self, variable: Any) -> tf.Tensor | None:
-        """The sum of a metric's variable, if Keras is reading its metrics."""
-        if self._num_workers == 1:
-            return None
-        return self._metric_sums.of(variable)
-
-    def _call_for_each_replica(
-        self, fn: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
-        self._metric_sums.forget()
-        return super()._call_for_each_replica(fn, args, kwargs)
 
     def _sum_over_replicas(
         self, reduce_op: Any, value_destination_pairs: Any, options: Any
@@ -226,6 +204,18 @@ class MultiWorkerAllReduceExtended(
     def _gather_to_implementation(self, *args: Any, **kwargs: Any) -> Any:
         with self._in_flight.during():
             return super()._gather_to_implementation(*args, **kwargs)
+
+
+def _scaled(
+    values: Sequence[Any], weights: Sequence[tf.Tensor], devices: Sequence[str]
+) -> list[Any]:
+    """Distributed values with the part of each replica scaled."""
+    scaled = []
+    for value in values:
+        parts = distribute.per_replica(value).values
+        parts = on_each(devices, scaling.scale, parts, weights)
+        scaled.append(distribute.PerReplica(tuple(parts)))
+    return scaled
 
 
 def _dtype(value: Any) -> tf.DType:
