@@ -80,6 +80,20 @@ def test_backprop_does_not_wait_for_the_other_workers():
         assert found["synchronized"][1] > 1
 
 
+def test_workers_sum_nothing_between_steps_but_all_metrics_at_once():
+    for found in workers.results("sums_between_steps", deadline_seconds=100):
+        # Traced with the step: the number of samples. No step asks whether
+        # anyone has data left.
+        assert "reduce" not in found["first"]
+        assert "batch" in found["first"]
+        # Two epochs of a step that is traced: the metrics, once for each.
+        assert found["then"] == [
+            "steps are known",
+            "metrics float32",
+            "metrics float32",
+        ]
+
+
 ON_A_NARROW_WIRE = ["even_batches", "embedding", "eagerly"]
 
 

@@ -599,6 +599,32 @@ def end_one_after_the_other(last):
     model(worker_cases.X)
 
 
+def sums_between_steps():
+    """What the workers sum while a model trains, by what it is for."""
+    import worker_cases
+
+    import keras_allreduce
+    from keras_allreduce.workers.group import Workers
+
+    purposes = []
+    stock = Workers.sum
+
+    def noted(self, value, purpose):
+        purposes.append(purpose)
+        return stock(self, value, purpose)
+
+    Workers.sum = noted
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+    with strategy.scope():
+        model = worker_cases.dense()
+        model.compile("sgd", "mse", metrics=["mae", "mse"])
+    x, y = worker_cases.X[:20], worker_cases.TARGET[:20]
+    model.fit(x, y, batch_size=8, epochs=1, verbose=0)
+    first, purposes[:] = list(purposes), []
+    model.fit(x, y, batch_size=8, epochs=2, verbose=0)
+    return {"first": first, "then": list(purposes)}
+
+
 if __name__ == "__main__":
     call, path, seconds = sys.argv[1:]
     signal.alarm(int(seconds))

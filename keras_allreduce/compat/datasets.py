@@ -1,16 +1,26 @@
 """Private names of distributed data sets."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
-# What a strategy hands out for a dataset. Only a subclass can tell Keras the
-# shapes of a batch without taking one; see `SpecFirstDataset`.
-from tensorflow.python.distribute.input_lib import (
-    DistributedDataset as _DistributedDataset,
-)
+# The full name of a device, and the host that it is on.
+from tensorflow.python.distribute import device_util as _device_util
 
-from keras_allreduce.compat.keras import keras_asks_for_shapes
+# What a strategy hands out for a data set: only a subclass can make other
+# iterators, and Keras looks for these classes. What `InputOptions` mean for the
+# iterators, and TensorFlow's own for one worker.
+from tensorflow.python.distribute.input_lib import (
+    DistributedDataset as DistributedDataset,
+)
+from tensorflow.python.distribute.input_lib import (
+    DistributedDatasetsFromFunction as DistributedDatasetsFromFunction,
+)
+from tensorflow.python.distribute.input_lib import (
+    _should_use_multi_device_iterator,
+    _SingleWorkerOwnedDatasetIterator,
+)
 
 
 def yields_arrays_of_python(dataset: Any) -> bool:
@@ -30,33 +40,146 @@ _OPS_THAT_RUN_PYTHON = frozenset(
 )
 
 
-class SpecFirstDataset(_DistributedDataset):
-    """A distributed dataset that shows Keras its shapes without being read.
+def draws_seeds(dataset: Any) -> bool:
+    """Whether making an iterator of a `tf.data.Dataset` draws a seed.
 
-    Before the first step of `fit` and `evaluate` Keras takes a batch to learn
-    the shapes, and throws it away with all that was read ahead. From a Python
-    generator nothing of that comes again.
+    A data set within another, as of `flat_map`, draws its own when it is read.
+    """
+    name = type(dataset).__name__
+    return any(word in name for word in ("Shuffle", "Random")) or any(
+        draws_seeds(source) for source in dataset._inputs()
+    )
+
+
+def ends_in_one_step(dataset: Any, batches: int | None) -> bool:
+    """Whether a data set ends in the same step on all workers.
+
+    That is so if TensorFlow splits each of its batches into a part for each
+    replica of each worker, and it has a number of batches. Where the parts
+    come from files of their own, workers may have more or less.
+    """
+    policy = dataset.options().experimental_distribute.auto_shard_policy
+    policies = tf.data.experimental.AutoShardPolicy
+    by_data = policy == policies.DATA or (
+        policy == policies.AUTO and not _may_read_files(dataset)
+    )
+    if not by_data or batches is None:
+        return False
+    return int(dataset.cardinality()) >= 0 or not yields_arrays_of_python(
+        dataset
+    )
+
+
+def _may_read_files(dataset: Any) -> bool:
+    name = type(dataset).__name__.lstrip("_").removesuffix("Dataset")
+    return name not in _READ_NO_FILES or any(
+        _may_read_files(source) for source in dataset._inputs()
+    )
+
+
+# Transformations without data sets of their own, and sources that are tensors.
+_READ_NO_FILES = frozenset(
+    {
+        "Batch",
+        "Cache",
+        "Concatenate",
+        "Filter",
+        "Map",
+        "Options",
+        "PaddedBatch",
+        "ParallelBatch",
+        "ParallelMap",
+        "Prefetch",
+        "Range",
+        "Repeat",
+        "Shuffle",
+        "Skip",
+        "Take",
+        "Tensor",
+        "TensorSlice",
+        "Zip",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The data of one worker of a distributed data set.
+
+    Attributes:
+        dataset: A `tf.data.Dataset` of parts: one per replica of this worker,
+            the first for the first replica.
+        worker: Device on which it is read.
+        devices: Devices of the replicas.
+        options: The `tf.distribute.InputOptions`, or `None`.
     """
 
-    def __iter__(self) -> Any:
-        """Iterates; for Keras's look at the shapes over an example."""
-        if keras_asks_for_shapes():
-            example = _example(self.element_spec)
-            if example is not None:
-                return iter([example])
-        return super().__iter__()
+    dataset: Any
+    worker: str
+    devices: tuple[str, ...]
+    options: Any
 
-    @classmethod
-    def convert_in_place(cls, dataset: Any) -> Any:
-        """Makes `dataset` one of these, if it is of the class they extend."""
-        if type(dataset) is _DistributedDataset:
-            dataset.__class__ = cls
-        return dataset
+    @property
+    def host(self) -> str:
+        """Host device of the worker."""
+        return str(
+            _device_util.get_host_for_device(
+                _device_util.canonicalize(self.worker, _device_util.current())
+            )
+        )
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether parts are to be prefetched to the devices."""
+        return bool(_should_use_multi_device_iterator(self.options))
+
+    @property
+    def buffer_size(self) -> int:
+        """Parts per replica that wait in each buffer."""
+        if self.options is None:
+            return 1
+        return int(self.options.experimental_per_replica_buffer_size)
+
+    def make_iterator(self) -> Any:
+        """Makes TensorFlow's own iterator."""
+        with tf.device(self.worker):
+            return _SingleWorkerOwnedDatasetIterator(
+                dataset=self.dataset,
+                worker=self.worker,
+                devices=self.devices,
+                options=self.options,
+                canonicalize_devices=True,
+            )
 
 
-def _example(element_spec: Any) -> Any:
-    """A batch of two zeros like `element_spec`, `None` if it is too vague."""
-    example = []
+def sources(dataset: Any) -> list[Source]:
+    """The data of each worker of a distributed data set."""
+    if isinstance(dataset, DistributedDataset):
+        parts = dataset._cloned_datasets
+    else:
+        parts = dataset._datasets
+    workers = dataset._input_workers
+    return [
+        Source(
+            part,
+            worker,
+            tuple(workers.compute_devices_for_worker(index)),
+            dataset._options,
+        )
+        for index, (part, worker) in enumerate(
+            zip(parts, workers.worker_devices, strict=True)
+        )
+    ]
+
+
+def example(element_spec: Any, batch_size: int) -> Any:
+    """A batch of zeros like `element_spec`, `None` if that is too vague.
+
+    Args:
+        element_spec: Spec of the batches of a distributed data set.
+        batch_size: Size of the batch, where the spec does not say it.
+    """
+    values = []
     for spec in tf.nest.flatten(element_spec):
         value_specs = getattr(spec, "_value_specs", (spec,))
         part = value_specs[0]
@@ -65,5 +188,7 @@ def _example(element_spec: Any) -> Any:
         inner = part.shape[1:]
         if not inner.is_fully_defined():
             return None
-        example.append(tf.zeros([part.shape[0] or 2, *inner], part.dtype))
-    return tf.nest.pack_sequence_as(element_spec, example)
+        values.append(
+            tf.zeros([part.shape[0] or batch_size, *inner], part.dtype)
+        )
+    return tf.nest.pack_sequence_as(element_spec, values)

@@ -1,11 +1,16 @@
-"""Distributes data sets whose arrays belong to Python."""
+"""Distributes data sets; copies arrays that belong to Python."""
 
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce.compat import datasets
+from keras_allreduce.compat.datasets import (
+    ends_in_one_step,
+    yields_arrays_of_python,
+)
+from keras_allreduce.input.dataset import know_steps, own
+from keras_allreduce.one_device.replicas import Replicas
 
 
 def distribute(dataset: Any, stock: Callable[[Any], Any]) -> Any:
@@ -19,11 +24,34 @@ def distribute(dataset: Any, stock: Callable[[Any], Any]) -> Any:
         dataset: A `tf.data.Dataset`.
         stock: Distributes a data set as TensorFlow does.
     """
-    if not datasets.yields_arrays_of_python(dataset):
-        return stock(dataset)
-    return datasets.SpecFirstDataset.convert_in_place(
-        stock(dataset.map(_copied))
-    )
+    if yields_arrays_of_python(dataset):
+        dataset = dataset.map(_copied)
+    return own(stock(dataset))
+
+
+def share_steps(
+    dataset: Any,
+    steps: tuple[int | None, int | None] | None,
+    distributed: Any,
+    replicas: Replicas,
+) -> None:
+    """Has no worker asked for data if all know when theirs ends.
+
+    To be called on all workers.
+
+    Args:
+        dataset: A `tf.data.Dataset`.
+        steps: Steps of an epoch that Keras was asked for, and batches of the
+            data set, the same on all workers; `None`: Keras does not ask.
+        distributed: The distributed data set that came of it.
+        replicas: Sums over the workers.
+    """
+    if steps is None or replicas.num_workers == 1:
+        return
+    known = tf.constant(int(ends_in_one_step(dataset, steps[1])))
+    total = replicas.sum_over_workers(known, "steps are known")
+    if int(total) == replicas.num_workers:
+        know_steps(distributed)
 
 
 @tf.autograph.experimental.do_not_convert

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_allreduce.compat import distribute, versions
 from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.input.dataset import own
 from keras_allreduce.one_device import shares
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.step import Step
@@ -34,6 +35,13 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
     ) -> Any:
         stock = super()._experimental_distribute_dataset
         return distribute_arrays(dataset, lambda made: stock(made, options))
+
+    def _distribute_datasets_from_function(
+        self, dataset_fn: Callable[..., Any], options: Any
+    ) -> Any:
+        return own(
+            super()._distribute_datasets_from_function(dataset_fn, options)
+        )
 
     def _use_merge_call(self) -> bool:
         # Once gradients are reduced, each replica can update on its own, also

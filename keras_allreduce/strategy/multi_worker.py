@@ -146,6 +146,10 @@ class MultiWorkerAllReduceStrategy(
         if keras_compat.are_scalar_logs(reduce_op, value, axis):
             parts = self.experimental_local_results(value)
             return tf.reduce_mean(tf.stack(parts))
+        if isinstance(value, tf.Variable) and axis is None:
+            total = self.extended.metric_sums.of(value)
+            if total is not None:
+                return total
         return super().reduce(reduce_op, value, axis)
 
 

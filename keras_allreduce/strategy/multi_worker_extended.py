@@ -8,10 +8,13 @@ import tensorflow as tf
 from keras_allreduce import malloc
 from keras_allreduce.compat import distribute
 from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.compat.iterators import every_worker_knows_its_steps
 from keras_allreduce.devices import on_each, on_gpus
 from keras_allreduce.one_device import shares
 from keras_allreduce.reduce import scaling
+from keras_allreduce.strategy.datasets import share_steps
 from keras_allreduce.strategy.extended import ExtendedBase
+from keras_allreduce.strategy.metric_sums import MetricSums
 from keras_allreduce.workers import connect
 from keras_allreduce.workers.group import SingleWorker, WorkerOptions, Workers
 from keras_allreduce.workers.in_flight import InFlight
@@ -50,6 +53,7 @@ class MultiWorkerAllReduceExtended(
         )
         # For the variables that TensorFlow makes while it connects.
         self._workers = SingleWorker(options, self._in_flight)
+        self.metric_sums = MetricSums(self.sum_over_workers)
         timeout_seconds = options.timeout_seconds
         cluster_resolver = resolver_for(cluster_resolver, timeout_seconds)
         with connect.starting(cluster_resolver, timeout_seconds) as cluster:
@@ -124,13 +128,8 @@ class MultiWorkerAllReduceExtended(
         if not tf.executing_eagerly():
             return self._workers.gradient_ops.sum(gradients, weights)
         if weights:
-            gradients = [self._scaled(each, weights) for each in gradients]
+            gradients = _scaled(gradients, weights, self.worker_devices)
         return super().sum_gradients(gradients)
-
-    def _scaled(self, value: Any, weights: Sequence[tf.Tensor]) -> Any:
-        parts = distribute.per_replica(value).values
-        scaled = on_each(self.worker_devices, scaling.scale, parts, weights)
-        return distribute.PerReplica(tuple(scaled))
 
     def _update_config_proto(self, config_proto: Any) -> Any:
         # TensorFlow's defaults cut what a worker sends into strings of 4 KiB
@@ -158,10 +157,13 @@ class MultiWorkerAllReduceExtended(
     def _experimental_distribute_dataset(
         self, dataset: Any, options: Any
     ) -> Any:
+        self.metric_sums.forget()
         steps = keras_compat.steps_of_keras_epochs()
         if steps is not None:
             self._workers.compare_steps(*steps)
-        return super()._experimental_distribute_dataset(dataset, options)
+        distributed = super()._experimental_distribute_dataset(dataset, options)
+        share_steps(dataset, steps, distributed, self)
+        return distributed
 
     def _sum_over_replicas(
         self, reduce_op: Any, value_destination_pairs: Any, options: Any
@@ -191,6 +193,8 @@ class MultiWorkerAllReduceExtended(
             and reduce_op == _SUM
             and isinstance(value, tf.Tensor)
         ):
+            if every_worker_knows_its_steps():
+                return value
             # Whether any worker still has data, which every step asks. In one
             # process TensorFlow refuses to sum a lone tensor.
             return self._workers.sum(value, "reduce")
@@ -200,6 +204,18 @@ class MultiWorkerAllReduceExtended(
     def _gather_to_implementation(self, *args: Any, **kwargs: Any) -> Any:
         with self._in_flight.during():
             return super()._gather_to_implementation(*args, **kwargs)
+
+
+def _scaled(
+    values: Sequence[Any], weights: Sequence[tf.Tensor], devices: Sequence[str]
+) -> list[Any]:
+    """Distributed values with the part of each replica scaled."""
+    scaled = []
+    for value in values:
+        parts = distribute.per_replica(value).values
+        parts = on_each(devices, scaling.scale, parts, weights)
+        scaled.append(distribute.PerReplica(tuple(parts)))
+    return scaled
 
 
 def _dtype(value: Any) -> tf.DType:

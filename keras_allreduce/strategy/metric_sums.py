@@ -1,0 +1,71 @@
+"""Sums all metrics of a model between workers at once.
+
+At the end of an epoch Keras reads the variables of its metrics one by one, each
+a collective of its own. The first read sums all of them; the others take
+theirs from what came of it.
+"""
+
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import tensorflow as tf
+
+from keras_allreduce.compat import keras_reads
+
+
+class MetricSums:
+    """The sums of what Keras is reading.
+
+    Args:
+        sum_over_workers: Sums a tensor over the workers, eagerly.
+    """
+
+    def __init__(self, sum_over_workers: Callable[[tf.Tensor, str], tf.Tensor]):
+        self._sum_over_workers = sum_over_workers
+        # The frame is kept: another could have its address.
+        self._frame: FrameType | None = None
+        self._sums: dict[int, tf.Tensor] = {}
+
+    def forget(self) -> None:
+        """Metrics are about to change."""
+        self._frame = None
+        self._sums = {}
+
+    def of(self, variable: Any) -> tf.Tensor | None:
+        """The sum of a variable over all replicas of all workers.
+
+        Args:
+            variable: A distributed variable that is summed when it is read.
+
+        Returns:
+            The sum; `None` if Keras is not reading its metrics, or this is
+            not one of theirs.
+        """
+        if not tf.executing_eagerly():
+            return None
+        found = keras_reads.metrics_being_read()
+        if found is None:
+            return None
+        frame, variables = found
+        if frame is not self._frame:
+            self.forget()
+            self._sums = self._sum(variables)
+            self._frame = frame
+        return self._sums.get(id(variable))
+
+    def _sum(self, variables: Sequence[Any]) -> dict[int, tf.Tensor]:
+        sums: dict[int, tf.Tensor] = {}
+        for dtype in sorted({each.dtype for each in variables}, key=str):
+            same = [each for each in variables if each.dtype == dtype]
+            with tf.device("CPU:0"):
+                local = [
+                    tf.add_n([part.read_value() for part in each.values])
+                    for each in same
+                ]
+                pack = tf.concat([tf.reshape(each, [-1]) for each in local], 0)
+                total = self._sum_over_workers(pack, f"metrics {dtype.name}")
+                parts = tf.split(total, [int(tf.size(each)) for each in local])
+                for each, value, part in zip(same, local, parts, strict=True):
+                    sums[id(each)] = tf.reshape(part, value.shape)
+        return sums
