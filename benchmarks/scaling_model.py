@@ -20,56 +20,20 @@ No TensorFlow in here: everything is arithmetic.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from keras_allreduce.reduce.pack_sizes import small_bytes
+from keras_allreduce.reduce import cost_model
+from keras_allreduce.reduce.cost_model import (
+    Link,
+    efficiency,
+    exchange_seconds,
+    ring_seconds,
+    workers_seconds,
+)
 
-BACKWARD_SHARE = 2 / 3
-"""Backprop does two matrix products for each one of the forward pass."""
-
-BUSY_SHARE = 0.3
-"""Part of the latency in which no other pack gets on.
-
-Measured: what one more pack costs where many cross at once, as a part of what
-a step of one alone takes ("What a message costs" in RESULTS.md).
-"""
-
-
-@dataclass(frozen=True)
-class Link:
-    """How workers reach each other.
-
-    Attributes:
-        alpha: Latency of a step in seconds.
-        bandwidth: Bytes per second in each direction.
-        gamma: Seconds to add up a byte.
-    """
-
-    alpha: float
-    bandwidth: float
-    gamma: float = 0.0
-
-    def crowded(self, factor: float, *, by_cores: bool) -> "Link":
-        """The link when `factor` times as many processes share the cores.
-
-        Args:
-            factor: What `crowding` gave.
-            by_cores: Whether cores move the bytes, as on loopback, or a wire
-                of its own rate does.
-        """
-        slower = self.bandwidth / factor if by_cores else self.bandwidth
-        return replace(
-            self,
-            alpha=self.alpha * factor,
-            bandwidth=slower,
-            gamma=self.gamma * factor,
-        )
-
-    def busy(self) -> "Link":
-        """The link as it costs a pack among others that cross at once."""
-        return replace(self, alpha=self.alpha * BUSY_SHARE)
+__all__ = ["efficiency", "exchange_seconds", "ring_seconds", "Link"]
 
 
 @dataclass(frozen=True)
@@ -94,26 +58,6 @@ class Point:
     nbytes: int
     ranks: int
     seconds: float
-
-
-def ring_seconds(nbytes: float, workers: int, link: Link) -> float:
-    """Cost of an all-reduce of `nbytes` in a ring."""
-    steps = 2 * (workers - 1)
-    sums = (workers - 1) / workers * nbytes * link.gamma
-    return steps * (link.alpha + nbytes / workers / link.bandwidth) + sums
-
-
-def exchange_seconds(nbytes: float, workers: int, link: Link) -> float:
-    """Cost when each worker gets what all have, in a ring, and sums it."""
-    steps = workers - 1
-    sums = steps * nbytes * link.gamma
-    return steps * (link.alpha + nbytes / link.bandwidth) + sums
-
-
-def workers_seconds(nbytes: float, workers: int, link: Link) -> float:
-    """Cost of what keras_allreduce does between workers at this size."""
-    small = nbytes <= small_bytes(workers)
-    return (exchange_seconds if small else ring_seconds)(nbytes, workers, link)
 
 
 def inside_seconds(nbytes: float, devices: int, inside: Inside) -> float:
@@ -143,35 +87,18 @@ def exposed_seconds(
     cost: Callable[[float], float],
     busy: Callable[[float], float] | None = None,
 ) -> float:
-    """Time that the all-reduce adds to a step.
-
-        forward | backprop        |
-                |   g0   g1   g2  |          packs, as they become ready
-                     [b0]...]                b: what it keeps others from
-                          [b1]...]           all: until it is there
-                                  [b2]...]
-                                  |------|   exposed
-
-    Gradients become ready evenly over backprop. The last pack is ready when
-    backprop ends, so that its cost is never hidden.
+    """Time that the all-reduce of equal packs adds to a step.
 
     Args:
         nbytes: Bytes of all gradients.
         compute: Seconds of a step without all-reduce.
         pack_bytes: Capacity of a pack.
-        cost: Seconds of the all-reduce of a pack of so many bytes.
-        busy: Seconds of these in which the next one cannot begin; `None`: all.
+        cost: See `cost_model.exposed_seconds`.
+        busy: See there.
     """
-    backward = compute * BACKWARD_SHARE
-    busy = busy or cost
-    free = end = 0.0
-    for start in range(0, nbytes, pack_bytes):
-        stop = min(start + pack_bytes, nbytes)
-        ready = compute - backward * (1 - stop / nbytes)
-        begin = max(free, ready)
-        free = begin + busy(stop - start)
-        end = max(end, begin + cost(stop - start))
-    return max(0.0, end - compute)
+    whole, rest = divmod(nbytes, pack_bytes)
+    packs = [pack_bytes] * whole + [rest] * bool(rest)
+    return cost_model.exposed_seconds(packs, compute, cost, busy)
 
 
 def best_pack(
@@ -186,11 +113,6 @@ def best_pack(
         (2**20 * 2**power for power in powers),
         key=lambda pack: exposed_seconds(nbytes, compute, pack, cost, busy),
     )
-
-
-def efficiency(compute: float, exposed: float) -> float:
-    """Of weak scaling: share of a step that is not spent waiting."""
-    return compute / (compute + exposed)
 
 
 def fit_link(points: Sequence[Point], gamma: float = 0.0) -> Link:

@@ -9,6 +9,7 @@ from distributed_values import per_replica
 from graph_walk import ops_of_type
 
 from keras_allreduce import BatchAllReduce
+from keras_allreduce.reduce.buckets import Bucket
 from keras_allreduce.reduce.observe import observe
 from keras_allreduce.reduce.plan import ReducePlan
 
@@ -94,6 +95,10 @@ EXPECTED = ReducePlan(
     nbytes=36,
     dtypes=("float16", "float32"),
     num_replicas=2,
+    packs=(
+        Bucket(indices=(1,), dtype="float16", nbytes=4),
+        Bucket(indices=(2, 0), dtype="float32", nbytes=32),
+    ),
 )
 
 

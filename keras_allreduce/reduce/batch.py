@@ -4,7 +4,7 @@ The numbers are those of the picture in `batch_all_reduce.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
@@ -12,10 +12,11 @@ import tensorflow as tf
 from keras_allreduce.devices import on_each
 from keras_allreduce.reduce import packing, scaling
 from keras_allreduce.reduce.algorithm import Algorithm
-from keras_allreduce.reduce.buckets import GradientSpec, plan_buckets
+from keras_allreduce.reduce.buckets import Bucket, GradientSpec, plan_buckets
 from keras_allreduce.reduce.observe import PackTensors
 from keras_allreduce.reduce.pack_sizes import PackSize
 from keras_allreduce.reduce.plan import ReducePlan, make_plan
+from keras_allreduce.reduce.sparse import RowsSpec
 from keras_allreduce.reduce.transport import Transport
 
 Summed = tuple[dict[int, list[Any]], PackTensors]
@@ -25,6 +26,8 @@ Summed = tuple[dict[int, list[Any]], PackTensors]
 @dataclass(frozen=True)
 class Batch:
     """Gradients that are summed at once and stay on their devices.
+
+    To be planned alone they may be `tf.TensorSpec`s and `RowsSpec`s as well.
 
     Attributes:
         dense: `dense[variable][replica]`.
@@ -49,47 +52,59 @@ class Batch:
         """What the plan needs to know of the dense gradients."""
         return [packing.spec_of(parts[0]) for parts in self.dense.values()]
 
-    def buckets(self, bytes_per_pack: int) -> list[tuple[int, ...]]:
+    def buckets(self, bytes_per_pack: int) -> list[Bucket]:
         """Plans which dense gradients travel together.
 
         Args:
             bytes_per_pack: Capacity of a pack; 0: chosen by the transport.
 
         Returns:
-            For each bucket the places of its gradients in `dense`, the last
-            layer first.
+            The buckets, with places in `dense`, the last layer first.
         """
         size = PackSize(bytes_per_pack)
         if not bytes_per_pack:
             size = self.transport.pack_size(self.algorithm, self.specs)
-        planned = plan_buckets(
+        return plan_buckets(
             self.specs,
             size.bytes_per_pack,
             size.first_bytes_per_pack,
             size.alone_above,
         )
-        return [bucket.indices for bucket in planned]
 
-    def plan(self, num_packs: int, reason: str) -> ReducePlan:
-        """Describes the batch; `reason` is what `algorithms.choose` gave."""
+    def plan(self, buckets: Sequence[Bucket], reason: str) -> ReducePlan:
+        """Describes the batch.
+
+        Args:
+            buckets: What `buckets` returned.
+            reason: What `algorithms.choose` gave.
+        """
+        order = list(self.dense)
+        packs = [
+            replace(each, indices=tuple(order[at] for at in each.indices))
+            for each in buckets
+        ]
+        packs += [
+            Bucket((index,), self.rows[index][0].dtype.name, None)
+            for index in reversed(self.rows)
+        ]
         plan = make_plan(
             self.specs,
+            packs=packs,
             num_sparse=len(self.rows),
-            num_packs=num_packs,
             algorithm=self.algorithm.name,
             reason=reason,
             num_replicas=self.transport.num_replicas(self.devices),
         )
         return self.transport.describe(plan, self.algorithm, self.specs)
 
-    def sum_dense(self, buckets: Sequence[Sequence[int]]) -> Iterator[Summed]:
+    def sum_dense(self, buckets: Sequence[Bucket]) -> Iterator[Summed]:
         """Yields the results of each bucket.
 
         Args:
             buckets: What `buckets` returned.
         """
         order = list(self.dense)
-        variables = [[order[place] for place in each] for each in buckets]
+        variables = [[order[at] for at in each.indices] for each in buckets]
         # gradients[pack][replica][i]
         gradients = [
             list(zip(*(self.dense[index] for index in pack), strict=True))
@@ -142,7 +157,7 @@ def dense_and_sparse(
     dense: dict[int, list[Any]] = {}
     rows: dict[int, list[Any]] = {}
     for index, replicas in enumerate(gradients):
-        is_sparse = isinstance(replicas[0], tf.IndexedSlices)
+        is_sparse = isinstance(replicas[0], (tf.IndexedSlices, RowsSpec))
         (rows if is_sparse else dense)[index] = replicas
     return dense, rows
 

@@ -27,16 +27,15 @@ import tensorflow as tf
 from keras_allreduce.compat import distribute
 from keras_allreduce.reduce import algorithms, shared_memory, sparse
 from keras_allreduce.reduce.batch import Batch, dense_and_sparse, divide
-from keras_allreduce.reduce.in_process import InProcess
 from keras_allreduce.reduce.observe import BatchRecord, report
 from keras_allreduce.reduce.pack_sizes import algorithm_names
 from keras_allreduce.reduce.packing import densify
-from keras_allreduce.reduce.transport import Transport
+from keras_allreduce.reduce.planner import Planner
 
 _SUM = tf.distribute.ReduceOp.SUM
 
 
-class BatchAllReduce(tf.distribute.CrossDeviceOps):
+class BatchAllReduce(Planner, tf.distribute.CrossDeviceOps):
     """Sums gradients over replicas in packs that leave during backprop.
 
     Also works inside a stock strategy:
@@ -61,8 +60,6 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
         ValueError: If an argument is not one of the above.
     """
 
-    _transport: Transport = InProcess()
-
     def __init__(
         self,
         algorithm: str = "auto",
@@ -75,15 +72,6 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
         self.algorithm = algorithm
         self.bytes_per_pack = bytes_per_pack
         self.sparse_as_dense = bool(sparse_as_dense)
-
-    def choose(self, devices: Sequence[str]) -> tuple[str, str]:
-        """The algorithm for these devices, and why if it was not asked for.
-
-        Raises:
-            ValueError: If the algorithm asked for cannot run on `devices`.
-        """
-        algorithm, reason = algorithms.choose(self.algorithm, devices)
-        return algorithm.name, reason
 
     def sum(
         self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()
@@ -206,7 +194,7 @@ class BatchAllReduce(tf.distribute.CrossDeviceOps):
         for sums, tensors in (*batch.sum_dense(buckets), *batch.sum_rows()):
             results.update(sums)
             sent.append(tensors)
-        plan = batch.plan(len(buckets), reason)  # [7]
+        plan = batch.plan(buckets, reason)  # [7]
         report(BatchRecord(plan, sent, devices, started, time.time()))
         return [results[index] for index in range(len(gradients))]
 

@@ -3,12 +3,29 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keras_allreduce.reduce.buckets import GradientSpec
+from keras_allreduce.reduce.buckets import Bucket, GradientSpec
 
 
 @dataclass(frozen=True)
 class ReducePlan:
-    """What one batch of all-reduces sends, as the log line tells it."""
+    """What one batch of all-reduces sends; its `str` is the plan line.
+
+    Attributes:
+        num_gradients: Number of dense gradients.
+        num_sparse: Number of sparse ones.
+        algorithm: Name of the algorithm.
+        reason: More about it, for the end of the line.
+        num_packs: Number of packs of dense gradients.
+        nbytes: Bytes of all gradients, `None` if not known.
+        dtypes: Dtypes of the dense ones.
+        num_replicas: Number of replicas that are summed.
+        every: It is sent once in so many steps.
+        packs: The packs in the order in which they leave: those of dense
+            gradients, then each sparse gradient as one of its own. Indices
+            are positions in the batch.
+        sent: Bytes of each pack that a worker sends, `None` if not known;
+            empty within one process.
+    """
 
     num_gradients: int
     num_sparse: int
@@ -19,6 +36,8 @@ class ReducePlan:
     dtypes: tuple[str, ...]
     num_replicas: int
     every: int = 1
+    packs: tuple[Bucket, ...] = ()
+    sent: tuple[int | None, ...] = ()
 
     def __str__(self) -> str:
         size = "size not known" if self.nbytes is None else size_of(self.nbytes)
@@ -59,8 +78,8 @@ def bus_share(num_ranks: int) -> float:
 def make_plan(
     specs: Sequence[GradientSpec],
     *,
+    packs: Sequence[Bucket],
     num_sparse: int,
-    num_packs: int,
     algorithm: str,
     reason: str,
     num_replicas: int,
@@ -69,9 +88,9 @@ def make_plan(
 
     Args:
         specs: The dense gradients.
+        packs: See `ReducePlan`.
         num_sparse: Number of sparse ones, whose rows are counted only while
             the step runs: with any the size is not known.
-        num_packs: Packs of the dense gradients.
         algorithm: Name of the algorithm.
         reason: See `algorithms.choose`.
         num_replicas: Number of replicas that are summed.
@@ -84,8 +103,9 @@ def make_plan(
         num_sparse=num_sparse,
         algorithm=algorithm,
         reason=reason,
-        num_packs=num_packs,
+        num_packs=len(packs) - num_sparse,
         nbytes=sum(known) if complete else None,
         dtypes=tuple(sorted({spec.dtype for spec in specs})),
         num_replicas=num_replicas,
+        packs=tuple(packs),
     )

@@ -7,12 +7,26 @@ replicas would drift apart: for GPUs it is done once, before they get the rows.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
 from keras_allreduce.devices import is_gpu
 from keras_allreduce.reduce import shared_memory
+
+
+@dataclass(frozen=True)
+class RowsSpec:
+    """A sparse gradient that is not there yet, as `tf.TensorSpec` is a dense.
+
+    Attributes:
+        shape: Shape of the whole variable.
+        dtype: Dtype of the rows.
+    """
+
+    shape: tf.TensorShape
+    dtype: tf.DType
 
 
 def all_reduce(

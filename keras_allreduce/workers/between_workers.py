@@ -23,7 +23,7 @@ from keras_allreduce.devices import on_each
 from keras_allreduce.reduce import pack_sizes, shared_memory, sparse
 from keras_allreduce.reduce.algorithm import Algorithm, Packs, Sums
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
-from keras_allreduce.reduce.buckets import GradientSpec
+from keras_allreduce.reduce.buckets import Bucket, GradientSpec
 from keras_allreduce.reduce.pack_sizes import PackSize
 from keras_allreduce.reduce.plan import ReducePlan, bus_share, size_of
 from keras_allreduce.reduce.transport import Transport
@@ -117,22 +117,28 @@ class BetweenWorkers(Transport):
         """Returns the plan with what each worker sends, and in which format."""
         between = f"between {self._num_workers} workers"
         formats = set()
-        nbytes = 0.0
         for spec in specs:
-            dtype = tf.as_dtype(spec.dtype)
-            wire_format = self._wire.format_of(dtype)
-            nbytes += wire_format.nbytes(spec.nbytes or 0, dtype)
+            wire_format = self._wire.format_of(tf.as_dtype(spec.dtype))
             if wire_format is not EXACT:
                 formats.add(wire_format.name)
+        ranks = self._num_workers
+        if algorithm.crosses_workers:
+            ranks = plan.num_replicas
+        sent = tuple(self._sent(pack, ranks) for pack in plan.packs)
         if plan.nbytes is not None:
-            ranks = self._num_workers
-            if algorithm.crosses_workers:
-                ranks = plan.num_replicas
-            sent = size_of(round(nbytes * bus_share(ranks)))
-            between += f", {sent} sent by each in a step"
+            total = size_of(sum(size or 0 for size in sent))
+            between += f", {total} sent by each in a step"
         if formats:
             between += f" as {'+'.join(sorted(formats))}"
-        return replace(plan, reason=between)
+        return replace(plan, reason=between, sent=sent)
+
+    def _sent(self, pack: Bucket, ranks: int) -> int | None:
+        """Bytes of a pack that each of `ranks` sends."""
+        if pack.nbytes is None:
+            return None
+        dtype = tf.as_dtype(pack.dtype)
+        crossing = self._wire.format_of(dtype).nbytes(pack.nbytes, dtype)
+        return round(crossing * bus_share(ranks))
 
 
 class WorkerAllReduce(BatchAllReduce):
