@@ -25,7 +25,15 @@ BARS = {
     "not a number": "4/4 ━━━━━━━━━━━━━━━━━━━━ 0s 5ms/step - loss: nan",
     "cost of the all-reduce": (
         "45/45 ━━━━━━━━━━━━━━━━━━━━ 1s 12ms/step - accuracy: 0.6100 - "
-        "loss: 1.2200 - all_reduce_ms: 0.4100 - overlap: 0.8300"
+        "loss: 1.2200 - all_reduce: 0.41ms - overlap: 83%"
+    ),
+    "cost in other units": (
+        "45/45 - 1s - 12ms/step - loss: 1.2200 - all_reduce: 13us - "
+        "overlap: 0% - val_loss: 1.2345e-05"
+    ),
+    "what a logger adds": (
+        "45/45 - 1s - 12ms/step - loss: 1.2200 - bandwidth: 0.41GB/s - "
+        "last_worker: 1 - lateness: 12ms - all_reduce: 1.2s - overlap: 7%"
     ),
     "unknown length": "\r      1/Unknown \x1b[1m0s\x1b[0m 127ms/step",
     "hours to go": "1/9 ━━━━ 1:02:03 12s/step - loss: 0.3000",
