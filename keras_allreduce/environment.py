@@ -3,6 +3,9 @@
 HOST_DEVICES = "KERAS_ALLREDUCE_HOST_DEVICES"
 """Number of logical CPU devices of each worker."""
 
+HINT = "KERAS_ALLREDUCE_HINT"
+"""Set to 0: no hint after the first epoch of `fit`."""
+
 TF_CONFIG = "TF_CONFIG"
 """JSON with the addresses of all workers and the task of this one."""
 

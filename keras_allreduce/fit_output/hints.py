@@ -1,0 +1,210 @@
+"""Says what would make the step faster, if that is sure and worth it.
+
+Each rule looks at one thing that can be changed and returns what it would gain
+at most, from the times of the steps that were run. The largest gain is told,
+if it is a tenth of a step or more. No TensorFlow in here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from keras_allreduce import environment
+from keras_allreduce.fit_output.readable import milliseconds
+from keras_allreduce.fit_output.stats import measure
+from keras_allreduce.reduce.plan import ReducePlan
+
+WORTH = 0.1
+"""Share of a step that a hint must be worth."""
+
+MIN_STEPS = 5
+"""Steps that must have been measured."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the strategy was made with, as far as hints speak of it.
+
+    Attributes:
+        bytes_per_pack: Capacity of a pack that was asked for; 0: none.
+        sparse_as_dense: Whether sparse gradients are made dense.
+        wire_dtype: In which gradients cross between workers, if in another.
+        num_workers: Number of workers.
+    """
+
+    bytes_per_pack: int = 0
+    sparse_as_dense: bool = False
+    wire_dtype: str | None = None
+    num_workers: int = 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known after an epoch.
+
+    Attributes:
+        step_ms: Milliseconds from one step to the next, on average.
+        between_ms: The part of it between two calls of the train function.
+        ready: `ready[step, pack]` in seconds.
+        done: `done[step, pack]` in seconds.
+        plan: What was sent.
+        tables: Bytes of the whole variable of each sparse pack.
+        lateness_ms: How much later than the first the last worker comes to a
+            step; `nan` if not known.
+        last_worker: Number of that worker.
+    """
+
+    step_ms: float
+    between_ms: float
+    ready: np.ndarray
+    done: np.ndarray
+    plan: ReducePlan
+    tables: Sequence[int] = ()
+    lateness_ms: float = float("nan")
+    last_worker: int = 0
+
+    @property
+    def exposed_ms(self) -> float:
+        """Milliseconds of a step in which only the all-reduce goes on."""
+        return self.exposed_of(range(self.ready.shape[1]))
+
+    def exposed_of(self, packs: Sequence[int]) -> float:
+        """What would be exposed if only these packs were sent."""
+        if not len(packs):
+            return 0.0
+        last = self.ready.max(axis=1, keepdims=True)
+        # A pack that takes no time ends backprop where it ends.
+        ready = np.concatenate([self.ready[:, packs], last], axis=1)
+        done = np.concatenate([self.done[:, packs], last], axis=1)
+        return measure(ready, done, None, 1).exposed_ms
+
+
+@dataclass(frozen=True)
+class _Advice:
+    gain_ms: float
+    text: str
+
+
+def hint(measured: Measured, options: Options) -> str | None:
+    """The one change that would gain most, or `None`.
+
+    Args:
+        measured: What one epoch has shown.
+        options: What the strategy was made with.
+    """
+    if measured.ready.shape[0] < MIN_STEPS or not measured.step_ms > 0:
+        return None
+    least = WORTH * measured.step_ms
+    found = [
+        advice
+        for rule in (_straggler, _one_pack, _wire, _sparse, _between)
+        for advice in [rule(measured, options)]
+        if advice is not None and advice.gain_ms >= least
+    ]
+    if not found:
+        return None
+    best = max(found, key=lambda advice: advice.gain_ms)
+    return f"hint: {best.text} ({environment.HINT}=0 hides this line.)"
+
+
+def _of_step(ms: float, measured: Measured) -> str:
+    share = ms / measured.step_ms
+    step = milliseconds(measured.step_ms)
+    return f"{milliseconds(ms)} of {step} per step ({share:.0%})"
+
+
+def _straggler(measured: Measured, options: Options) -> _Advice | None:
+    late, exposed = measured.lateness_ms, measured.exposed_ms
+    # Not if it is hidden behind backprop of the others.
+    if not late > 0 or exposed < late / 2:
+        return None
+    return _Advice(
+        min(late, exposed),
+        f"worker {measured.last_worker} comes last to the all-reduce; waiting "
+        f"for it is {_of_step(late, measured)}. Look at its load, its input "
+        "and its device.",
+    )
+
+
+def _one_pack(measured: Measured, options: Options) -> _Advice | None:
+    if not options.bytes_per_pack or measured.plan.num_packs != 1:
+        return None
+    if measured.plan.num_gradients < 2:
+        return None
+    exposed = measured.exposed_ms
+    return _Advice(
+        exposed,
+        f"bytes_per_pack={options.bytes_per_pack} puts all gradients into one "
+        "pack, which leaves when backprop is over: "
+        f"{_of_step(exposed, measured)} wait for it. Leave bytes_per_pack "
+        "out, so that packs leave earlier.",
+    )
+
+
+def _wire(measured: Measured, options: Options) -> _Advice | None:
+    """Half the bytes, if bytes and not messages take the time."""
+    sizes = [pack.nbytes for pack in measured.plan.packs]
+    if options.num_workers < 2 or options.wire_dtype or None in sizes:
+        return None
+    if set(measured.plan.dtypes) != {"float32"}:
+        return None
+    nbytes = np.array(sizes, dtype=float)
+    seconds = np.median(measured.done - measured.ready, axis=0)
+    if len(set(sizes)) < 3:
+        return None
+    per_byte, fixed = np.polyfit(nbytes, seconds, 1)
+    fitted = per_byte * nbytes + fixed
+    spread = ((seconds - seconds.mean()) ** 2).sum()
+    if per_byte <= 0 or ((seconds - fitted) ** 2).sum() > 0.2 * spread:
+        return None
+    of_bytes = (
+        per_byte
+        * nbytes.sum()
+        / (per_byte * nbytes.sum() + max(fixed, 0.0) * len(sizes))
+    )
+    exposed = measured.exposed_ms
+    gain = exposed * of_bytes / 2
+    return _Advice(
+        gain,
+        f"{_of_step(exposed, measured)} wait for the all-reduce, and "
+        f"{of_bytes:.0%} of its time goes with the bytes. "
+        f'wire_dtype="bfloat16" halves them: up to {milliseconds(gain)} less.',
+    )
+
+
+def _sparse(measured: Measured, options: Options) -> _Advice | None:
+    """Small tables, whose rows cost more than the whole of them would."""
+    plan = measured.plan
+    if options.sparse_as_dense or not plan.num_sparse or not plan.num_packs:
+        return None
+    dense = range(plan.num_packs)
+    nbytes = [plan.packs[pack].nbytes for pack in dense]
+    if None in nbytes or len(measured.tables) != plan.num_sparse:
+        return None
+    seconds = np.median(measured.done - measured.ready, axis=0)
+    # As slow per byte as the slowest pack of about that size would be.
+    rate = max(
+        seconds[pack] / max(size or 0, 2**16)
+        for pack, size in zip(dense, nbytes, strict=True)
+    )
+    as_dense = sum(measured.tables) * rate * 1e3
+    without = measured.exposed_of(dense)
+    gain = measured.exposed_ms - without - as_dense
+    return _Advice(
+        gain,
+        f"{_of_step(measured.exposed_ms - without, measured)} wait for the "
+        "rows of sparse gradients. sparse_as_dense=True would send the whole "
+        f"tables, in about {milliseconds(as_dense)} at the speed of the other "
+        "packs.",
+    )
+
+
+def _between(measured: Measured, options: Options) -> _Advice | None:
+    between = measured.between_ms
+    return _Advice(
+        between,
+        f"{_of_step(between, measured)} pass between two steps, in Keras and "
+        "in callbacks. compile(steps_per_execution=8) passes them once in 8 "
+        "steps.",
+    )
