@@ -1,0 +1,161 @@
+"""Prints the plan of a step before there was one, as `model.summary()` does."""
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import keras
+import rich.console
+import rich.markup
+import rich.table
+
+from keras_allreduce.fit_output.gradients import ModelGradients
+from keras_allreduce.fit_output.pack_names import names_in_pack, shortened
+from keras_allreduce.reduce import cost_model
+from keras_allreduce.reduce.plan import ReducePlan, size_of
+
+NAMES_PER_PACK = 6
+"""Names that are listed of one pack."""
+
+# Keras's colors of numbers and of types.
+_NUMBER, _TYPE = "color(34)", "color(33)"
+
+
+def show(
+    model: keras.Model,
+    plan: ReducePlan,
+    gradients: ModelGradients,
+    predictions: Mapping[int, float | None],
+    step_seconds: float,
+    print_fn: Callable[[str], Any] | None = None,
+) -> None:
+    """Prints a table of the packs, and lines with totals.
+
+    Args:
+        model: The model.
+        plan: What its step sends.
+        gradients: The gradients that were planned.
+        predictions: Seconds that the all-reduce adds to a step, by the number
+            of workers, `None` if not known; may be empty.
+        step_seconds: Seconds of a step without it.
+        print_fn: Called with the text. `None`: printed, in color in a
+            terminal or a notebook; with interactive logging off, absl's log.
+    """
+    if not print_fn and not keras.config.is_interactive_logging_enabled():
+        print_fn = keras_log
+    captured = io.StringIO() if print_fn else None
+    console = rich.console.Console(file=captured, highlight=False)
+    console.print(f'[bold]Model: "{rich.markup.escape(model.name)}"[/]')
+    if plan.num_replicas == 1:
+        totals = [("All-reduce", "none, 1 replica")]
+    else:
+        totals = _totals(plan, gradients)
+        console.print(_table(plan, gradients))
+    for name, text in totals:
+        console.print(f"[bold] {name}: [/]{rich.markup.escape(text)}")
+    for line in _predicted(predictions, step_seconds):
+        console.print(f" {line}")
+    for note in _notes(model, gradients):
+        console.print(f" {rich.markup.escape(note)}")
+    if captured and print_fn:
+        print_fn(captured.getvalue())
+
+
+def keras_log(text: str) -> None:
+    """Logs as Keras logs without interactive logging."""
+    from absl import logging
+
+    logging.info(text)
+
+
+def _table(plan: ReducePlan, gradients: ModelGradients) -> rich.table.Table:
+    table = rich.table.Table(show_lines=True)
+    table.add_column("Pack", justify="right", no_wrap=True)
+    table.add_column("Gradients of (in the order of backprop)")
+    table.add_column("Type", no_wrap=True)
+    table.add_column("Size", justify="right", no_wrap=True)
+    if plan.sent:
+        table.add_column("Each sends", justify="right", no_wrap=True)
+    for number, pack in enumerate(plan.packs):
+        names = names_in_pack(gradients.paths, pack.indices)
+        sparse = number >= plan.num_packs
+        kind = f"{pack.dtype} rows" if sparse else pack.dtype
+        row = [
+            f"[{_NUMBER}]{number}[/]",
+            rich.markup.escape("\n".join(shortened(names, NAMES_PER_PACK))),
+            f"[{_TYPE}]{kind}[/]",
+            f"[{_NUMBER}]{_size(pack.nbytes)}[/]",
+        ]
+        if plan.sent:
+            row.append(f"[{_NUMBER}]{_size(plan.sent[number])}[/]")
+        table.add_row(*row)
+    return table
+
+
+def _totals(
+    plan: ReducePlan, gradients: ModelGradients
+) -> list[tuple[str, str]]:
+    dense = [pack.nbytes for pack in plan.packs[: plan.num_packs]]
+    known = [size for size in dense if size is not None]
+    size = size_of(sum(known)) + (
+        "" if len(known) == len(dense) else ", and what is not known"
+    )
+    lines = [
+        (
+            "Dense gradients",
+            f"{plan.num_gradients} in {plan.num_packs} packs ({size})",
+        )
+    ]
+    if plan.num_sparse:
+        lines.append(
+            (
+                "Sparse gradients",
+                f"{plan.num_sparse}, whose rows are gathered (as many as "
+                "a batch has)",
+            )
+        )
+    how = f"{plan.algorithm} over {plan.num_replicas} replicas"
+    lines.append(
+        ("All-reduce", f"{how}; {plan.reason}" if plan.reason else how)
+    )
+    if plan.every > 1:
+        lines.append(("Sent", f"once in {plan.every} steps"))
+    if gradients.without:
+        names = ", ".join(shortened(gradients.without, NAMES_PER_PACK))
+        lines.append(("Trainable, but without a gradient", names))
+    return lines
+
+
+def _predicted(
+    predictions: Mapping[int, float | None], step_seconds: float
+) -> Iterator[str]:
+    if predictions:
+        yield "[bold]Predicted for workers of one device each:[/]"
+    for workers, exposed in predictions.items():
+        if exposed is None:
+            yield "  not with sparse gradients or unknown sizes"
+            return
+        share = cost_model.efficiency(step_seconds, exposed)
+        yield (
+            f"  [{_NUMBER}]{workers:3}[/] workers: "
+            f"[{_NUMBER}]{exposed * 1e3:.3g}[/] ms exposed, efficiency "
+            f"[{_NUMBER}]{share:.0%}[/]"
+        )
+
+
+def _notes(model: keras.Model, gradients: ModelGradients) -> Iterator[str]:
+    """What is not sure."""
+    if not gradients.traced:
+        yield (
+            "The inputs of the model are not known, so all gradients are "
+            "taken for dense ones. Pass a batch as `x`."
+        )
+    if type(model).train_step is not keras.Model.train_step:
+        yield (
+            "The model has its own `train_step`; this is what an update of "
+            "all its variables sends."
+        )
+
+
+def _size(nbytes: int | None) -> str:
+    return "?" if nbytes is None else size_of(nbytes)
