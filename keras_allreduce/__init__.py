@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from keras_allreduce.devices import host_devices
     from keras_allreduce.fit_output.logger import AllReduceLogger
     from keras_allreduce.fit_output.stats import ReduceStats
+    from keras_allreduce.fit_output.tensorboard import AllReduceTensorBoard
+    from keras_allreduce.fit_output.timeline import AllReduceTimeline
     from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
+    from keras_allreduce.reduce.cost_model import Link
     from keras_allreduce.strategy.multi_worker import (
         MultiWorkerAllReduceStrategy,
     )
@@ -27,8 +30,11 @@ if TYPE_CHECKING:
 __all__ = [
     "AllReduceLogger",
     "AllReduceStrategy",
+    "AllReduceTensorBoard",
+    "AllReduceTimeline",
     "BatchAllReduce",
     "LauncherClusterResolver",
+    "Link",
     "MultiWorkerAllReduceStrategy",
     "ReduceStats",
     "WorkerError",
@@ -44,8 +50,11 @@ __all__ = [
 _HOMES = {
     "AllReduceLogger": "fit_output.logger",
     "AllReduceStrategy": "strategy.one_machine",
+    "AllReduceTensorBoard": "fit_output.tensorboard",
+    "AllReduceTimeline": "fit_output.timeline",
     "BatchAllReduce": "reduce.batch_all_reduce",
     "LauncherClusterResolver": "workers.resolvers",
+    "Link": "reduce.cost_model",
     "MultiWorkerAllReduceStrategy": "strategy.multi_worker",
     "ReduceStats": "fit_output.stats",
     "WorkerError": "workers.errors",

@@ -5,6 +5,7 @@ The workers are processes of their own on loopback (`workers.py`). All cases of
 start; `-k` runs there only the cases that it selects.
 """
 
+import json
 import time
 
 import numpy as np
@@ -163,6 +164,59 @@ def test_all_workers_are_told_whom_they_wait_for():
     assert first["last_worker"] == [1, 1]
     # It computes for 300 ms before each step.
     assert all(late > 0 for late in first["lateness_ms"])
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """What two workers say of what they send, and the chief's timeline."""
+    path = tmp_path_factory.mktemp("timeline") / "timeline.json"
+    results = workers.results(
+        "show_what_is_sent", str(path), deadline_seconds=300
+    )
+    return results, json.loads(path.read_text())
+
+
+def test_the_plan_between_workers_is_the_one_of_the_step(shown):
+    (chief, other), _ = shown
+    assert chief == other
+    assert chief["same"]
+    assert all(chief["same"])
+
+
+def test_explain_says_what_each_worker_sends(shown):
+    (chief, _), _ = shown
+    assert sum(chief["sent"]) > 0
+    explained = " ".join(chief["explained"].split())
+    assert "Each sends" in explained
+    assert "over 2 replicas; between 2 workers" in explained
+    assert "as bfloat16" in explained
+
+
+def test_the_timeline_of_the_chief_has_all_workers_on_one_clock(shown):
+    _, timeline = shown
+    slices = [event for event in timeline["traceEvents"] if "dur" in event]
+    for worker in (0, 1):
+        steps = [
+            event["name"]
+            for event in slices
+            if event["pid"] == worker and event["tid"] == 0
+        ]
+        assert steps == ["step 2", "step 3", "step 4"]
+    chief, other = timeline["otherData"]["clock_error_ms"]
+    assert chief == 0
+    assert 0 < other < 200
+
+
+def test_the_timeline_names_the_worker_that_is_waited_for(shown):
+    _, timeline = shown
+    waits = [
+        (event["pid"], event["name"], event["tid"] >= 1000)
+        for event in timeline["traceEvents"]
+        if event["name"].startswith("wait for worker")
+    ]
+    # It comes 0.2 s late to each step: to all its packs, and as a replica.
+    assert waits.count((0, "wait for worker 1", False)) == 3
+    assert waits.count((0, "wait for worker 1", True)) >= 3
 
 
 def end_of_the_other(signal, index, timeout_seconds):

@@ -12,13 +12,15 @@ from conftest import DEVICES
 from small_model import X, Y, fit, make_model, stock
 
 from keras_allreduce import AllReduceLogger, AllReduceStrategy
+from keras_allreduce.fit_output import advisor
+from keras_allreduce.fit_output.hints import Options
 
 # 3 x 4 + 4 + 4 + 1 parameters, 84 bytes.
 PLAN = (
     "batch_all_reduce: 4 all-reduces with algorithm = shared_memory, "
     "num_packs = 1 (0.1 KiB float32), num_replicas = 2"
 )
-COST = r"all_reduce_ms: \d\S* - overlap: (\d\S*|nan)"
+COST = r"all_reduce: \d+(\.\d+)?(us|ms|s) - overlap: \d+%"
 
 
 @pytest.fixture
@@ -168,16 +170,13 @@ class TestTheCost:
         fit(model, batch_size=24, epochs=1)
         output = capsys.readouterr().out
         assert "1/1" in output
-        assert "all_reduce_ms" not in output
+        assert " - all_reduce:" not in output
 
     def test_steps_run_eagerly_have_one(self, strategy, capsys):
         fit(make_model(strategy, run_eagerly=True), verbose=2)
         output = capsys.readouterr().out
         # Eagerly all gradients are there before the first leaves.
-        assert (
-            len(re.findall(r"all_reduce_ms: \S+ - overlap: 0\.0000", output))
-            == 2
-        )
+        assert len(re.findall(r"all_reduce: \S+ - overlap: 0%", output)) == 2
 
     @pytest.mark.parametrize("verbose", [1, 2])
     def test_several_steps_at_once_have_one(self, strategy, capsys, verbose):
@@ -191,6 +190,73 @@ class TestTheCost:
         stats = strategy.all_reduce_stats()
         assert (stats.steps, stats.num_packs, stats.nbytes) == (5, 1, 84)
         assert strategy.all_reduce_stats() is None
+
+
+class Clock(keras.callbacks.Callback):
+    """A second passes between two steps, and a tenth of one in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.now += 1.0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.now += 0.1
+
+
+class TestTheHint:
+    HINT = (
+        "hint: 1.0s of 1.1s per step (91%) pass between two steps, in "
+        "Keras and in callbacks. compile(steps_per_execution=8) passes them "
+        "once in 8 steps. (KERAS_ALLREDUCE_HINT=0 hides this line.)"
+    )
+
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        clock = Clock()
+        monkeypatch.setattr(advisor, "time", clock)
+        return clock
+
+    def test_it_comes_once_after_the_first_epoch(self, model, clock, capsys):
+        for _ in range(2):
+            fit(model, batch_size=4, verbose=2, callbacks=[clock])
+        output = lines(capsys.readouterr().out)
+        assert output.count(self.HINT) == 1
+        assert output[:5] == [
+            "Epoch 1/2",
+            PLAN,
+            output[2],
+            self.HINT,
+            "Epoch 2/2",
+        ]
+        assert output[2].startswith("6/6")
+
+    def test_a_few_steps_give_none(self, model, clock, capsys):
+        fit(model, verbose=2, callbacks=[clock])
+        assert "hint" not in capsys.readouterr().out
+
+    def test_the_environment_hides_it(self, clock, capsys, monkeypatch):
+        monkeypatch.setenv("KERAS_ALLREDUCE_HINT", "0")
+        model = make_model(AllReduceStrategy(DEVICES[:2]))
+        fit(model, batch_size=4, verbose=2, callbacks=[clock])
+        output = capsys.readouterr().out
+        assert PLAN in output
+        assert "hint" not in output
+
+    def test_verbose_0_has_none(self, model, clock, capsys):
+        fit(model, batch_size=4, verbose=0, callbacks=[clock])
+        assert capsys.readouterr().out == ""
+
+    def test_it_knows_what_the_strategy_was_made_with(self):
+        ours = AllReduceStrategy(
+            DEVICES[:2], bytes_per_pack=7, sparse_as_dense=True
+        )
+        assert ours.step_log.options == Options(7, True, None, 1)
 
 
 class TestWithoutInteractiveLogging:
@@ -305,7 +371,8 @@ class TestAllReduceLogger:
     def test_it_does_not_repeat_what_the_bar_shows(self, trained, capsys):
         fit(trained, callbacks=[AllReduceLogger()], verbose=2)
         for line in lines(capsys.readouterr().out):
-            assert line.count("all_reduce_ms") <= 1
+            assert "all_reduce_ms" not in line
+            assert line.count("overlap") <= 1
 
     def test_it_works_without_the_fit_log(self):
         strategy = AllReduceStrategy(DEVICES[:2], fit_log=False)
@@ -337,4 +404,4 @@ def test_one_device_says_that_nothing_is_reduced(capsys):
         "Epoch 1/2",
         "batch_all_reduce: nothing to reduce, num_replicas = 1",
     ]
-    assert not any("all_reduce_ms" in line for line in output)
+    assert not any(" - all_reduce:" in line for line in output)

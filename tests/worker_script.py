@@ -217,6 +217,46 @@ def fit_with_a_late_worker():
     return {name: history[name] for name in ("last_worker", "lateness_ms")}
 
 
+def show_what_is_sent(path):
+    """Plans, explains and trains, with a timeline; worker 1 comes late."""
+    import keras
+    import worker_cases
+
+    import keras_allreduce
+
+    class Late(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            time.sleep(0.2 * worker_cases.worker_index())
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=60, wire_dtype="bfloat16", bytes_per_pack=100
+    )
+    with strategy.scope():
+        model = worker_cases.dense()
+        model.compile("sgd", "mse")
+    explained = []
+    planned = strategy.plan(model)
+    strategy.explain(model, print_fn=explained.append)
+    model.fit(
+        worker_cases.X,
+        worker_cases.TARGET,
+        batch_size=4,
+        epochs=2,
+        verbose=0,
+        callbacks=[
+            Late(),
+            keras_allreduce.AllReduceTimeline(path, steps=(2, 5)),
+        ],
+    )
+    steps = strategy.step_log.steps(model)
+    return {
+        "planned": str(planned),
+        "same": [step.plan == planned for step in steps],
+        "sent": planned.sent,
+        "explained": explained[0],
+    }
+
+
 def fit_and_signal(name, index, timeout_seconds):
     """Trains until worker `index` gets a signal in the middle of an epoch."""
     import keras

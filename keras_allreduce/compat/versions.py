@@ -32,6 +32,17 @@ INSTALL = "pip install 'keras_allreduce[tensorflow]'"
 _warned: set[str] = set()
 
 
+def bar_prints_texts(keras: str) -> bool:
+    """Whether Keras's progress bar lets a float format itself.
+
+    Before 3.12 it makes a new float of each.
+
+    Args:
+        keras: `keras.__version__`.
+    """
+    return _release(keras) >= (3, 12)
+
+
 def tested(name: str) -> str:
     """Which versions of `"TensorFlow"` or `"Keras"` the tests have run with."""
     oldest, newest = _dotted(OLDEST[name]), _dotted(NEWEST_TESTED[name])

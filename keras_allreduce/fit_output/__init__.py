@@ -1,10 +1,17 @@
 """What the user sees of the all-reduce.
 
 In: the plan of a step and the times of its packs. Out: the plan line, the
-progress bar, `AllReduceLogger`'s logs and `ReduceStats`.
+progress bar, hints, the logs of `AllReduceLogger`, TensorBoard's scalars,
+timelines and `ReduceStats`.
 
     step --> clocks.py --> stats.py --> meter.py --+--> progress_bar.py
              (times)       (costs)      (epochs)   +--> logger.py
+               |                                   +--> tensorboard.py
+               +--> advisor.py --> hints.py
+               +--> timeline.py --> recording.py --> chrome_trace.py --+
+                                  (xplane.py) <-- trace_file.py <--+
+
+    model --> gradients.py --> a plan of `reduce` --> explain.py
 
 `keras_hook.py` is the one change that the package makes to Keras.
 """

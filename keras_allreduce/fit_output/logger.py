@@ -4,8 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_allreduce.compat import versions
-from keras_allreduce.fit_output.meter import EpochMeter
+from keras_allreduce.fit_output.meter import EpochMeter, step_log_of
 from keras_allreduce.fit_output.progress_bar import NEVER
 
 
@@ -30,16 +29,8 @@ class AllReduceLogger(keras.callbacks.Callback):
     """
 
     def set_model(self, model: keras.Model) -> None:
-        versions.check_model_is_not_legacy(model)
         super().set_model(model)
-        log = getattr(model.distribute_strategy, "step_log", None)
-        if log is None:
-            raise ValueError(
-                "AllReduceLogger reports on an AllReduceStrategy. Received: a "
-                f"model under {type(model.distribute_strategy).__name__}. "
-                "Make the model inside its scope."
-            )
-        self._epoch = EpochMeter(log, model)
+        self._epoch = EpochMeter(step_log_of(model, "AllReduceLogger"), model)
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None

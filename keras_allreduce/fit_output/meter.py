@@ -6,9 +6,31 @@ from typing import Any
 
 import keras
 
+from keras_allreduce.compat import versions
 from keras_allreduce.fit_output.clocks import ROWS
 from keras_allreduce.fit_output.stats import ReduceStats, measure, merge
 from keras_allreduce.fit_output.step_log import StepLog
+
+
+def step_log_of(model: keras.Model, callback: str) -> StepLog:
+    """The step functions of the strategy that trains `model`.
+
+    Args:
+        model: The model in training.
+        callback: Name of the callback that needs them.
+
+    Raises:
+        ValueError: If it is trained without an `AllReduceStrategy`.
+    """
+    versions.check_model_is_not_legacy(model)
+    log = getattr(model.distribute_strategy, "step_log", None)
+    if not isinstance(log, StepLog):
+        raise ValueError(
+            f"{callback} reports on an AllReduceStrategy. Received: a "
+            f"model under {type(model.distribute_strategy).__name__}. "
+            "Make the model inside its scope."
+        )
+    return log
 
 
 class Meter:

@@ -1,11 +1,16 @@
-"""The fit output: the plan of the all-reduce, and what it costs, live."""
+"""The fit output: the plan, the live cost, and a hint after an epoch."""
 
+import shutil
 import sys
+import textwrap
+import time
 from typing import Any
 
 import keras
 from absl import logging
 
+from keras_allreduce.fit_output import readable
+from keras_allreduce.fit_output.advisor import Advisor
 from keras_allreduce.fit_output.meter import EpochMeter
 from keras_allreduce.fit_output.step_log import StepLog
 
@@ -19,7 +24,8 @@ class FitProgbar(keras.callbacks.ProgbarLogger):
     """Keras's progress bar, with the plan and the cost of the all-reduce.
 
     The numbers are added to a copy of the logs, for the display alone: no
-    other callback sees them.
+    other callback sees them. In a terminal no line wraps that would not
+    without them.
 
     Args:
         log: The steps of the strategy.
@@ -29,10 +35,13 @@ class FitProgbar(keras.callbacks.ProgbarLogger):
         super().__init__()
         self._log = log
         self._epoch: EpochMeter | None = None
+        self._advisor: Advisor | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         super().on_train_begin(logs)
         self._epoch = EpochMeter(self._log, self.model)
+        if self._log.may_hint:
+            self._advisor = Advisor(self._log, self.model)
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
@@ -42,10 +51,20 @@ class FitProgbar(keras.callbacks.ProgbarLogger):
         if self._epoch:
             self._epoch.begin()
         self._first_batch = True
+        self._next_draw = 0.0
+
+    def on_train_batch_begin(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        if self._advisor:
+            self._advisor.call_begins()
+        super().on_train_batch_begin(batch, logs)
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
+        if self._advisor:
+            self._advisor.call_ends(batch + 1)
         if self._first_batch:
             # The step has just been traced, and no bar is on the screen yet.
             self._first_batch = False
@@ -53,35 +72,70 @@ class FitProgbar(keras.callbacks.ProgbarLogger):
         if self._epoch:
             live = self.verbose == 1
             self._epoch.refresh(batch + 1, REFRESH_SECONDS if live else NEVER)
-        super().on_train_batch_end(batch, self._with_cost(logs))
+        super().on_train_batch_end(batch, self._fitted(logs or {}, batch + 1))
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         if self._epoch:
             self._epoch.read(self.seen)
-        super().on_epoch_end(epoch, self._with_cost(logs))
-
-    def _with_cost(self, logs: dict[str, Any] | None) -> dict[str, Any]:
-        logs = logs or {}
-        if not self._epoch or not self._epoch.stats:
-            return logs
-        cost = {
-            "all_reduce_ms": self._epoch.stats.all_reduce_ms,
-            "overlap": self._epoch.stats.overlap,
-        }
+        hint = self._advisor and self._advisor.line(logs or {})
+        self._advisor = None
+        logs = readable.logged(logs or {})
         validation = {k: v for k, v in logs.items() if k.startswith("val_")}
         # In the place where the live bar has them, before the validation.
-        return {
+        shown = {
             **{k: v for k, v in logs.items() if k not in validation},
-            **cost,
+            **self._cost(),
             **validation,
         }
+        bar = self.progbar.width if self.verbose == 1 else None
+        super().on_epoch_end(
+            epoch,
+            readable.broken(shown, _columns(), self.target or self.seen, bar),
+        )
+        if hint and self.verbose:
+            self._tell(hint)
+
+    def _fitted(self, logs: dict[str, Any], steps: int) -> dict[str, Any]:
+        """The logs with the numbers that fit, where the bar may be drawn."""
+        now = time.monotonic()
+        if self.verbose != 1 or now < self._next_draw:
+            return logs
+        self._next_draw = now + self.progbar.interval / 2
+        shown, self.progbar.width = readable.live(
+            logs, self._cost(), _columns(), self.target or steps
+        )
+        return shown
+
+    def _cost(self) -> dict[str, Any]:
+        """The numbers that are known."""
+        stats = self._epoch and self._epoch.stats
+        if not stats:
+            return {}
+        cost = {"all_reduce": readable.milliseconds(stats.all_reduce_ms)}
+        if stats.all_reduce_ms:
+            cost["overlap"] = readable.percent(stats.overlap)
+        return cost
 
     def _tell_plans(self) -> None:
         for line in self._log.untold_plans(self.model):
-            if keras.config.is_interactive_logging_enabled():
-                sys.stdout.write(f"{line}\n")
-                sys.stdout.flush()
-            else:
-                logging.info(line)
+            self._tell(line)
+
+    def _tell(self, line: str) -> None:
+        if keras.config.is_interactive_logging_enabled():
+            columns = _columns()
+            if columns is not None:
+                # Between words, where the terminal would break a word.
+                line = textwrap.fill(line, columns - 1, subsequent_indent="  ")
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+        else:
+            logging.info(line)
+
+
+def _columns() -> int | None:
+    """Columns of the terminal; `None` for a notebook, a file or a pipe."""
+    if not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size().columns

@@ -1,5 +1,7 @@
 """The step functions of a strategy and their clocks."""
 
+import math
+import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +9,11 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce import environment
 from keras_allreduce.fit_output.clocks import EagerClocks, GraphClocks
+from keras_allreduce.fit_output.hints import Options
+from keras_allreduce.fit_output.pack_names import names_in_pack
+from keras_allreduce.fit_output.recording import PackLabel
 from keras_allreduce.reduce.observe import BatchRecord
 from keras_allreduce.reduce.plan import ReducePlan
 
@@ -30,23 +36,62 @@ class TracedStep:
     clocks: Any
     model: Any
 
+    def labels(self) -> list[PackLabel]:
+        """What each of its packs carries, by the layers of the model."""
+        model = self.model()
+        names: list[str] = []
+        if model is not None:
+            names = [each.path for each in model.trainable_variables]
+        if len(names) != self.plan.num_gradients + self.plan.num_sparse:
+            # Which variables have gradients is not known here.
+            numbers = range(len(names) or self.plan.num_gradients)
+            names = [f"gradient {number}" for number in numbers]
+        return [
+            PackLabel(
+                names_in_pack(names, pack.indices),
+                pack.nbytes,
+                pack.dtype,
+                sparse=number >= self.plan.num_packs,
+            )
+            for number, pack in enumerate(self.plan.packs)
+        ]
+
 
 class StepLog:
-    """All step functions of one strategy, in the order they were first run."""
+    """All step functions of one strategy, in the order they were first run.
+
+    Attributes:
+        recorders: Who records a timeline. While there is one, steps that are
+            traced also take the times that only a timeline needs.
+        options: What the strategy was made with.
+        may_hint: Whether no hint has been given yet, and one may be.
+    """
 
     def __init__(self) -> None:
+        self.recorders: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.options = Options()
+        self.may_hint = os.environ.get(environment.HINT) != "0"
         self._steps: list[TracedStep] = []
         self._alone: weakref.WeakSet[Any] = weakref.WeakSet()
         self._told: weakref.WeakKeyDictionary[Any, set[str]] = (
             weakref.WeakKeyDictionary()
         )
 
-    def add(self, records: Sequence[BatchRecord], model: Any | None) -> None:
+    def add(
+        self,
+        records: Sequence[BatchRecord],
+        model: Any | None,
+        inputs: Any = None,
+        begun: float = math.nan,
+    ) -> None:
         """Notes a step that was just traced, or has just run eagerly.
 
         Args:
             records: All it reduces.
             model: The model whose `train_step` it is, if it is one.
+            inputs: Distributed values that it was called with, if they are in
+                the current graph.
+            begun: When it was called, in seconds since the epoch.
         """
         if not records:
             return
@@ -58,14 +103,19 @@ class StepLog:
         )
         owner = _nothing if model is None else weakref.ref(model)
         if tf.executing_eagerly():
-            self._eager_clocks(record, owner).add(record.started, record.ended)
+            self._eager_clocks(record, owner).add(
+                record.started, record.ended, begun
+            )
             return
         tensor = tf.nest.flatten(
             record.packs[0].results[0], expand_composites=True
         )[0]
         if tensor.graph is not tf.compat.v1.get_default_graph():
             return  # Traced inside a function of its own: out of our reach.
-        clocks = GraphClocks(record.packs, record.devices)
+        given = None
+        if self.recorders and inputs is not None:
+            given = _of_replicas(inputs, len(record.devices))
+        clocks = GraphClocks(record.packs, record.devices, given)
         self._steps.append(TracedStep(record.plan, weakref.ref(clocks), owner))
 
     def _eager_clocks(self, record: BatchRecord, owner: Any) -> EagerClocks:
@@ -111,6 +161,21 @@ class StepLog:
                 told.add(line)
                 new.append(line)
         return new
+
+
+def _of_replicas(structure: Any, num_replicas: int) -> list[list[tf.Tensor]]:
+    """The tensors of each replica in a structure of distributed values."""
+    tensors: list[list[tf.Tensor]] = []
+    for replica in range(num_replicas):
+        values = [
+            leaf.values[replica]
+            if isinstance(leaf, tf.distribute.DistributedValues)
+            else leaf
+            for leaf in tf.nest.flatten(structure)
+        ]
+        flat = tf.nest.flatten(values, expand_composites=True)
+        tensors.append([leaf for leaf in flat if tf.is_symbolic_tensor(leaf)])
+    return tensors
 
 
 def _nothing() -> None:

@@ -1,16 +1,26 @@
 """What the strategies of one machine and of several have in common."""
 
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.fit_output import keras_hook
+from keras_allreduce.fit_output import explain, keras_hook, prediction
+from keras_allreduce.fit_output.gradients import ModelGradients, gradients_of
+from keras_allreduce.fit_output.hints import Options
 from keras_allreduce.fit_output.meter import Meter
 from keras_allreduce.fit_output.stats import ReduceStats
 from keras_allreduce.fit_output.step_log import StepLog
-from keras_allreduce.strategy.checks import check_backend
+from keras_allreduce.fit_output.timeline import recording
+from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
+from keras_allreduce.reduce.cost_model import Link
+from keras_allreduce.reduce.plan import ReducePlan
+from keras_allreduce.strategy.checks import check_backend, check_model
 
 
 class StrategyBase(tf.distribute.Strategy):
@@ -27,6 +37,16 @@ class StrategyBase(tf.distribute.Strategy):
         self._fit_log = bool(fit_log)
         if fit_log:
             keras_hook.install()
+
+    def _set_options_of_hints(
+        self, ops: BatchAllReduce, wire_dtype: str | None = None
+    ) -> None:
+        self.step_log.options = Options(
+            ops.bytes_per_pack,
+            ops.sparse_as_dense,
+            wire_dtype,
+            self.extended.num_workers,
+        )
 
     @property
     def shown_steps(self) -> StepLog | None:
@@ -60,3 +80,100 @@ class StrategyBase(tf.distribute.Strategy):
             Means over those steps, or `None` if there was none.
         """
         return self._meter.read()
+
+    def plan(self, model: keras.Model, x: Any = None) -> ReducePlan:
+        """The plan of the steps of `model`, before there was one.
+
+        The forward pass is traced to find out which gradients there will be;
+        nothing runs.
+
+        Args:
+            model: A model that is built, in the scope of this strategy.
+            x: Inputs, as the model is called with: arrays, tensors or
+                `tf.TensorSpec`s. `None`: as the model itself knows them.
+
+        Returns:
+            The plan. A custom `train_step` may send other gradients.
+
+        Raises:
+            ValueError: If the model is not built, was made elsewhere, or if
+                the strategy has `cross_device_ops` that make no plan.
+        """
+        return self._planned(model, x)[0]
+
+    def explain(
+        self,
+        model: keras.Model,
+        x: Any = None,
+        *,
+        link: Link | None = None,
+        step_seconds: float | None = None,
+        print_fn: Callable[[str], Any] | None = None,
+    ) -> None:
+        """Prints the plan of the steps of `model`, before there was one.
+
+        A table in the look of `model.summary()`: the packs in the order in
+        which they leave, the layers in each, its dtype and bytes, and what
+        each worker sends.
+
+        Args:
+            model: See `plan`.
+            x: See `plan`.
+            link: With it and `step_seconds`, also what the all-reduce is
+                predicted to cost between 2 to 64 workers, by the model of
+                docs/scaling.md, which says how far off it was.
+            step_seconds: Seconds of a step without all-reduce.
+            print_fn: Called with the text. `None`: it is printed.
+
+        Raises:
+            ValueError: See `plan`; or if `link` comes without `step_seconds`,
+                or `step_seconds` without `link`.
+        """
+        prediction.check(link, step_seconds)
+        plan, gradients = self._planned(model, x)
+        predicted = prediction.for_workers(
+            gradients.specs,
+            link,
+            step_seconds,
+            self.extended.gradient_ops.bytes_per_pack,
+        )
+        explain.show(
+            model, plan, gradients, predicted, step_seconds or 0.0, print_fn
+        )
+
+    def _planned(
+        self, model: keras.Model, x: Any
+    ) -> tuple[ReducePlan, ModelGradients]:
+        check_model(model, self)
+        ops = self.extended.gradient_ops
+        if not isinstance(ops, BatchAllReduce):
+            raise ValueError(
+                "Only a `BatchAllReduce` makes a plan. Received: "
+                f"cross_device_ops={ops}. Leave `cross_device_ops` out."
+            )
+        gradients = gradients_of(model, self, x)
+        plan = ops.plan(gradients.specs, self.extended.worker_devices)
+        return replace(plan, every=gradients.every), gradients
+
+    def timeline(
+        self, path: str | os.PathLike[str]
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Writes the steps that run in a `with` block as a timeline.
+
+        For custom training loops; `AllReduceTimeline` is for `model.fit`.
+
+        ```python
+        with strategy.timeline("timeline.json"):
+            for batch in batches.take(10):
+                step(batch)
+        ```
+
+        A step function that is traced in the block takes all times. Of one
+        that was traced before there are the packs, and no more. Of the steps
+        of one function the last 1024 are written.
+
+        Args:
+            path: The file; see `AllReduceTimeline`. With several workers all
+                must enter the block, and the chief writes.
+        """
+        return recording(self, path)

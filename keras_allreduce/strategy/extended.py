@@ -1,5 +1,6 @@
 """The half of a strategy that decides how values are reduced."""
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ import tensorflow as tf
 
 from keras_allreduce.compat import distribute, versions
 from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.fit_output.timeline import Peers
 from keras_allreduce.input.dataset import own
 from keras_allreduce.one_device import shares
 from keras_allreduce.one_device.replicas import Replicas
@@ -29,6 +31,8 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
 
     # The step of Keras that is being run or traced.
     _step: Step | None = None
+
+    _workers: Peers
 
     def _experimental_distribute_dataset(
         self, dataset: Any, options: Any
@@ -83,6 +87,16 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         """Number of workers."""
         return 1
 
+    @property
+    def peers(self) -> Peers:
+        """All workers, seen from this one."""
+        return self._workers
+
+    @property
+    def gradient_ops(self) -> tf.distribute.CrossDeviceOps:
+        """What sums gradients."""
+        return self.peers.gradient_ops
+
     def local_values(self, value: Any) -> Sequence[Any]:
         """The parts of a distributed value; none if it is not distributed."""
         if isinstance(value, tf.distribute.DistributedValues):
@@ -116,12 +130,13 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
     ) -> Any:
         strategy = self._container_strategy()
         versions.check_step_is_not_legacy(fn)
+        began = time.time()
         model, step_name = keras_compat.step_of(fn)
         run = super()._call_for_each_replica
         if model is None:
             with observe() as records:
                 result = run(fn, args, kwargs)
-            strategy.step_log.add(records, None)
+            strategy.step_log.add(records, None, (args, kwargs), began)
             return result
         check_model(model, strategy)
         trains = step_name == "train_step"
@@ -142,5 +157,5 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         finally:
             self._step = None
         if trains:
-            strategy.step_log.add(records, model)
+            strategy.step_log.add(records, model, (args, kwargs), began)
         return result

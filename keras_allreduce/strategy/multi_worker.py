@@ -100,6 +100,7 @@ class MultiWorkerAllReduceStrategy(
                 self, cluster_resolver, stock_options, options
             ),
         )
+        self._set_options_of_hints(self.extended.gradient_ops, wire_dtype)
 
     # MultiWorkerMirroredStrategy takes this from its class.
     _collective_key_base = 0

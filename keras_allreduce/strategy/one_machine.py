@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_allreduce import malloc
 from keras_allreduce.devices import check_devices, names_of, on_gpus
+from keras_allreduce.fit_output.timeline import Alone, Peers
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.strategy.base import StrategyBase
 from keras_allreduce.strategy.extended import ExtendedBase
@@ -88,17 +89,22 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
                 f"sparse_as_dense={sparse_as_dense}. Use "
                 "cross_device_ops=BatchAllReduce(...) with them."
             )
-        # MirroredStrategy.__init__ makes its own `extended`; this is what it
-        # does, with ours.
+        # What MirroredStrategy.__init__ does, with our own `extended`.
         tf.distribute.Strategy.__init__(
             self, AllReduceExtended(self, devices, cross_device_ops)
         )
         if isinstance(cross_device_ops, BatchAllReduce):
             cross_device_ops.choose(self.extended.worker_devices)
+            self._set_options_of_hints(cross_device_ops)
 
 
 class AllReduceExtended(ExtendedBase):
     """MirroredStrategy's, with another path for gradients."""
+
+    @property
+    def peers(self) -> Peers:
+        """All workers, seen from this one: it is alone."""
+        return Alone(self._cross_device_ops)
 
     def _get_cross_device_ops(self, value: Any) -> Any:
         # Stock takes a new ReductionToOneDevice for each int32 value, and

@@ -8,6 +8,7 @@ in the `Store`, and reads what the others do.
 import itertools
 import json
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,9 @@ class Agreement:
     Args:
         cluster: The workers.
         store: What they publish.
+
+    Attributes:
+        rank: Number of this worker.
     """
 
     def __init__(self, cluster: Cluster, store: Store | NoStore):
@@ -57,6 +61,36 @@ class Agreement:
         # Variables and gradients are counted together: where one worker makes
         # a variable and another goes on to its step, these two meet.
         self._points = itertools.count()
+        self._meetings = itertools.count()
+        self.rank = cluster.rank
+
+    def meet(self) -> tuple[float, float]:
+        """Waits until all workers have called this.
+
+        Returns:
+            When this one came, and when it knew that all had come, in seconds
+            since the epoch.
+        """
+        entered = time.time()
+        self._store.exchange(f"meeting/{next(self._meetings)}", "")
+        return entered, time.time()
+
+    def exchange(self, name: str, text: str) -> list[str]:
+        """Sends a text to all workers, and returns those of all, by rank.
+
+        To be called on all workers, in the same order.
+
+        Args:
+            name: What it is about, for errors.
+            text: The text of this worker.
+
+        Raises:
+            RuntimeError: See `compare`.
+        """
+        key = f"{name}/{next(self._meetings)}"
+        texts = self._store.exchange(key, text)
+        self._store.let_all_read(key)
+        return texts
 
     def compare(
         self,

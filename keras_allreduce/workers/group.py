@@ -8,6 +8,7 @@ Workers.connect
     [5] gradient_ops    what sums gradients
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,10 @@ class SingleWorker:
 
     Attributes:
         gradient_ops: Sums gradients over the devices of this worker.
+        index: Number of this worker.
     """
+
+    index = 0
 
     def __init__(self, options: WorkerOptions, in_flight: InFlight):
         self._in_flight = in_flight
@@ -89,6 +93,14 @@ class SingleWorker:
         """Returns `dtype`: nothing crosses."""
         return dtype
 
+    def meet(self) -> tuple[float, float]:
+        """Returns the time twice: nobody else comes."""
+        return (now := time.time()), now
+
+    def exchange(self, name: str, text: str) -> list[str]:
+        """Returns the text of the one worker."""
+        return [text]
+
     def waits(self) -> list[float]:
         """Mean seconds per step in a collective, of the one worker."""
         return [self._in_flight.read_waits()]
@@ -107,6 +119,7 @@ class Workers:
 
     Attributes:
         gradient_ops: Sums gradients over the devices of all workers.
+        index: Number of this worker.
     """
 
     def __init__(
@@ -118,6 +131,7 @@ class Workers:
         options: WorkerOptions,
         in_flight: InFlight,
     ):
+        self.index = agreement.rank
         self._agreement = agreement
         self._collectives = collectives
         self._in_flight = in_flight
@@ -180,6 +194,14 @@ class Workers:
     def compare_initial_value(self, initial_value: Any) -> Any:
         """See `Agreement`."""
         return self._agreement.compare_initial_value(initial_value)
+
+    def meet(self) -> tuple[float, float]:
+        """See `Agreement`."""
+        return self._agreement.meet()
+
+    def exchange(self, name: str, text: str) -> list[str]:
+        """See `Agreement`."""
+        return self._agreement.exchange(name, text)
 
     def compare_steps(self, asked: int | None, batches: int | None) -> None:
         """See `Agreement`."""

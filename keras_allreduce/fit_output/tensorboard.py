@@ -1,0 +1,96 @@
+"""The callback that shows the cost of the all-reduce in TensorBoard."""
+
+import math
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_allreduce.fit_output.meter import EpochMeter, Meter, step_log_of
+from keras_allreduce.fit_output.progress_bar import NEVER
+from keras_allreduce.fit_output.stats import ReduceStats
+
+GROUP = "all_reduce"
+"""TensorBoard groups scalars by what is before the first slash."""
+
+# What AllReduceLogger puts into the logs of an epoch: shown here anyway, or
+# only known from there.
+_SHOWN_ANYWAY = ("all_reduce_ms", "overlap", "all_reduce_gbps")
+_FROM_LOGGER = ("last_worker", "lateness_ms")
+
+
+class AllReduceTensorBoard(keras.callbacks.TensorBoard):
+    """Keras's TensorBoard callback, with the cost of the all-reduce.
+
+    Takes the arguments of `keras.callbacks.TensorBoard` and writes what it
+    writes, and in groups of their own:
+
+    - `epoch_all_reduce/`: `time_ms`, `exposed_ms`, `overlap` and
+      `bandwidth_gbps` (see `ReduceStats`), as means over each epoch, and
+      `last_worker` and `lateness_ms` if an `AllReduceLogger` before it has
+      measured them;
+    - `batch_all_reduce/`: the first four, as means over the steps since the
+      last ones, wherever Keras writes batches (`update_freq`).
+
+    ```python
+    model.fit(x, y, callbacks=[AllReduceTensorBoard("logs", update_freq=10)])
+    ```
+
+    No other callback sees these numbers, nor do History and CSV files.
+
+    Raises:
+        ValueError: If the model is trained without an `AllReduceStrategy`.
+    """
+
+    def set_model(self, model: keras.Model) -> None:
+        log = step_log_of(model, "AllReduceTensorBoard")
+        super().set_model(model)
+        self._reduce_epoch = EpochMeter(log, model)
+        self._reduce_steps = Meter(log, model)
+        self._reduce_steps.read()
+
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        super().on_epoch_begin(epoch, logs)
+        self._reduce_epoch.begin()
+        self._reduce_batch = 0
+
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        self._reduce_batch = batch + 1
+        self._reduce_epoch.refresh(batch + 1, NEVER)
+        added = {}
+        if tf.summary.should_record_summaries():
+            added = _scalars(self._reduce_steps.read())
+        super().on_train_batch_end(batch, {**(logs or {}), **added})
+
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        self._reduce_epoch.read(self._reduce_batch)
+        shown = _scalars(self._reduce_epoch.stats)
+        for name, value in (logs or {}).items():
+            if name in _FROM_LOGGER:
+                shown[f"{GROUP}/{name}"] = value
+            elif name not in _SHOWN_ANYWAY:
+                shown[name] = value
+        super().on_epoch_end(epoch, shown)
+
+
+def _scalars(stats: ReduceStats | None) -> dict[str, float]:
+    """The scalars of the group that are known."""
+    if stats is None:
+        return {}
+    scalars = {
+        "time_ms": stats.all_reduce_ms,
+        "exposed_ms": stats.exposed_ms,
+        "overlap": stats.overlap,
+        "bandwidth_gbps": stats.all_reduce_gbps,
+    }
+    return {
+        f"{GROUP}/{name}": value
+        for name, value in scalars.items()
+        if not math.isnan(value)
+    }
