@@ -57,7 +57,7 @@ def drawn(columns, steps, logs, *, live, validation=()):
         patch.setattr("sys.stdout", written)
         if live:
             shown, bar.width = readable.live(logs, COST, columns, steps)
-            bar.update(steps - 1, list(shown.items()), finalize=False)
+            bar.update((steps or 9) - 1, list(shown.items()), finalize=False)
         else:
             _, bar.width = readable.live(logs, COST, columns, steps)
             logs = {**logs, **COST, **validation}
@@ -73,7 +73,7 @@ class TestTheLiveLine:
         assert line.endswith("loss: 0.6689 - all_reduce: 3.6ms - overlap: 91%")
 
     @pytest.mark.parametrize("columns", range(60, 140, 3))
-    @pytest.mark.parametrize("steps", [5, 57, 1875])
+    @pytest.mark.parametrize("steps", [None, 5, 57, 1875])
     def test_it_never_wraps_because_of_us(self, columns, steps):
         alone = readable.room(columns, steps, LOGS)
         if alone >= readable.MIN_BAR_COLUMNS:

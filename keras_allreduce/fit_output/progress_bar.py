@@ -72,7 +72,7 @@ class FitProgbar(keras.callbacks.ProgbarLogger):
         if self._epoch:
             live = self.verbose == 1
             self._epoch.refresh(batch + 1, REFRESH_SECONDS if live else NEVER)
-        super().on_train_batch_end(batch, self._fitted(logs or {}, batch + 1))
+        super().on_train_batch_end(batch, self._fitted(logs or {}))
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
@@ -97,14 +97,14 @@ class FitProgbar(keras.callbacks.ProgbarLogger):
         if hint and self.verbose:
             self._tell(hint)
 
-    def _fitted(self, logs: dict[str, Any], steps: int) -> dict[str, Any]:
+    def _fitted(self, logs: dict[str, Any]) -> dict[str, Any]:
         """The logs with the numbers that fit, where the bar may be drawn."""
         now = time.monotonic()
         if self.verbose != 1 or now < self._next_draw:
             return logs
         self._next_draw = now + self.progbar.interval / 2
         shown, self.progbar.width = readable.live(
-            logs, self._cost(), _columns(), self.target or steps
+            logs, self._cost(), _columns(), self.target
         )
         return shown
 

@@ -28,6 +28,9 @@ MIN_BAR_COLUMNS = 4
 _TIME_COLUMNS = 15
 _TIME_COLUMNS_WITHOUT_BAR = 19
 
+# "      1/Unknown " of an epoch whose steps are not known; it has no bar.
+_UNKNOWN_COLUMNS = 16
+
 _CLEAR_TO_END_OF_LINE = "\x1b[K"
 
 
@@ -119,24 +122,27 @@ def item(name: str, value: Any) -> str:
     return f" - {name}: {number:{'.4f' if abs(number) > 1e-3 else '.4e'}}"
 
 
-def room(columns: int, target: int, logs: Mapping[str, Any]) -> int:
+def room(columns: int, target: int | None, logs: Mapping[str, Any]) -> int:
     """Columns left for a bar and more items in a line that is drawn again.
 
     Args:
         columns: Columns of the terminal.
-        target: Steps of the epoch.
+        target: Steps of the epoch, `None` if not known.
         logs: The items that are in the line.
     """
+    count = _UNKNOWN_COLUMNS
+    if target is not None:
+        count = 2 * len(str(target)) + 2
     items = sum(len(item(name, value)) for name, value in logs.items())
     # The last column stays empty: some terminals wrap when it is written.
-    return columns - 1 - (2 * len(str(target)) + 2) - _TIME_COLUMNS - items
+    return columns - 1 - count - _TIME_COLUMNS - items
 
 
 def live(
     logs: Mapping[str, Any],
     ours: Mapping[str, Any],
     columns: int | None,
-    target: int,
+    target: int | None,
 ) -> tuple[dict[str, Any], int]:
     """Fits a line that is drawn again and again into a terminal.
 
@@ -144,7 +150,7 @@ def live(
         logs: Keras's own items.
         ours: Items to be added, the most important one first.
         columns: Columns of the terminal, `None` if the output is none.
-        target: Steps of the epoch.
+        target: Steps of the epoch, `None` if not known.
 
     Returns:
         The items that fit, and the columns of the bar.
@@ -153,8 +159,9 @@ def live(
         return {**logs, **ours}, BAR_COLUMNS
     shown = dict(logs)
     left = room(columns, target, logs)
+    least = 0 if target is None else MIN_BAR_COLUMNS
     for name, value in ours.items():
-        if left - len(item(name, value)) < MIN_BAR_COLUMNS:
+        if left - len(item(name, value)) < least:
             break
         shown[name] = value
         left -= len(item(name, value))
