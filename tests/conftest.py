@@ -7,6 +7,8 @@ one that is split in two.
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Whether there is one depends on how busy the machine is.
+os.environ.setdefault("KERAS_ALLREDUCE_HINT", "0")
 
 import command_line
 import keras

@@ -80,7 +80,7 @@ def test_a_notebook_shows_the_plan_once_and_the_cost_of_each_epoch(executed):
         # Whole, in one line, with nothing left of the bars before it.
         assert re.fullmatch(
             r"24/24 ━{20} \d+s \S+/step - accuracy: \S+ - loss: \S+ - "
-            r"all_reduce_ms: \S+ - overlap: \S+( - all_reduce_gbps: \S+)?",
+            r"all_reduce: \S+s - overlap: \d+%( - bandwidth: \S+GB/s)?",
             bar,
         )
 

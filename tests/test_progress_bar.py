@@ -142,6 +142,13 @@ class TestThePlan:
 
 
 class TestTheCost:
+    def test_an_older_bar_has_the_unit_in_the_name(
+        self, trained, capsys, monkeypatch
+    ):
+        monkeypatch.setattr(keras, "__version__", "3.11.3")
+        fit(trained, verbose=2)
+        assert capsys.readouterr().out.count(" - all_reduce_ms: ") == 2
+
     def test_it_stands_at_the_end_of_the_bar(self, model, capsys):
         fit(model)
         output = lines(capsys.readouterr().out)
@@ -215,6 +222,10 @@ class TestTheHint:
         "Keras and in callbacks. compile(steps_per_execution=8) passes them "
         "once in 8 steps. (KERAS_ALLREDUCE_HINT=0 hides this line.)"
     )
+
+    @pytest.fixture(autouse=True)
+    def allowed(self, monkeypatch):
+        monkeypatch.delenv("KERAS_ALLREDUCE_HINT")
 
     @pytest.fixture
     def clock(self, monkeypatch):

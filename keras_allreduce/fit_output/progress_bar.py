@@ -9,6 +9,7 @@ from typing import Any
 import keras
 from absl import logging
 
+from keras_allreduce.compat import versions
 from keras_allreduce.fit_output import readable
 from keras_allreduce.fit_output.advisor import Advisor
 from keras_allreduce.fit_output.meter import EpochMeter
@@ -81,14 +82,15 @@ class FitProgbar(keras.callbacks.ProgbarLogger):
             self._epoch.read(self.seen)
         hint = self._advisor and self._advisor.line(logs or {})
         self._advisor = None
-        logs = readable.logged(logs or {})
-        validation = {k: v for k, v in logs.items() if k.startswith("val_")}
-        # In the place where the live bar has them, before the validation.
-        shown = {
-            **{k: v for k, v in logs.items() if k not in validation},
-            **self._cost(),
-            **validation,
+        logs = logs or {}
+        known = readable.logged(logs)
+        validation = {k: v for k, v in known.items() if k.startswith("val_")}
+        metrics = {
+            k: v for k, v in known.items() if k in logs and k not in validation
         }
+        # In the place where the live bar has them, before the validation.
+        added = {k: v for k, v in known.items() if k not in logs}
+        shown = {**metrics, **self._cost(), **added, **validation}
         bar = self.progbar.width if self.verbose == 1 else None
         super().on_epoch_end(
             epoch,
@@ -113,7 +115,9 @@ class FitProgbar(keras.callbacks.ProgbarLogger):
         stats = self._epoch and self._epoch.stats
         if not stats:
             return {}
-        cost = {"all_reduce": readable.milliseconds(stats.all_reduce_ms)}
+        # A Keras that prints plain numbers has the unit in the name.
+        unit = "" if versions.bar_prints_texts(keras.__version__) else "_ms"
+        cost = {f"all_reduce{unit}": readable.milliseconds(stats.all_reduce_ms)}
         if stats.all_reduce_ms:
             cost["overlap"] = readable.percent(stats.overlap)
         return cost
