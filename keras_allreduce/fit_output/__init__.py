@@ -8,8 +8,9 @@ timelines and `ReduceStats`.
              (times)       (costs)      (epochs)   +--> logger.py
                |                                   +--> tensorboard.py
                +--> advisor.py --> hints.py
-               +--> timeline.py --> recording.py --> chrome_trace.py --+
-                                  (xplane.py) <-- trace_file.py <--+
+               +--> timeline.py --> recording.py --> chrome_trace.py
+                    (steps)         (of a worker)    |
+                                         trace_file.py, xplane.py
 
     model --> gradients.py --> a plan of `reduce` --> explain.py
 
