@@ -1,0 +1,13 @@
+"""MPI as the engine between hosts, with the interface of `collectives.py`.
+
+In: tensors of this worker, and a communicator of all. Out: sums and rows of
+all workers.
+
+    TensorFlow's threads                       the one thread that owns MPI
+    collectives.py   submit, returns at once -->  engine.py   begins, tests
+                     dequeue, holds no thread <-- and delivers
+                                                  messages.py what crosses
+
+`library.py` finds MPI and ends it. TensorFlow's runtime stays the control
+plane: variables, agreement, health checks and failures.
+"""

@@ -1,0 +1,206 @@
+"""The collectives of `workers/collectives.py`, over MPI.
+
+    graph:   tensor --> submit (Python, returns at once)
+                           :
+    engine:                messages of MPI, result into a queue
+                           :
+    graph:              dequeue (holds no thread) --> tensor
+
+Nothing is copied on the way: the array that MPI sends from is the tensor's
+memory, and the tensor that leaves the queue is the memory MPI received in.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_allreduce.compat import runtime
+from keras_allreduce.graph_order import keep_with_graph
+from keras_allreduce.workers.collectives import CollectiveGroup, Places
+from keras_allreduce.workers.in_flight import InFlight
+from keras_allreduce.workers.mpi import messages
+from keras_allreduce.workers.mpi.engine import Call, Engine
+from keras_allreduce.workers.mpi.messages import Collective
+
+# The sums that every MPI can do. It has no 16-bit floats: those are exchanged.
+_SUMMED = (
+    tf.float32,
+    tf.float64,
+    tf.int8,
+    tf.int16,
+    tf.int32,
+    tf.int64,
+    tf.uint8,
+    tf.uint16,
+    tf.uint32,
+    tf.uint64,
+)
+
+_FAILED = -1
+
+
+class _Site:
+    """One collective at its place in a graph, which may run again and again.
+
+    A result carries the number of its run, so that none is taken for another.
+
+    Args:
+        submit: Begins a call of the engine.
+        dtype: Dtype of what is sent and received.
+        device: Host device of this worker.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        collective: Collective,
+        dtype: tf.DType,
+        device: str,
+    ):
+        self._engine = engine
+        self._name = name
+        self._collective = collective
+        self._dtype = dtype
+        self._device = device
+        self._runs = itertools.count()
+        with tf.init_scope(), tf.device(device):
+            self._queue = tf.queue.FIFOQueue(2, [dtype, tf.int64])
+
+    def trace(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Adds the collective to the graph that is traced."""
+        queue = self._queue.queue_ref
+        # With the queue as an input the op waits for no other collective, as
+        # TensorFlow orders ops by the resource that they use.
+        run = tf.numpy_function(self._submit, [tensor, queue], tf.int64)
+        with tf.control_dependencies([run]):
+            received, of_run = tf.raw_ops.QueueDequeueV2(
+                handle=queue, component_types=[self._dtype, tf.int64]
+            )
+        return tf.cond(
+            of_run == run,
+            lambda: received,
+            lambda: runtime.wait_for_abort(received),
+        )
+
+    def _submit(self, own: np.ndarray, *_: Any) -> np.int64:
+        run = next(self._runs)
+
+        def deliver(received: np.ndarray | None) -> None:
+            if received is None:
+                empty = np.empty(0, self._dtype.as_numpy_dtype)
+                self._deliver(tf.constant(empty), _FAILED)
+            else:
+                self._deliver(_as_tensor(received), run)
+
+        self._engine.submit(Call(self._name, self._collective, own, deliver))
+        return np.int64(run)
+
+    def _deliver(self, tensor: tf.Tensor, run: int) -> None:
+        with tf.device(self._device):
+            tf.raw_ops.QueueEnqueueV2(
+                handle=self._queue.queue_ref,
+                components=[tensor, tf.constant(run, tf.int64)],
+            )
+
+
+class MpiCollectives:
+    """Collectives of the host devices of all workers, over MPI.
+
+    They wait for the others without a limit; the watchdog ends them.
+
+    Args:
+        engine: Runs them.
+        group: The host devices.
+        in_flight: Tracks the collectives for the watchdog.
+    """
+
+    def __init__(
+        self, engine: Engine, group: CollectiveGroup, in_flight: InFlight
+    ):
+        self._engine = engine
+        self._group = group
+        self._in_flight = in_flight
+        self._places = Places()
+
+    @property
+    def device(self) -> str:
+        """Host device of this worker, where the results are."""
+        return self._group.device
+
+    def sums(self, tensor: tf.Tensor) -> bool:
+        """Whether `all_reduce` is the way to sum `tensor`."""
+        return tensor.dtype in _SUMMED
+
+    def all_reduce(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
+        """Sums `tensor` over the workers: see `workers/collectives.py`."""
+        with tf.device(self.device):
+            if self._group.size > 2:
+                total = self._run(messages.all_reduce, tensor, purpose)
+            else:
+                total = tensor + self._run(messages.swap, tensor, purpose)
+            total.set_shape(tensor.shape)
+            return total
+
+    def all_gather(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
+        """Concatenates `tensor`, of one shape on all workers, along axis 0."""
+        rows = self._run(messages.all_gather, tensor, purpose)
+        length, *row = tensor.shape
+        all_rows = None if length is None else length * self._group.size
+        rows.set_shape([all_rows, *row])
+        return rows
+
+    def all_to_all(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
+        """Sends row w of `tensor` to worker w, and returns one row of each."""
+        rows = self._run(messages.all_to_all, tensor, purpose)
+        rows.set_shape(tensor.shape)
+        return rows
+
+    def all_gather_rows(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
+        """Concatenates tensors that may differ in length along axis 0."""
+        rows = self._run(messages.all_gather_rows, tensor, purpose)
+        rows.set_shape([None, *tensor.shape[1:]])
+        return rows
+
+    def _run(
+        self, collective: Collective, tensor: tf.Tensor, purpose: str
+    ) -> tf.Tensor:
+        if tf.executing_eagerly():
+            with self._in_flight.during():
+                return self._run_now(collective, tensor)
+        with tf.device(self.device):
+            name = f"{self._group.key} {self._places.name(tensor, purpose)}"
+            site = _Site(
+                self._engine, name, collective, tensor.dtype, self.device
+            )
+            keep_with_graph(site)
+            with self._in_flight.watched([tensor]) as flight:
+                flight.results.append(site.trace(tensor))
+            return flight.results[0]
+
+    def _run_now(
+        self, collective: Collective, tensor: tf.Tensor
+    ) -> tf.Tensor:
+        # One after the other, in one order on all workers: one name for all.
+        done = threading.Event()
+        results: list[np.ndarray | None] = []
+
+        def deliver(received: np.ndarray | None) -> None:
+            results.append(received)
+            done.set()
+
+        name = f"{self._group.key} eager"
+        self._engine.submit(Call(name, collective, tensor.numpy(), deliver))
+        done.wait()
+        if results[0] is None:
+            runtime.wait_for_abort(tensor)
+        return _as_tensor(results[0])
+
+
+def _as_tensor(array: np.ndarray) -> tf.Tensor:
+    """A tensor with the memory of the array."""
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())

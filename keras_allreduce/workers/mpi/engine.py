@@ -1,0 +1,214 @@
+"""The thread that owns MPI.
+
+    [1] a collective is submitted by any thread; the submission returns at once
+    [2] a name that is new waits until all workers have it, and rank 0 says:
+        now. Then all make its communicator, in the order in which rank 0 says
+        so; from then on the name never waits for another
+    [3] the messages of a collective begin, and later ones follow when they
+        are done
+    [4] the result is delivered
+
+Nothing in here blocks while messages are in flight. Blocking calls would need
+one thread for each collective, all of which spin; more than that, a worker
+whose threads all wait for one collective can never begin the one that the
+others wait for.
+"""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from keras_allreduce.workers.mpi.messages import Buffers, Collective, Exchange
+
+# What is nearly there is worth more tests; longer waits leave the core to
+# whoever computes. A nap is at most this part of the wait so far.
+_TESTS_BEFORE_NAPS = 20
+_NAP_SECONDS = (2e-5, 1e-3)
+_NAP_PART = 1 / 16
+
+_ASK, _GO = 1, 2
+
+
+@dataclass(eq=False)
+class Call:
+    """One run of a collective.
+
+    Attributes:
+        name: Name of the collective, the same on all workers. Two runs of one
+            name must not overlap.
+        collective: One of `messages.py`.
+        own: What this worker sends.
+        deliver: Called once, from any thread: with what was received, or with
+            `None` if the engine has failed.
+    """
+
+    name: str
+    collective: Collective
+    own: np.ndarray
+    deliver: Callable[[np.ndarray | None], None]
+
+
+@dataclass(eq=False)
+class _Running:
+    """A call whose messages have begun, and how many of them are not done."""
+
+    call: Call
+    exchange: Exchange
+    pending: int = 0
+
+
+class Engine:
+    """Runs named collectives over MPI, in one thread.
+
+    Args:
+        mpi: The module `mpi4py.MPI`.
+        comm: Communicator of all workers, in the order of their ranks.
+        abort: Called with the reason if MPI fails.
+    """
+
+    def __init__(self, mpi: Any, comm: Any, abort: Callable[[str], None]):
+        self._mpi = mpi
+        self._comm = comm
+        self._control = comm.Dup()
+        self._abort = abort
+        self._buffers = Buffers()
+        self._submitted: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._calls: dict[Call, None] = {}
+        self._comms: dict[str, Any] = {}
+        self._asking: dict[str, Call] = {}
+        self._asked: dict[str, int] = {}
+        self._requests: list[Any] = []
+        self._owners: list[_Running] = []
+        self._failed = False
+        self._thread = threading.Thread(
+            target=self._run, name="keras_allreduce.mpi", daemon=True
+        )
+        self._thread.start()
+
+    def submit(self, call: Call) -> None:
+        """Begins a collective as soon as its name is agreed on."""
+        self._calls[call] = None
+        self._submitted.put(call)
+        if self._failed:
+            self._finish(call, None)
+
+    def fail(self) -> None:
+        """Ends all collectives, now and from now on, without a result."""
+        self._failed = True
+        for call in list(self._calls):
+            self._finish(call, None)
+
+    def stop(self, seconds: float) -> None:
+        """Ends the thread, which must have nothing in flight."""
+        self._submitted.put(None)
+        self._thread.join(seconds)
+
+    def _finish(self, call: Call, received: np.ndarray | None) -> None:
+        # Whoever takes it out delivers.
+        with contextlib.suppress(KeyError):
+            del self._calls[call]
+            call.deliver(received)
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except self._mpi.Exception as error:
+            self._abort(f"MPI failed: {error}")
+
+    def _loop(self) -> None:
+        idle = 0
+        since = 0.0
+        while not self._failed:
+            with contextlib.suppress(queue.Empty):
+                call = self._next(idle, since)
+                if call is None:
+                    return
+                idle = 0
+                self._take(call)
+            if self._asking:
+                self._agree()
+            if self._test():
+                idle = 0
+            elif idle == 0:
+                idle, since = 1, time.monotonic()
+            else:
+                idle += 1
+
+    def _next(self, idle: int, since: float) -> Call | None:
+        """What was submitted meanwhile; sleeps if there is nothing to do."""
+        if not self._requests and not self._asking:
+            return self._submitted.get()
+        if idle < _TESTS_BEFORE_NAPS:
+            return self._submitted.get_nowait()
+        shortest, longest = _NAP_SECONDS
+        nap = (time.monotonic() - since) * _NAP_PART
+        return self._submitted.get(timeout=min(max(nap, shortest), longest))
+
+    def _take(self, call: Call) -> None:
+        if call.name in self._comms:
+            self._begin(call)
+            return
+        self._asking[call.name] = call  # [2]
+        if self._comm.rank == 0:
+            self._count(call.name)
+        else:
+            self._control.Isend(bytearray(call.name.encode()), 0, _ASK).Wait()
+
+    def _agree(self) -> None:
+        status = self._mpi.Status()
+        while self._control.Iprobe(tag=self._mpi.ANY_TAG, status=status):
+            text = bytearray(status.Get_count(self._mpi.BYTE))
+            self._control.Recv(text, status.source, status.tag)
+            if status.tag == _ASK:
+                self._count(text.decode())
+            else:
+                self._go(text.decode())
+
+    def _count(self, name: str) -> None:
+        """On rank 0: counts who has a collective of this name to run."""
+        self._asked[name] = self._asked.get(name, 0) + 1
+        if self._asked[name] == self._comm.size:
+            del self._asked[name]
+            for rank in range(1, self._comm.size):
+                self._control.Send(bytearray(name.encode()), rank, _GO)
+            self._go(name)
+
+    def _go(self, name: str) -> None:
+        # All are here, or about to be: each has asked.
+        self._comms[name] = self._comm.Dup()
+        self._begin(self._asking.pop(name))
+
+    def _begin(self, call: Call) -> None:
+        comm = self._comms[call.name]
+        exchange = call.collective(comm, call.own, self._buffers)
+        self._advance(_Running(call, exchange))
+
+    def _advance(self, running: _Running) -> None:
+        try:
+            requests = next(running.exchange)  # [3]
+        except StopIteration as end:
+            self._finish(running.call, end.value)  # [4]
+            return
+        running.pending = len(requests)
+        self._requests += requests
+        self._owners += [running] * len(requests)
+
+    def _test(self) -> bool:
+        """Goes on with the collectives whose messages are done."""
+        done = self._requests and self._mpi.Request.Testsome(self._requests)
+        if not done:
+            return False
+        owners = [self._owners[index] for index in done]
+        for index in sorted(done, reverse=True):
+            del self._requests[index], self._owners[index]
+        for running in owners:
+            running.pending -= 1
+            if running.pending == 0:
+                self._advance(running)
+        return True
