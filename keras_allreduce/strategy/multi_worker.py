@@ -16,6 +16,7 @@ from keras_allreduce.strategy.multi_worker_extended import (
 )
 from keras_allreduce.workers.group import WorkerOptions
 from keras_allreduce.workers.lateness import lateness_ms
+from keras_allreduce.workers.mpi.start import TRANSPORTS, choose_transport
 from keras_allreduce.workers.wire_formats import wire_dtypes
 
 TIMEOUT_SECONDS = 600.0
@@ -52,6 +53,10 @@ class MultiWorkerAllReduceStrategy(
         fit_log: See `AllReduceStrategy`.
         measure_lateness: Whether `worker_lateness` and `AllReduceLogger` tell
             which worker the others wait for.
+        transport: What sums between workers without GPUs: `"grpc"`,
+            TensorFlow's ring; `"mpi"`, the MPI that has started the workers;
+            `"auto"`, MPI if that is what started them and mpi4py is
+            installed, else gRPC.
 
     Raises:
         ValueError: If an argument is not one of the above, or TF_CONFIG does
@@ -73,12 +78,13 @@ class MultiWorkerAllReduceStrategy(
         weigh_samples: bool | None = None,
         fit_log: bool = True,
         measure_lateness: bool = False,
+        transport: str = "auto",
     ):
         self._init_options(weigh_samples, fit_log)
         self.measure_lateness = bool(measure_lateness)
         if HOST_DEVICES in os.environ:
             host_devices(int(os.environ[HOST_DEVICES]))
-        _check(timeout_seconds, wire_dtype)
+        _check(timeout_seconds, wire_dtype, transport)
         asked = communication_options or (
             tf.distribute.experimental.CommunicationOptions()
         )
@@ -89,6 +95,7 @@ class MultiWorkerAllReduceStrategy(
             self.measure_lateness,
             sparse_as_dense,
             weigh_samples,
+            choose_transport(transport, os.environ),
         )
         stock_options = tf.distribute.experimental.CommunicationOptions(
             bytes_per_pack=options.bytes_per_pack,
@@ -154,7 +161,9 @@ class MultiWorkerAllReduceStrategy(
         return super().reduce(reduce_op, value, axis)
 
 
-def _check(timeout_seconds: float, wire_dtype: str | None) -> None:
+def _check(
+    timeout_seconds: float, wire_dtype: str | None, transport: str
+) -> None:
     """Raises a `ValueError` if an argument is wrong."""
     if not timeout_seconds > 0:
         raise ValueError(
@@ -165,4 +174,9 @@ def _check(timeout_seconds: float, wire_dtype: str | None) -> None:
         raise ValueError(
             f"`wire_dtype` must be one of {', '.join(wire_dtypes())}, or "
             f"None. Received: wire_dtype={wire_dtype!r}"
+        )
+    if transport not in TRANSPORTS:
+        raise ValueError(
+            f"`transport` must be one of {', '.join(TRANSPORTS)}. "
+            f"Received: transport={transport!r}"
         )

@@ -116,6 +116,8 @@ class BetweenWorkers(Transport):
     ) -> ReducePlan:
         """Returns the plan with what each worker sends, and in which format."""
         between = f"between {self._num_workers} workers"
+        if not algorithm.crosses_workers:
+            between += f" over {self._wire.medium}"
         formats = set()
         for spec in specs:
             wire_format = self._wire.format_of(tf.as_dtype(spec.dtype))

@@ -19,6 +19,8 @@ import tensorflow as tf
 
 from keras_allreduce.compat import distribute
 from keras_allreduce.devices import on_each
+from keras_allreduce.reduce.pack_sizes import small_bytes
+from keras_allreduce.reduce.packing import nbytes_of
 from keras_allreduce.workers.in_flight import InFlight
 
 _SUM = {"merge_op": "Add", "final_op": "Id"}
@@ -42,8 +44,30 @@ class CollectiveGroup:
     key: int = field(default_factory=lambda: next(_group_keys))
 
 
+class Places:
+    """Names collectives by their place in the graph that is traced."""
+
+    def __init__(self) -> None:
+        self._seen: weakref.WeakKeyDictionary[Any, dict[str, int]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def name(self, tensor: tf.Tensor, purpose: str) -> str:
+        """Returns a name that is the same on all workers.
+
+        Args:
+            tensor: What is sent.
+            purpose: What it is for, the same on all workers.
+        """
+        graph = tf.compat.v1.get_default_graph()
+        seen = self._seen.setdefault(graph, {})
+        name = f"{purpose} {tensor.dtype.name} {tensor.shape}"
+        seen[name] = seen.get(name, 0) + 1
+        return f"{name} {seen[name]}"
+
+
 class Collectives:
-    """Collectives of one group of devices.
+    """Collectives of one group of devices, over gRPC or NCCL.
 
     They wait for the others without a limit; the watchdog ends them.
 
@@ -52,18 +76,27 @@ class Collectives:
         in_flight: Tracks the collectives for the watchdog.
     """
 
+    medium = "gRPC"
+    """What host devices send over, for the plan line."""
+
     def __init__(self, group: CollectiveGroup, in_flight: InFlight):
         self._group = group
         self._in_flight = in_flight
-        self._seen: weakref.WeakKeyDictionary[Any, dict[str, int]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._places = Places()
         self._tokens: dict[str, tf.Variable] = {}
 
     @property
     def device(self) -> str:
         """Host device of this worker, where the results are."""
         return self._group.device
+
+    def sums(self, tensor: tf.Tensor) -> bool:
+        """Whether `all_reduce` is the way to sum `tensor`.
+
+        A small one is exchanged in less time.
+        """
+        nbytes = nbytes_of(tensor)
+        return nbytes is None or nbytes > small_bytes(self._group.size)
 
     def all_reduce(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
         """Sums `tensor` over the workers, in TensorFlow's ring.
@@ -161,14 +194,11 @@ class Collectives:
             return result
 
     def _place(self, tensor: tf.Tensor, purpose: str) -> dict[str, Any]:
-        graph = tf.compat.v1.get_default_graph()
-        seen = self._seen.setdefault(graph, {})
-        name = f"{purpose} {tensor.dtype.name} {tensor.shape}"
-        seen[name] = seen.get(name, 0) + 1
+        name = self._places.name(tensor, purpose)
         return {
             "group_size": self._group.size,
             "group_key": self._group.key,
-            "instance_key": _instance(f"{name} {seen[name]}", tensor),
+            "instance_key": _instance(name, tensor),
         }
 
     def _token_of(self, gpu: str) -> tf.Tensor:

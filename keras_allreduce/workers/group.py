@@ -3,7 +3,7 @@
 Workers.connect
     [1] watchdog        asks the others, from now on
     [2] agreement       same versions, devices and options?
-    [3] collectives     between host devices, and between GPUs
+    [3] collectives     between host devices (gRPC or MPI), between GPUs
     [4] wires           exact, and in the format of `wire_dtype`
     [5] gradient_ops    what sums gradients
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce.devices import on_gpus
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.workers import exit_message, lateness
 from keras_allreduce.workers.agreement import Agreement, environment
@@ -24,7 +25,10 @@ from keras_allreduce.workers.between_workers import (
 )
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
+from keras_allreduce.workers.host_collectives import HostCollectives
 from keras_allreduce.workers.in_flight import InFlight
+from keras_allreduce.workers.mpi.collectives import MpiCollectives
+from keras_allreduce.workers.mpi.start import MPI, engine_of
 from keras_allreduce.workers.store import store_of
 from keras_allreduce.workers.watchdog import Watchdog
 from keras_allreduce.workers.wire import Wire
@@ -42,6 +46,7 @@ class WorkerOptions:
         measure_lateness: Whether waits are measured.
         sparse_as_dense: See `BatchAllReduce`.
         weigh_samples: See `AllReduceStrategy`.
+        transport: `"grpc"` or `"mpi"`: what sums between host devices.
     """
 
     bytes_per_pack: int
@@ -50,6 +55,7 @@ class WorkerOptions:
     measure_lateness: bool
     sparse_as_dense: bool
     weigh_samples: bool | None
+    transport: str
 
 
 class SingleWorker:
@@ -84,6 +90,11 @@ class SingleWorker:
 
     def compare_steps(self, asked: int | None, batches: int | None) -> None:
         """Accepts any number of steps."""
+
+    @property
+    def sums_eagerly(self) -> bool:
+        """No: TensorFlow's strategy sums what is eager."""
+        return False
 
     def sum(self, value: tf.Tensor, purpose: str) -> tf.Tensor:
         """Returns `value`."""
@@ -126,7 +137,7 @@ class Workers:
         self,
         num_workers: int,
         agreement: Agreement,
-        collectives: Collectives,
+        collectives: HostCollectives,
         gpus: Collectives,
         options: WorkerOptions,
         in_flight: InFlight,
@@ -136,6 +147,8 @@ class Workers:
         self._collectives = collectives
         self._in_flight = in_flight
         wire_format = WIRE_FORMATS[options.wire_dtype or EXACT.name]
+        # On GPUs NCCL sums, which TensorFlow's strategy numbers there.
+        self._sums_eagerly = options.transport == MPI and not on_gpus()
         self._exact = Wire(collectives, num_workers)  # [4]
         self._wire = Wire(collectives, num_workers, wire_format)
         self.gradient_ops = WorkerAllReduce(  # [5]
@@ -180,11 +193,15 @@ class Workers:
         facts: Mapping[str, Any] = environment(devices) | vars(options)
         agreement.compare("versions, devices and options", facts)
         workers = len(cluster.tasks)
-        groups = [  # [3]
-            CollectiveGroup(workers, host),
-            CollectiveGroup(workers * len(devices), host),
-        ]
-        between, gpus = (Collectives(group, in_flight) for group in groups)
+        group = CollectiveGroup(workers, host)  # [3]
+        between: HostCollectives = Collectives(group, in_flight)
+        if options.transport == MPI:
+            engine = engine_of(cluster, options.timeout_seconds)
+            watchdog.on_loss.append(engine.fail)
+            between = MpiCollectives(engine, group, in_flight)
+        gpus = Collectives(
+            CollectiveGroup(workers * len(devices), host), in_flight
+        )
         return cls(workers, agreement, between, gpus, options, in_flight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Workers":
@@ -206,6 +223,14 @@ class Workers:
     def compare_steps(self, asked: int | None, batches: int | None) -> None:
         """See `Agreement`."""
         self._agreement.compare_steps(asked, batches)
+
+    @property
+    def sums_eagerly(self) -> bool:
+        """Whether `gradient_ops` and `sum` are for eager steps too.
+
+        The collectives of TensorFlow are not, whose names are for graphs.
+        """
+        return self._sums_eagerly
 
     def sum(self, value: tf.Tensor, purpose: str) -> tf.Tensor:
         """The sum of a tensor that each worker has, in its own dtype."""

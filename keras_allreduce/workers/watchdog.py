@@ -11,6 +11,7 @@ import contextlib
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -54,6 +55,7 @@ class Watchdog:
 
     Attributes:
         lost: Which worker failed and how, or `None`.
+        on_loss: Called then, after the collectives of TensorFlow have ended.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Watchdog:
         self._refusals = dict.fromkeys(cluster.others, 0)
         self._alone_seconds = _ALONE_SECONDS
         self.lost: str | None = None
+        self.on_loss: list[Callable[[], None]] = []
         self._thread = threading.Thread(
             target=self._run, name="keras_allreduce.watchdog", daemon=True
         )
@@ -109,10 +112,10 @@ class Watchdog:
                 if self.lost is not None or self._stopped.is_set():
                     break
                 self._ask(rank)
-            if (
-                self.lost is None
-                and self._in_flight.waiting_seconds() >= self._timeout_seconds
-            ):
+            waiting = self._in_flight.waiting_seconds()
+            if self.lost is None and waiting >= self._alone_seconds:
+                self._look_for_goodbyes()
+            if self.lost is None and waiting >= self._timeout_seconds:
                 self._give_up(
                     "All workers must take part in every step within "
                     f"timeout_seconds={self._timeout_seconds:g}. Received: no "
@@ -157,7 +160,17 @@ class Watchdog:
                 "or failed.",
             )
         elif time.monotonic() - self._answered[rank] >= self._alone_seconds:
-            self._lose(rank, "has ended its script before this worker did.")
+            self._has_left(rank)
+
+    def _look_for_goodbyes(self) -> None:
+        """Finds who has ended its script, and only waits in MPI_Finalize."""
+        for rank in self._cluster.others:
+            if self._has_ended(rank):
+                self._has_left(rank)
+                return
+
+    def _has_left(self, rank: int) -> None:
+        self._lose(rank, "has ended its script before this worker did.")
 
     def _has_ended(self, rank: int) -> bool:
         """Whether it has said goodbye. The chief takes what it said along."""
@@ -180,6 +193,8 @@ class Watchdog:
     def _give_up(self, why: str) -> None:
         self.lost = why
         runtime.abort_collectives(why)
+        for each in self.on_loss:
+            each()
 
 
 def _goodbye(cluster: Cluster, rank: int) -> str:

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from keras_allreduce.reduce.pack_sizes import small_bytes
 from keras_allreduce.reduce.packing import nbytes_of
-from keras_allreduce.workers.collectives import Collectives
+from keras_allreduce.workers.host_collectives import HostCollectives
 from keras_allreduce.workers.wire_formats import EXACT, WireFormat
 
 
@@ -33,7 +33,7 @@ class Wire:
 
     def __init__(
         self,
-        collectives: Collectives,
+        collectives: HostCollectives,
         num_workers: int,
         wire_format: WireFormat = EXACT,
     ):
@@ -45,6 +45,11 @@ class Wire:
     def device(self) -> str:
         """Host device of this worker, where the results are."""
         return self._collectives.device
+
+    @property
+    def medium(self) -> str:
+        """What the workers send over."""
+        return self._collectives.medium
 
     def all_reduce(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
         """Sums `tensor`, of one shape and dtype on all workers.
@@ -60,7 +65,7 @@ class Wire:
         wire_format = self.format_of(tensor.dtype)
         nbytes = nbytes_of(tensor)
         small = nbytes is not None and nbytes <= small_bytes(self._num_workers)
-        if wire_format is EXACT and not small:
+        if wire_format is EXACT and self._collectives.sums(tensor):
             return self._collectives.all_reduce(tensor, purpose)
         with tf.device(self._collectives.device):
             if small or self._num_workers == 2:

@@ -12,13 +12,11 @@ memory, and the tensor that leaves the queue is the memory MPI received in.
 
 import itertools
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_allreduce.compat import runtime
 from keras_allreduce.graph_order import keep_with_graph
 from keras_allreduce.workers.collectives import CollectiveGroup, Places
 from keras_allreduce.workers.in_flight import InFlight
@@ -41,6 +39,7 @@ _SUMMED = (
 )
 
 _FAILED = -1
+_ABORTED_GROUP = 999_999
 
 
 class _Site:
@@ -84,7 +83,7 @@ class _Site:
         return tf.cond(
             of_run == run,
             lambda: received,
-            lambda: runtime.wait_for_abort(received),
+            lambda: _aborted(received, queue),
         )
 
     def _submit(self, own: np.ndarray, *_: Any) -> np.int64:
@@ -113,11 +112,16 @@ class MpiCollectives:
 
     They wait for the others without a limit; the watchdog ends them.
 
+    Attributes:
+        medium: What the workers send over, for the plan line.
+
     Args:
         engine: Runs them.
         group: The host devices.
         in_flight: Tracks the collectives for the watchdog.
     """
+
+    medium = "MPI"
 
     def __init__(
         self, engine: Engine, group: CollectiveGroup, in_flight: InFlight
@@ -182,9 +186,7 @@ class MpiCollectives:
                 flight.results.append(site.trace(tensor))
             return flight.results[0]
 
-    def _run_now(
-        self, collective: Collective, tensor: tf.Tensor
-    ) -> tf.Tensor:
+    def _run_now(self, collective: Collective, tensor: tf.Tensor) -> tf.Tensor:
         # One after the other, in one order on all workers: one name for all.
         done = threading.Event()
         results: list[np.ndarray | None] = []
@@ -196,9 +198,25 @@ class MpiCollectives:
         name = f"{self._group.key} eager"
         self._engine.submit(Call(name, collective, tensor.numpy(), deliver))
         done.wait()
-        if results[0] is None:
-            runtime.wait_for_abort(tensor)
-        return _as_tensor(results[0])
+        (received,) = results
+        if received is None:
+            return _aborted(tensor)
+        return _as_tensor(received)
+
+
+def _aborted(tensor: tf.Tensor, *tokens: tf.Tensor) -> tf.Tensor:
+    """Ends in the error with which TensorFlow's collectives were aborted."""
+    end = tf.raw_ops.CollectiveReduceV2(
+        input=0.0,
+        group_size=2,
+        group_key=_ABORTED_GROUP,
+        instance_key=0,
+        ordering_token=list(tokens),
+        merge_op="Add",
+        final_op="Id",
+    )
+    with tf.control_dependencies([end]):
+        return tf.identity(tensor)
 
 
 def _as_tensor(array: np.ndarray) -> tf.Tensor:

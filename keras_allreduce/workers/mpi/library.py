@@ -103,7 +103,9 @@ def check_world(
     size = mpi.COMM_WORLD.size
     if size == num_workers:
         return
-    told = [f"{name}={environment[name]}" for name in _SIZES if name in environment]
+    told = [
+        f"{name}={environment[name]}" for name in _SIZES if name in environment
+    ]
     raise WorkerStartError(
         f"MPI must connect all {num_workers} workers. Received: a world of "
         f"{size} from {_version(mpi)}, in a process that was started with "

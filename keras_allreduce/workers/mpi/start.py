@@ -1,0 +1,92 @@
+"""Chooses what sums between workers, and connects them over MPI."""
+
+import functools
+import os
+from collections.abc import Mapping
+
+from absl import logging
+
+from keras_allreduce.compat import runtime
+from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.mpi import library
+from keras_allreduce.workers.mpi.engine import Engine
+from keras_allreduce.workers.time_limit import limited
+
+GRPC, MPI = "grpc", "mpi"
+TRANSPORTS = ("auto", GRPC, MPI)
+
+_LATER_THAN_TENSORFLOW_SECONDS = 5
+
+
+def choose_transport(asked: str, environment: Mapping[str, str]) -> str:
+    """Returns `"grpc"` or `"mpi"`.
+
+    Args:
+        asked: One of `TRANSPORTS`.
+        environment: Environment variables.
+    """
+    if asked != "auto":
+        return asked
+    if not library.started_by_mpi(environment):
+        return GRPC
+    if not library.is_installed():
+        logging.warning(
+            "keras_allreduce: MPI has started this process, but gradients "
+            "cross over gRPC: mpi4py is not installed. `pip install "
+            '"keras_allreduce[mpi]"` lets them cross over MPI.'
+        )
+        return GRPC
+    return MPI
+
+
+# Several strategies of one process share the thread that owns MPI.
+@functools.cache
+def engine_of(cluster: Cluster, timeout_seconds: float) -> Engine:
+    """Connects the workers over MPI.
+
+    Args:
+        cluster: The workers, all of which are about to do the same.
+        timeout_seconds: How long they may take, before this process ends.
+
+    Raises:
+        WorkerStartError: If there is no MPI that connects them.
+    """
+    limit = limited(
+        timeout_seconds + _LATER_THAN_TENSORFLOW_SECONDS,
+        "keras_allreduce: All workers must stay while they connect. Received: "
+        f"{cluster.name(cluster.rank)} still waits in MPI_Init for one that "
+        "is lost. Look for the worker whose log ends first, and start all "
+        "again.",
+    )
+    with limit:
+        mpi = library.load()
+        library.check_world(mpi, len(cluster.tasks))
+        # Ranks as TensorFlow counts them.
+        comm = mpi.COMM_WORLD.Split(0, cluster.rank)
+    warn_of_binding(os.environ)
+    return Engine(mpi, comm, runtime.abort_collectives)
+
+
+def warn_of_binding(environment: Mapping[str, str]) -> None:
+    """Warns if `mpirun` keeps this process from most of its cores.
+
+    Args:
+        environment: Environment variables, which tell how many processes
+            share this host.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return
+    cores, mine = os.cpu_count() or 1, len(os.sched_getaffinity(0))
+    sharing = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") or (
+        environment.get("MPI_LOCALNRANKS") or "1"
+    )
+    share = cores // int(sharing)
+    if mine < share:
+        logging.warning(
+            "keras_allreduce: TensorFlow computes on %d of %d cores, as "
+            "mpirun has bound this process to them. Its share would be %d: "
+            "`mpirun --bind-to none`.",
+            mine,
+            cores,
+            share,
+        )
