@@ -1,8 +1,9 @@
 """Handwritten digits on two workers, which are two processes here.
 
 On two machines, run this file on both, each with its own TF_CONFIG in the
-environment. Without TF_CONFIG it starts itself twice on this machine, shows
-the output of the first worker, the chief, and compares the weights of the two.
+environment, or with `mpirun -n 2 --host a,b python examples/two_workers.py`.
+Alone it starts itself twice on this machine, shows the output of the first
+worker, the chief, and compares the weights of the two.
 
     python examples/two_workers.py
 """
@@ -87,7 +88,8 @@ def launch() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if "TF_CONFIG" in os.environ:
+    # Set by hand or by the launcher, or by mpirun.
+    if {"TF_CONFIG", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & set(os.environ):
         train()
     else:
         launch()

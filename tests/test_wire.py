@@ -23,11 +23,15 @@ ROUNDING = {
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 workers", "3 workers"])
 def of_all(request):
     """The parts of all workers, and what each worker has got."""
-    count = request.param
+    return parts_and_results(workers.results, request.param)
+
+
+def parts_and_results(run, count):
+    """What `count` workers send, and what `run` makes each of them return."""
     parts = [worker_cases.wire_parts(worker) for worker in range(count)]
     parts = {name: [part[name] for part in parts] for name in parts[0]}
     parts["of any shape"] = parts["large"]
-    results = workers.results("sums", list(ROUNDING), num_workers=count)
+    results = run("sums", list(ROUNDING), num_workers=count)
     return parts, results
 
 

@@ -34,6 +34,11 @@ def cases_on_two_devices_each(names):
     import keras_allreduce
 
     keras_allreduce.host_devices(2)
+    if "TF_CONFIG" not in os.environ:  # MPI tells who the workers are.
+        return _run(
+            names,
+            keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60),
+        )
     config = json.loads(os.environ.pop("TF_CONFIG"))
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec(config["cluster"]),
@@ -68,8 +73,7 @@ def sums(wire_dtypes):
     import worker_cases
 
     import keras_allreduce
-    from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
-    from keras_allreduce.workers.in_flight import InFlight
+    from keras_allreduce.workers.collectives import CollectiveGroup
     from keras_allreduce.workers.wire import Wire
     from keras_allreduce.workers.wire_formats import WIRE_FORMATS
 
@@ -83,7 +87,7 @@ def sums(wire_dtypes):
     for dtype in wire_dtypes:
         group = CollectiveGroup(workers, device)
         wire = Wire(
-            Collectives(group, InFlight()),
+            _collectives(group),
             workers,
             WIRE_FORMATS["exact" if dtype == "float32" else dtype],
         )
@@ -107,6 +111,81 @@ def sums(wire_dtypes):
             }
             for name, result in results.items()
         }
+    return found
+
+
+def _collectives(group):
+    """Collectives between the host devices, over MPI if it is there."""
+    from keras_allreduce.workers.collectives import Collectives
+    from keras_allreduce.workers.in_flight import InFlight
+    from keras_allreduce.workers.mpi.collectives import MpiCollectives
+
+    if "TF_CONFIG" in os.environ:
+        return Collectives(group, InFlight())
+    return MpiCollectives(_engine(), group, InFlight())
+
+
+def _engine():
+    from mpi4py import MPI
+
+    from keras_allreduce.workers.mpi.engine import Engine
+
+    return Engine(MPI, MPI.COMM_WORLD.Dup(), print)
+
+
+def run_collectives_of_mpi():
+    """Every collective of `messages.py`, each in another order on each rank.
+
+    Returns what came back, by name. A collective waits for one that the other
+    ranks submit much later, and the second time round for no agreement.
+    """
+    import threading
+
+    import numpy as np
+    from mpi4py import MPI
+
+    from keras_allreduce.workers.mpi import messages
+    from keras_allreduce.workers.mpi.engine import Call
+
+    rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+    own = np.arange(4.0) + rank
+    what = {
+        "all_reduce": own,
+        "all_gather": own.astype("float16"),
+        "all_to_all": np.stack([own + 10 * w for w in range(size)]),
+        "all_gather_rows": np.full([rank, 2], rank, "int64"),
+    }
+    if size == 2:
+        what["swap"] = np.array(rank, "int32")
+    engine = _engine()
+    found = {}
+    for turn in range(2):
+        done = threading.Barrier(2)
+        names = [f"{kind} {n}" for n in range(20) for kind in what]
+        np.random.default_rng(rank + size * turn).shuffle(names)
+        received = {}
+
+        def deliver(array, name, received=received, done=done):
+            received[name] = array
+            if len(received) == 20 * len(what):
+                threading.Thread(target=done.wait).start()
+
+        for name in names:
+            kind = name.split()[0]
+            engine.submit(
+                Call(
+                    name,
+                    getattr(messages, kind),
+                    what[kind],
+                    lambda array, name=name: deliver(array, name),
+                )
+            )
+        done.wait(60)
+        for name, array in received.items():
+            kind = name.split()[0]
+            result = {"dtype": array.dtype.name, "values": array.tolist()}
+            assert found.setdefault(kind, result) == result, (name, result)
+    engine.stop(10)
     return found
 
 
@@ -159,11 +238,8 @@ def what_backprop_waits_for():
         waits_for = set().union(*map(graph_walk.ancestors, products))
         found[name] = [
             len(products),
-            sum(op.type.startswith("Collective") for op in waits_for),
-            sum(
-                op.type.startswith("Collective")
-                for op in graph.get_operations()
-            ),
+            sum(map(_is_collective, waits_for)),
+            sum(map(_is_collective, graph.get_operations())),
         ]
     return found
 
@@ -190,6 +266,11 @@ def paths_of_gradients():
         model.compile("sgd", "mse")
     model.fit(tf.ones([8, 300]), tf.ones([8, 1]), verbose=0)
     return gather.paths_of_gradients() + reduce.paths_of_gradients()
+
+
+def _is_collective(op):
+    """Whether an op waits for other workers, over gRPC or over MPI."""
+    return op.type.startswith(("Collective", "QueueDequeue"))
 
 
 def fit_with_a_late_worker():
@@ -314,6 +395,31 @@ def fit_with_other_lengths(steps_per_epoch):
         verbose=0,
     )
     return [weight.tolist() for weight in model.get_weights()]
+
+
+def fit_and_raise(index):
+    """Trains until worker `index` raises in the middle of an epoch."""
+    import keras
+    import worker_cases
+
+    class Raise(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 5 and worker_cases.worker_index() == index:
+                raise KeyError("of the script")
+
+    _fit(60, Raise(), batch_size=4, epochs=1000)
+
+
+def fit_and_leave(index):
+    """Trains; worker `index` ends its script after the first epoch."""
+    import keras
+    import worker_cases
+
+    from keras_allreduce.workers import watchdog
+
+    watchdog._ALONE_SECONDS = 3.0
+    epochs = 1 if worker_cases.worker_index() == index else 2
+    _fit(600, keras.callbacks.Callback(), epochs=epochs)
 
 
 def fit_and_fall_behind(timeout_seconds):

