@@ -88,6 +88,14 @@ def test_all_workers_are_told_whom_they_wait_for():
     assert first["last_worker"] == [1, 1]
 
 
+def test_mpi_tells_the_host_of_rank_0_where_nothing_else_does():
+    first, other = mpi_jobs.results(
+        "fit_where_nothing_says_which_host_is_the_first", deadline_seconds=200
+    )
+    assert "error" not in first, first["error"]
+    assert first == other
+
+
 def test_the_example_runs_under_mpirun_and_says_so():
     done = subprocess.run(
         [mpi_jobs.mpirun(), "-n", "2", sys.executable, str(EXAMPLE)],

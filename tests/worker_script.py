@@ -397,6 +397,14 @@ def fit_with_other_lengths(steps_per_epoch):
     return [weight.tolist() for weight in model.get_weights()]
 
 
+def fit_where_nothing_says_which_host_is_the_first():
+    """Trains as on several hosts, where mpirun tells ranks and no host."""
+    os.environ["OMPI_COMM_WORLD_LOCAL_SIZE"] = "1"
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        del os.environ[name]
+    return cases(["even_batches"])["even_batches"]
+
+
 def fit_and_raise(index):
     """Trains until worker `index` raises in the middle of an epoch."""
     import keras

@@ -21,6 +21,8 @@ from keras_allreduce.workers.wire_formats import wire_dtypes
 
 TIMEOUT_SECONDS = 600.0
 
+_CommunicationOptions = tf.distribute.experimental.CommunicationOptions
+
 
 class MultiWorkerAllReduceStrategy(
     StrategyBase, tf.distribute.MultiWorkerMirroredStrategy
@@ -85,9 +87,7 @@ class MultiWorkerAllReduceStrategy(
         if HOST_DEVICES in os.environ:
             host_devices(int(os.environ[HOST_DEVICES]))
         _check(timeout_seconds, wire_dtype, transport)
-        asked = communication_options or (
-            tf.distribute.experimental.CommunicationOptions()
-        )
+        asked = communication_options or _CommunicationOptions()
         options = WorkerOptions(
             asked.bytes_per_pack or bytes_per_pack,
             asked.timeout_seconds or timeout_seconds,
@@ -97,16 +97,14 @@ class MultiWorkerAllReduceStrategy(
             weigh_samples,
             choose_transport(transport, os.environ),
         )
-        stock_options = tf.distribute.experimental.CommunicationOptions(
+        stock_options = _CommunicationOptions(
             bytes_per_pack=options.bytes_per_pack,
             implementation=asked.implementation,
         )
-        tf.distribute.Strategy.__init__(
-            self,
-            MultiWorkerAllReduceExtended(
-                self, cluster_resolver, stock_options, options
-            ),
+        extended = MultiWorkerAllReduceExtended(
+            self, cluster_resolver, stock_options, options
         )
+        tf.distribute.Strategy.__init__(self, extended)
         self._set_options_of_hints(self.extended.gradient_ops, wire_dtype)
 
     # MultiWorkerMirroredStrategy takes this from its class.

@@ -55,7 +55,9 @@ class MultiWorkerAllReduceExtended(
         self._workers = SingleWorker(options, self._in_flight)
         self.metric_sums = MetricSums(self.sum_over_workers)
         timeout_seconds = options.timeout_seconds
-        cluster_resolver = resolver_for(cluster_resolver, timeout_seconds)
+        cluster_resolver = resolver_for(
+            cluster_resolver, timeout_seconds, options.transport
+        )
         with connect.starting(cluster_resolver, timeout_seconds) as cluster:
             if cluster is not None or not on_gpus():
                 # Has no effect once TensorFlow has started its threads.

@@ -181,8 +181,7 @@ class Workers:
             in_flight: Tracks the collectives.
 
         Raises:
-            WorkerError: If workers differ in versions, devices or options,
-                or one fails.
+            WorkerError: If workers differ in what [2] compares, or one fails.
         """
         watchdog = Watchdog(cluster, options.timeout_seconds, in_flight)  # [1]
         exit_message.install(watchdog)
@@ -194,15 +193,14 @@ class Workers:
         agreement.compare("versions, devices and options", facts)
         workers = len(cluster.tasks)
         group = CollectiveGroup(workers, host)  # [3]
+        gpus = CollectiveGroup(workers * len(devices), host)
         between: HostCollectives = Collectives(group, in_flight)
         if options.transport == MPI:
             engine = engine_of(cluster, options.timeout_seconds)
             watchdog.on_loss.append(engine.fail)
             between = MpiCollectives(engine, group, in_flight)
-        gpus = Collectives(
-            CollectiveGroup(workers * len(devices), host), in_flight
-        )
-        return cls(workers, agreement, between, gpus, options, in_flight)
+        over_gpus = Collectives(gpus, in_flight)
+        return cls(workers, agreement, between, over_gpus, options, in_flight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Workers":
         """A copy of the strategy has the same watchdog and collectives."""

@@ -6,6 +6,7 @@ addresses. `resolver_for` finds out which of them there is.
 
 import functools
 import os
+from dataclasses import replace
 from typing import Any
 
 import tensorflow as tf
@@ -18,6 +19,7 @@ from keras_allreduce.workers.address_exchange import (
 )
 from keras_allreduce.workers.cluster import read_tf_config
 from keras_allreduce.workers.errors import WorkerStartError
+from keras_allreduce.workers.mpi.start import GRPC, MPI, host_of_rank_0
 from keras_allreduce.workers.ranks import Placement, hint_of, placement_of
 
 _ALONE = "TF_CONFIG='{}' trains on this process alone."
@@ -34,13 +36,14 @@ class LauncherClusterResolver(tf.distribute.cluster_resolver.ClusterResolver):
 
     Args:
         timeout_seconds: How long to wait for the other processes.
+        leader: Host of rank 0; empty: as above.
 
     Raises:
         ValueError: If the process was not started with others, or nothing
             says on which host rank 0 is.
     """
 
-    def __init__(self, timeout_seconds: float = 600.0):
+    def __init__(self, timeout_seconds: float = 600.0, leader: str = ""):
         placement = placement_of(os.environ)
         if placement is None:
             raise ValueError(
@@ -49,6 +52,8 @@ class LauncherClusterResolver(tf.distribute.cluster_resolver.ClusterResolver):
                 "Kubernetes Indexed Job. Set RANK, WORLD_SIZE and MASTER_ADDR, "
                 "or TF_CONFIG, by hand."
             )
+        if leader:
+            placement = replace(placement, leader=leader)
         if not placement.leader:
             raise ValueError(
                 "The host of rank 0 must be known to train on several. "
@@ -113,12 +118,15 @@ class _Alone(tf.distribute.cluster_resolver.ClusterResolver):
         return _num_accelerators()
 
 
-def resolver_for(resolver: Any, timeout_seconds: float) -> Any:
+def resolver_for(
+    resolver: Any, timeout_seconds: float, transport: str = GRPC
+) -> Any:
     """The cluster resolver to start with.
 
     Args:
         resolver: The one that the script passes, or `None`.
         timeout_seconds: How long ours waits for the other workers.
+        transport: `"mpi"`: MPI tells where rank 0 is, if nothing else does.
 
     Returns:
         The one that was passed; without it and without TF_CONFIG a
@@ -132,7 +140,7 @@ def resolver_for(resolver: Any, timeout_seconds: float) -> Any:
     text = os.environ.get(TF_CONFIG, "")
     if resolver is None:
         if not text.strip():
-            return _of_launcher(timeout_seconds)
+            return _of_launcher(timeout_seconds, transport)
         resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
     if isinstance(
         resolver, tf.distribute.cluster_resolver.TFConfigClusterResolver
@@ -143,9 +151,14 @@ def resolver_for(resolver: Any, timeout_seconds: float) -> Any:
     return resolver
 
 
-def _of_launcher(timeout_seconds: float) -> LauncherClusterResolver | None:
-    if placement_of(os.environ) is not None:
-        return LauncherClusterResolver(timeout_seconds)
+def _of_launcher(
+    timeout_seconds: float, transport: str
+) -> LauncherClusterResolver | None:
+    placement = placement_of(os.environ)
+    if placement is not None:
+        asks_mpi = transport == MPI and not placement.leader
+        leader = host_of_rank_0(timeout_seconds) if asks_mpi else ""
+        return LauncherClusterResolver(timeout_seconds, leader)
     hint = hint_of(os.environ)
     if hint is not None:
         logging.warning(

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import importlib.util
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -113,6 +114,24 @@ def check_world(
         "load the MPI of the `mpirun` that starts the workers (`python -m "
         f"mpi4py --mpi-lib-version` tells which it loads), {_OTHERWISE}"
     )
+
+
+def address_of_rank_0(mpi: Any) -> str:
+    """Address of the host of rank 0; to be called on all ranks."""
+    comm = mpi.COMM_WORLD
+    hosts = comm.allgather(socket.gethostname())
+    return str(comm.bcast(_address_towards(hosts[-1]), 0))
+
+
+def _address_towards(host: str) -> str:
+    """Own address on the network that leads to another host."""
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
+    ):
+        probe.connect((host, 9))  # Sends nothing.
+        return str(probe.getsockname()[0])
+    return socket.getfqdn()
 
 
 def _version(mpi: Any) -> str:

@@ -1,5 +1,6 @@
 """Chooses what sums between workers, and connects them over MPI."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Mapping
@@ -51,20 +52,37 @@ def engine_of(cluster: Cluster, timeout_seconds: float) -> Engine:
     Raises:
         WorkerStartError: If there is no MPI that connects them.
     """
-    limit = limited(
-        timeout_seconds + _LATER_THAN_TENSORFLOW_SECONDS,
-        "keras_allreduce: All workers must stay while they connect. Received: "
-        f"{cluster.name(cluster.rank)} still waits in MPI_Init for one that "
-        "is lost. Look for the worker whose log ends first, and start all "
-        "again.",
-    )
-    with limit:
+    with _connecting(cluster.name(cluster.rank), timeout_seconds):
         mpi = library.load()
         library.check_world(mpi, len(cluster.tasks))
         # Ranks as TensorFlow counts them.
         comm = mpi.COMM_WORLD.Split(0, cluster.rank)
     warn_of_binding(os.environ)
     return Engine(mpi, comm, runtime.abort_collectives)
+
+
+def host_of_rank_0(timeout_seconds: float) -> str:
+    """Address of the host of rank 0, as the other ranks find it.
+
+    Args:
+        timeout_seconds: As for `engine_of`.
+
+    Raises:
+        WorkerStartError: If there is no MPI.
+    """
+    with _connecting(f"process {os.getpid()}", timeout_seconds):
+        return library.address_of_rank_0(library.load())
+
+
+def _connecting(
+    this: str, timeout_seconds: float
+) -> contextlib.AbstractContextManager[None]:
+    return limited(
+        timeout_seconds + _LATER_THAN_TENSORFLOW_SECONDS,
+        "keras_allreduce: All workers must stay while they connect. Received: "
+        f"{this} still waits in MPI_Init for one that is lost. Look for the "
+        "worker whose log ends first, and start all again.",
+    )
 
 
 def warn_of_binding(environment: Mapping[str, str]) -> None:
