@@ -12,6 +12,7 @@ os.environ.setdefault("KERAS_ALLREDUCE_HINT", "0")
 
 import command_line
 import keras
+import mpi_jobs
 import pytest
 import tensorflow as tf
 
@@ -75,3 +76,10 @@ def _same_start():
     keras.utils.set_random_seed(7)
     yield
     keras.utils.clear_session(free_memory=False)
+
+
+@pytest.fixture(scope="session")
+def needs_mpirun():
+    """Skips where `mpirun` and mpi4py are not there, or do not fit."""
+    if mpi_jobs.missing():
+        pytest.skip(mpi_jobs.missing())

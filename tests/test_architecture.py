@@ -44,7 +44,15 @@ MAY_IMPORT = {
         "fit_output",
     ],
     "__main__": [*GROUND, "strategy"],
-    "benchmark": [*GROUND, "reduce", "strategy", "workers.cluster"],
+    "benchmark": [
+        *GROUND,
+        "reduce",
+        "strategy",
+        "workers.cluster",
+        "workers.ranks",
+        "workers.mpi.library",
+        "workers.mpi.start",
+    ],
 }
 
 # Planning, arithmetic and the launcher, which load no TensorFlow.

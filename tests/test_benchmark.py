@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mpi_jobs
 import pytest
 import tensorflow as tf
 
@@ -257,6 +258,10 @@ class TestTable:
 
 
 class TestCluster:
+    def test_processes_of_mpirun_are_counted(self):
+        told = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+        assert workers_in(told) == 4
+
     def test_chief_and_workers_are_counted(self):
         config = {
             "cluster": {"chief": ["a:1"], "worker": ["b:1", "c:1"]},
@@ -541,12 +546,40 @@ def test_two_workers_measure_together_and_the_chief_prints():
         (row["bytes"], row["algorithm"], row["num_packs"])
         for row in found["rows"]
     ] == [
-        (4096, "workers", 1),
-        (4096, "workers", 2),
-        (16384, "workers", 1),
-        (16384, "workers", 2),
+        (4096, "grpc", 1),
+        (4096, "grpc", 2),
+        (16384, "grpc", 1),
+        (16384, "grpc", 2),
     ]
-    assert "between 2 workers" in found["rows"][0]["plan"]
+    assert "between 2 workers over gRPC" in found["rows"][0]["plan"]
+
+
+@pytest.mark.usefixtures("needs_mpirun")
+def test_workers_of_mpirun_measure_grpc_mpi_and_a_plain_allreduce():
+    done = subprocess.run(
+        [
+            *[mpi_jobs.mpirun(), "-n", "2", sys.executable],
+            *["-m", "keras_allreduce.benchmark", "--algorithm", "all"],
+            *["--min-bytes", "4K", "--max-bytes", "4K", "--rounds", "1"],
+            *["--warmup", "0", "--json"],
+        ],
+        env={**os.environ, **mpi_jobs.ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["workers"], found["replicas"]) == (2, 2)
+    assert [(row["algorithm"], row["num_packs"]) for row in found["rows"]] == [
+        ("grpc", 1),
+        ("mpi", 1),
+        ("MPI_Allreduce", None),
+    ]
+    plans = [row["plan"] for row in found["rows"]]
+    assert "between 2 workers over gRPC" in plans[0]
+    assert "between 2 workers over MPI" in plans[1]
 
 
 def test_an_algorithm_between_workers_is_refused(monkeypatch, capsys):

@@ -20,10 +20,7 @@ import test_wire
 import worker_cases
 import workers
 
-needs_mpirun = pytest.mark.skipif(
-    bool(mpi_jobs.missing()), reason=mpi_jobs.missing() or "it is there"
-)
-pytestmark = needs_mpirun
+pytestmark = pytest.mark.usefixtures("needs_mpirun")
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "two_workers.py"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from keras_allreduce.environment import TF_CONFIG
 from keras_allreduce.reduce.pack_sizes import algorithm_names
 from keras_allreduce.workers.cluster import num_workers, read_tf_config
+from keras_allreduce.workers.ranks import placement_of
 
 ALGORITHMS = (*algorithm_names(), "all")
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
@@ -28,12 +29,14 @@ _MAX_LOOPS_BETWEEN_WORKERS = 10
 
 _DESCRIPTION = """
 Measures the all-reduce of gradients on this machine, or between workers if
-TF_CONFIG is set, as a tf.function runs it. Every sum is checked.
+TF_CONFIG or mpirun tells of them, as a tf.function runs it. Every sum is
+checked.
 """
 
 _EPILOG = """
 Bytes may end in K, M or G (2^10, 2^20, 2^30). Between workers of this machine:
-python -m keras_allreduce.launch --workers 2 -m keras_allreduce.benchmark.
+python -m keras_allreduce.launch --workers 2 -m keras_allreduce.benchmark, or
+mpirun -n 2 python -m keras_allreduce.benchmark --algorithm all.
 Exit code: 1 if a sum is wrong, 2 if the command line makes no sense.
 docs/benchmark.md explains the output.
 """
@@ -105,7 +108,8 @@ def _add_what_is_measured(made: argparse.ArgumentParser) -> None:
         "--algorithm",
         choices=ALGORITHMS,
         default="auto",
-        help="default: auto; all: each that runs on these devices",
+        help="default: auto; all: each that runs on these devices, or, if "
+        "mpirun has started the workers, gRPC, MPI and a plain MPI_Allreduce",
     )
     add(
         "--bytes-per-pack",
@@ -200,12 +204,16 @@ def _check_sizes_or_model(given: argparse.Namespace) -> None:
 
 
 def workers_in(environment: Mapping[str, str] = os.environ) -> int:
-    """Number of workers that TF_CONFIG names; 1 without it.
+    """Number of workers that TF_CONFIG names, or that mpirun has started.
 
     Raises:
         ValueError: If TF_CONFIG does not describe workers.
     """
-    described = read_tf_config(environment.get(TF_CONFIG, ""))
+    text = environment.get(TF_CONFIG, "")
+    placement = None if text.strip() else placement_of(environment)
+    if placement is not None:
+        return placement.size
+    described = read_tf_config(text)
     return 1 if described is None else max(num_workers(described[0]), 1)
 
 

@@ -18,6 +18,8 @@ from keras_allreduce.benchmark.options import (
     loops_for,
     workers_in,
 )
+from keras_allreduce.benchmark.plain_mpi import NAME as PLAIN_MPI
+from keras_allreduce.benchmark.plain_mpi import PlainMpi, can_sum
 from keras_allreduce.benchmark.table import Row, Setting
 from keras_allreduce.benchmark.timed_loop import (
     Gradient,
@@ -32,9 +34,7 @@ from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.strategy.multi_worker import MultiWorkerAllReduceStrategy
 from keras_allreduce.strategy.one_machine import AllReduceStrategy
 from keras_allreduce.version import __version__
-
-BETWEEN_WORKERS = "workers"
-"""Name of the one algorithm that there is between workers."""
+from keras_allreduce.workers.mpi.start import GRPC, MPI, choose_transport
 
 
 def strategies_for(options: BenchmarkOptions) -> dict[str, Any]:
@@ -48,15 +48,7 @@ def strategies_for(options: BenchmarkOptions) -> dict[str, Any]:
             devices asked for, or only one of them.
     """
     if workers_in() > 1:
-        if options.algorithm not in ("auto", "all"):
-            raise ValueError(
-                "Between workers there is one algorithm. Received: "
-                f"--algorithm {options.algorithm}. Leave it out."
-            )
-        if options.replicas is not None:
-            _check_devices_of_launcher(options.replicas)
-            host_devices(options.replicas)
-        return {BETWEEN_WORKERS: MultiWorkerAllReduceStrategy(fit_log=False)}
+        return _strategies_between_workers(options)
     devices = _devices(options.replicas)
     made = {}
     asked = options.algorithm
@@ -68,6 +60,26 @@ def strategies_for(options: BenchmarkOptions) -> dict[str, Any]:
         name = BatchAllReduce(algorithm).choose(devices)[0]
         made[name] = strategy
     return made
+
+
+def _strategies_between_workers(options: BenchmarkOptions) -> dict[str, Any]:
+    """By transport: the one that is chosen, or all that there are here."""
+    if options.algorithm not in ("auto", "all"):
+        raise ValueError(
+            "Between workers there is one algorithm. Received: "
+            f"--algorithm {options.algorithm}. Leave it out."
+        )
+    if options.replicas is not None:
+        _check_devices_of_launcher(options.replicas)
+        host_devices(options.replicas)
+    chosen = choose_transport("auto", os.environ)
+    compares = options.algorithm == "all" and chosen == MPI
+    return {
+        transport: MultiWorkerAllReduceStrategy(
+            fit_log=False, transport=transport
+        )
+        for transport in ((GRPC, MPI) if compares else (chosen,))
+    }
 
 
 def messages_for(
@@ -110,11 +122,13 @@ def measure(
     loops = options.loops or loops_for(
         nbytes, len(gradients), any_strategy.extended.num_workers
     )
-    timed = {
+    timed: dict[Setting, TimedLoop | PlainMpi] = {
         Setting(algorithm, size): TimedLoop(message, strategy, size)
         for algorithm, strategy in strategies.items()
         for size in options.bytes_per_pack
     }
+    if len(strategies) > 1 and MPI in strategies and can_sum(message):
+        timed[Setting(PLAIN_MPI, 0)] = PlainMpi(message)
     seconds = _take_turns(message, timed, options, loops)
     return [
         _row(setting, timed[setting], nbytes, loops, any_strategy, times)
@@ -124,7 +138,7 @@ def measure(
 
 def _take_turns(
     message: Message,
-    timed: dict[Setting, TimedLoop],
+    timed: dict[Setting, TimedLoop | PlainMpi],
     options: BenchmarkOptions,
     loops: int,
 ) -> dict[Setting, list[float]]:
@@ -166,7 +180,7 @@ def about(strategies: dict[str, Any], options: BenchmarkOptions) -> dict:
 
 def _row(
     setting: Setting,
-    timed: TimedLoop,
+    timed: TimedLoop | PlainMpi,
     nbytes: int,
     loops: int,
     strategy: Any,
