@@ -29,8 +29,7 @@ _MAX_LOOPS_BETWEEN_WORKERS = 10
 
 _DESCRIPTION = """
 Measures the all-reduce of gradients on this machine, or between workers if
-TF_CONFIG or mpirun tells of them, as a tf.function runs it. Every sum is
-checked.
+TF_CONFIG or mpirun tells of them, as a tf.function does. Sums are checked.
 """
 
 _EPILOG = """
@@ -108,8 +107,8 @@ def _add_what_is_measured(made: argparse.ArgumentParser) -> None:
         "--algorithm",
         choices=ALGORITHMS,
         default="auto",
-        help="default: auto; all: each that runs on these devices, or, if "
-        "mpirun has started the workers, gRPC, MPI and a plain MPI_Allreduce",
+        help="default: auto; all: each that runs here (by mpirun: gRPC, MPI, "
+        "and a plain MPI_Allreduce)",
     )
     add(
         "--bytes-per-pack",
