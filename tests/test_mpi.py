@@ -157,8 +157,16 @@ def ends(function, *arguments, deadline_seconds=200, **options):
     ) as job:
         code = job.wait()
         assert code is not None, job.output
-        assert not any(rank.is_there for rank in job.ranks), job.output
+        all_gone(job)
         return code, job.output
+
+
+def all_gone(job, seconds=30):
+    """Waits until all processes of a job, whose `mpirun` has ended, have."""
+    end = time.monotonic() + seconds
+    while any(rank.is_there for rank in job.ranks):
+        assert time.monotonic() < end, job.output
+        time.sleep(0.1)
 
 
 def test_a_killed_worker_ends_all_and_is_named_by_mpirun():
@@ -222,10 +230,7 @@ def test_a_signal_to_mpirun_ends_all(name):
         job.wait_for("an epoch has ended", 0)
         job.process.send_signal(getattr(signal, name))
         assert job.wait() not in (0, None), job.output
-        gone = time.monotonic() + 30
-        while any(rank.is_there for rank in job.ranks):
-            assert time.monotonic() < gone, job.output
-            time.sleep(0.1)
+        all_gone(job)
 
 
 def test_mpi4py_without_an_mpi_is_one_clear_error():

@@ -142,5 +142,6 @@ class TestANewFormat:
         assert gather.inputs[0].dtype == tf.float16
         assert gather.inputs[0].shape.as_list() == [1, 1 + 3 * 4]
         assert str(records[0].plan).endswith(
-            f"between 2 workers over gRPC, 0.0 KiB sent by each in a step as {NAME}"
+            "between 2 workers over gRPC, 0.0 KiB sent by each in a step as "
+            f"{NAME}"
         )

@@ -65,7 +65,6 @@ class _Site:
         self._name = name
         self._collective = collective
         self._dtype = dtype
-        self._device = device
         self._runs = itertools.count()
         with tf.init_scope(), tf.device(device):
             self._queue = tf.queue.FIFOQueue(2, [dtype, tf.int64])
@@ -100,11 +99,11 @@ class _Site:
         return np.int64(run)
 
     def _deliver(self, tensor: tf.Tensor, run: int) -> None:
-        with tf.device(self._device):
-            tf.raw_ops.QueueEnqueueV2(
-                handle=self._queue.queue_ref,
-                components=[tensor, tf.constant(run, tf.int64)],
-            )
+        # Runs on the device of the queue.
+        tf.raw_ops.QueueEnqueueV2(
+            handle=self._queue.queue_ref,
+            components=[tensor, tf.constant(run, tf.int64)],
+        )
 
 
 class MpiCollectives:

@@ -66,7 +66,7 @@ def load() -> Any:
             f"before MPI starts, build MPI with threads, {_OTHERWISE}"
         )
     if ours:
-        atexit.register(_leave, mpi)
+        _started.append(mpi)
     return mpi
 
 
@@ -138,8 +138,15 @@ def _version(mpi: Any) -> str:
     return str(mpi.Get_library_version()).split(",")[0].splitlines()[0].strip()
 
 
-def _leave(mpi: Any) -> None:
+# What this process has to end.
+_started: list[Any] = []
+
+
+def _leave() -> None:
     """Ends MPI with the process: all workers, if this one has failed."""
+    if not _started:
+        return
+    (mpi,) = _started
     # An exception that nobody caught.
     if not hasattr(sys, "last_value"):
         mpi.Finalize()
@@ -149,3 +156,8 @@ def _leave(mpi: Any) -> None:
             stream.flush()
     time.sleep(_GRACE_SECONDS)
     mpi.COMM_WORLD.Abort(1)
+
+
+# Now, so that it is called after what registers later: MPI_Finalize waits for
+# the other workers, who must have been told before that this one leaves.
+atexit.register(_leave)
