@@ -54,17 +54,15 @@ class MultiWorkerAllReduceExtended(
         # For the variables that TensorFlow makes while it connects.
         self._workers = SingleWorker(options, self._in_flight)
         self.metric_sums = MetricSums(self.sum_over_workers)
-        timeout_seconds = options.timeout_seconds
-        cluster_resolver = resolver_for(
-            cluster_resolver, timeout_seconds, options.transport
-        )
-        with connect.starting(cluster_resolver, timeout_seconds) as cluster:
+        seconds = options.timeout_seconds
+        resolver = resolver_for(cluster_resolver, seconds, options.transport)
+        with connect.starting(resolver, seconds) as cluster:
             if cluster is not None or not on_gpus():
                 # Has no effect once TensorFlow has started its threads.
                 malloc.keep_freed()
             super().__init__(
                 container_strategy,
-                cluster_resolver=cluster_resolver,
+                cluster_resolver=resolver,
                 communication_options=communication_options,
             )
         if cluster is not None:
