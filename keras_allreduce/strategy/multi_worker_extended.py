@@ -125,7 +125,7 @@ class MultiWorkerAllReduceExtended(
         Returns:
             The sums, equal on all replicas.
         """
-        if self._sums_here():
+        if self._workers.sums_now:
             return self._workers.gradient_ops.sum(gradients, weights)
         if weights:
             gradients = _scaled(gradients, weights, self.worker_devices)
@@ -169,7 +169,7 @@ class MultiWorkerAllReduceExtended(
         self, reduce_op: Any, value_destination_pairs: Any, options: Any
     ) -> Any:
         pairs = value_destination_pairs
-        if self._sums_here():
+        if self._workers.sums_now:
             return self._workers.gradient_ops.batch_reduce(
                 reduce_op, pairs, options
             )
@@ -188,7 +188,7 @@ class MultiWorkerAllReduceExtended(
         self, reduce_op: Any, value: Any, destinations: Any, options: Any
     ) -> Any:
         if (
-            self._sums_here()
+            self._workers.sums_now
             and self._num_workers > 1
             and reduce_op == _SUM
             and isinstance(value, tf.Tensor)
@@ -200,10 +200,6 @@ class MultiWorkerAllReduceExtended(
             return self._workers.sum(value, "reduce")
         with self._in_flight.during():
             return super()._reduce_to(reduce_op, value, destinations, options)
-
-    def _sums_here(self) -> bool:
-        """Whether sums are ours to make, or those of TensorFlow's strategy."""
-        return not tf.executing_eagerly() or self._workers.sums_eagerly
 
     def _gather_to_implementation(self, *args: Any, **kwargs: Any) -> Any:
         with self._in_flight.during():

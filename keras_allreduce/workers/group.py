@@ -92,9 +92,9 @@ class SingleWorker:
         """Accepts any number of steps."""
 
     @property
-    def sums_eagerly(self) -> bool:
-        """No: TensorFlow's strategy sums what is eager."""
-        return False
+    def sums_now(self) -> bool:
+        """Whether a graph is traced: TensorFlow's strategy sums eagerly."""
+        return not tf.executing_eagerly()
 
     def sum(self, value: tf.Tensor, purpose: str) -> tf.Tensor:
         """Returns `value`."""
@@ -223,12 +223,12 @@ class Workers:
         self._agreement.compare_steps(asked, batches)
 
     @property
-    def sums_eagerly(self) -> bool:
-        """Whether `gradient_ops` and `sum` are for eager steps too.
+    def sums_now(self) -> bool:
+        """Whether sums are those of this group, or of TensorFlow's strategy.
 
-        The collectives of TensorFlow are not, whose names are for graphs.
+        Over gRPC eager ones are TensorFlow's: our names are for graphs.
         """
-        return self._sums_eagerly
+        return self._sums_eagerly or not tf.executing_eagerly()
 
     def sum(self, value: tf.Tensor, purpose: str) -> tf.Tensor:
         """The sum of a tensor that each worker has, in its own dtype."""
