@@ -32,7 +32,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "two_workers.py"
 def over_mpi(request):
     """Results of each of two workers, by case."""
     return mpi_jobs.results(
-        "cases", workers.selected(request), deadline_seconds=600
+        "cases", workers.selected(request), deadline_seconds=1500
     )
 
 
@@ -41,7 +41,7 @@ def over_mpi_with_two_devices(request):
     return mpi_jobs.results(
         "cases_on_two_devices_each",
         workers.selected(request),
-        deadline_seconds=400,
+        deadline_seconds=900,
     )
 
 
