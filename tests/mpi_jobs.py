@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import workers
+from deadlines import DEADLINE_SECONDS
 
 # `mpirun` starts more processes than there are cores, and as root, and binds
 # none of them to a core.
@@ -147,7 +148,11 @@ class Job:
 
 @contextlib.contextmanager
 def running(
-    function, *arguments, deadline_seconds, num_workers=2, environment=None
+    function,
+    *arguments,
+    deadline_seconds=DEADLINE_SECONDS,
+    num_workers=2,
+    environment=None,
 ):
     """Starts workers that call a function of `worker_script.py`.
 

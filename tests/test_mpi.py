@@ -19,6 +19,7 @@ import test_multi_worker
 import test_wire
 import worker_cases
 import workers
+from deadlines import DEADLINE_SECONDS
 
 pytestmark = pytest.mark.usefixtures("needs_mpirun")
 
@@ -32,16 +33,16 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "two_workers.py"
 def over_mpi(request):
     """Results of each of two workers, by case."""
     return mpi_jobs.results(
-        "cases", workers.selected(request), deadline_seconds=1500
+        "cases",
+        workers.selected(request),
+        deadline_seconds=2 * DEADLINE_SECONDS,
     )
 
 
 @pytest.fixture(scope="module")
 def over_mpi_with_two_devices(request):
     return mpi_jobs.results(
-        "cases_on_two_devices_each",
-        workers.selected(request),
-        deadline_seconds=900,
+        "cases_on_two_devices_each", workers.selected(request)
     )
 
 
@@ -70,24 +71,20 @@ def test_workers_have_the_same_moving_statistics(name, over_mpi):
 
 
 def test_backprop_does_not_wait_for_the_other_workers():
-    for found in mpi_jobs.results(
-        "what_backprop_waits_for", deadline_seconds=200
-    ):
+    for found in mpi_jobs.results("what_backprop_waits_for"):
         assert found["dense"] == [5, 0, 2]
         assert found["synchronized"][1] > 1
 
 
 def test_all_workers_are_told_whom_they_wait_for():
-    first, other = mpi_jobs.results(
-        "fit_with_a_late_worker", deadline_seconds=200
-    )
+    first, other = mpi_jobs.results("fit_with_a_late_worker")
     assert first == other
     assert first["last_worker"] == [1, 1]
 
 
 def test_mpi_tells_the_host_of_rank_0_where_nothing_else_does():
     first, other = mpi_jobs.results(
-        "fit_where_nothing_says_which_host_is_the_first", deadline_seconds=200
+        "fit_where_nothing_says_which_host_is_the_first"
     )
     assert "error" not in first, first["error"]
     assert first == other
@@ -124,9 +121,7 @@ class TestEverySum(test_wire.TestEverySum):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_collectives_run_in_any_order(size):
-    results = mpi_jobs.results(
-        "run_collectives_of_mpi", num_workers=size, deadline_seconds=200
-    )
+    results = mpi_jobs.results("run_collectives_of_mpi", num_workers=size)
     parts = [np.arange(4.0) + rank for rank in range(size)]
     rows = [[rank, rank] for rank in range(size) for _ in range(rank)]
     for rank, result in enumerate(results):
@@ -150,11 +145,9 @@ def test_collectives_run_in_any_order(size):
 # Failures -----------------------------------------------------------------
 
 
-def ends(function, *arguments, deadline_seconds=200, **options):
+def ends(function, *arguments, **options):
     """Exit code and output of a job that has to end by itself, all of it."""
-    with mpi_jobs.running(
-        function, *arguments, deadline_seconds=deadline_seconds, **options
-    ) as job:
+    with mpi_jobs.running(function, *arguments, **options) as job:
         code = job.wait()
         assert code is not None, job.output
         all_gone(job)
@@ -207,9 +200,7 @@ def test_a_worker_that_leaves_before_the_others_is_named():
 
 
 def test_workers_that_differ_all_say_in_what():
-    with mpi_jobs.running(
-        "fit_what_differs", "shape", deadline_seconds=200
-    ) as job:
+    with mpi_jobs.running("fit_what_differs", "shape") as job:
         assert job.wait() not in (0, None), job.output
         for rank in job.ranks:
             assert "All workers must have the same models" in rank.output
@@ -226,7 +217,7 @@ def test_a_worker_that_never_makes_a_strategy_is_named(absent):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_to_mpirun_ends_all(name):
-    with mpi_jobs.running("fit_until_ended", 600, deadline_seconds=200) as job:
+    with mpi_jobs.running("fit_until_ended", 600) as job:
         job.wait_for("an epoch has ended", 0)
         job.process.send_signal(getattr(signal, name))
         assert job.wait() not in (0, None), job.output
@@ -250,9 +241,7 @@ def test_another_mpi_than_that_of_mpirun_is_one_clear_error():
         {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": str(rank)}
         for rank in range(2)
     ]
-    with workers.running(
-        "fit_until_ended", 60, deadline_seconds=200, environment=told
-    ) as pair:
+    with workers.running("fit_until_ended", 60, environment=told) as pair:
         for worker in pair:
             assert worker.wait() not in (0, None), worker.output
             assert "MPI must connect all 2 workers." in worker.output
