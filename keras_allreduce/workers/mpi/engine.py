@@ -69,7 +69,8 @@ class Engine:
     Args:
         mpi: The module `mpi4py.MPI`.
         comm: Communicator of all workers, in the order of their ranks.
-        abort: Called with the reason if MPI fails.
+        abort: Called with the reason if MPI fails; ends the collectives of
+            TensorFlow.
     """
 
     def __init__(self, mpi: Any, comm: Any, abort: Callable[[str], None]):
@@ -105,7 +106,11 @@ class Engine:
             self._finish(call, None)
 
     def stop(self, seconds: float) -> None:
-        """Ends the thread, which must have nothing in flight."""
+        """Ends the thread, if nothing is in flight.
+
+        Args:
+            seconds: How long to wait for that.
+        """
         self._submitted.put(None)
         self._thread.join(seconds)
 
@@ -118,8 +123,14 @@ class Engine:
     def _run(self) -> None:
         try:
             self._loop()
-        except self._mpi.Exception as error:
-            self._abort(f"MPI failed: {error}")
+        except Exception as error:
+            # Else everybody would wait for a thread that is gone.
+            self._abort(
+                "All workers must stay until training ends. Received: MPI "
+                f"failed on rank {self._comm.rank} ({error}). Look at its "
+                "log, then start all workers again."
+            )
+            self.fail()
 
     def _loop(self) -> None:
         idle = 0
