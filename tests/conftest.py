@@ -43,6 +43,7 @@ SLOW_FILES = {
     "test_launch.py",
     "test_malloc.py",
     "test_migrating.py",
+    "test_mpi.py",
     "test_multi_worker.py",
     "test_namespaces.py",
     "test_notebook.py",

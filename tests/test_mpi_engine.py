@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from keras_allreduce.workers.mpi.engine import Call, Engine
+from keras_allreduce.workers.mpi.engine import Engine, Submission
 
 
 class AloneInTheWorld:
@@ -60,7 +60,7 @@ def returns(comm, own, buffers):
 
 
 def call(collective, results, name="pack"):
-    return Call(name, collective, np.ones(2), results)
+    return Submission(name, collective, np.ones(2), results)
 
 
 def test_what_mpi_fails_at_ends_in_one_reason_and_nothing_waits():

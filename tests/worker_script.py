@@ -145,7 +145,7 @@ def run_collectives_of_mpi():
     from mpi4py import MPI
 
     from keras_allreduce.workers.mpi import messages
-    from keras_allreduce.workers.mpi.engine import Call
+    from keras_allreduce.workers.mpi.engine import Submission
 
     rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
     own = np.arange(4.0) + rank
@@ -173,7 +173,7 @@ def run_collectives_of_mpi():
         for name in names:
             kind = name.split()[0]
             engine.submit(
-                Call(
+                Submission(
                     name,
                     getattr(messages, kind),
                     what[kind],

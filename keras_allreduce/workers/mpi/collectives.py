@@ -21,7 +21,7 @@ from keras_allreduce.graph_order import keep_with_graph
 from keras_allreduce.workers.collectives import CollectiveGroup, Places
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.mpi import messages
-from keras_allreduce.workers.mpi.engine import Call, Engine
+from keras_allreduce.workers.mpi.engine import Engine, Submission
 from keras_allreduce.workers.mpi.messages import Collective
 
 # The sums that every MPI can do. It has no 16-bit floats: those are exchanged.
@@ -95,7 +95,9 @@ class _Site:
             else:
                 self._deliver(_as_tensor(received), run)
 
-        self._engine.submit(Call(self._name, self._collective, own, deliver))
+        self._engine.submit(
+            Submission(self._name, self._collective, own, deliver)
+        )
         return np.int64(run)
 
     def _deliver(self, tensor: tf.Tensor, run: int) -> None:
@@ -195,7 +197,9 @@ class MpiCollectives:
             done.set()
 
         name = f"{self._group.key} eager"
-        self._engine.submit(Call(name, collective, tensor.numpy(), deliver))
+        self._engine.submit(
+            Submission(name, collective, tensor.numpy(), deliver)
+        )
         done.wait()
         (received,) = results
         if received is None:

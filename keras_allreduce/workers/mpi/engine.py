@@ -36,7 +36,7 @@ _ASK, _GO = 1, 2
 
 
 @dataclass(eq=False)
-class Call:
+class Submission:
     """One run of a collective.
 
     Attributes:
@@ -58,7 +58,7 @@ class Call:
 class _Running:
     """A call whose messages have begun, and how many of them are not done."""
 
-    call: Call
+    call: Submission
     exchange: Exchange
     pending: int = 0
 
@@ -79,10 +79,12 @@ class Engine:
         self._control = comm.Dup()
         self._abort = abort
         self._buffers = Buffers()
-        self._submitted: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
-        self._calls: dict[Call, None] = {}
+        self._submitted: queue.SimpleQueue[Submission | None] = (
+            queue.SimpleQueue()
+        )
+        self._calls: dict[Submission, None] = {}
         self._comms: dict[str, Any] = {}
-        self._asking: dict[str, Call] = {}
+        self._asking: dict[str, Submission] = {}
         self._asked: dict[str, int] = {}
         self._requests: list[Any] = []
         self._owners: list[_Running] = []
@@ -92,7 +94,7 @@ class Engine:
         )
         self._thread.start()
 
-    def submit(self, call: Call) -> None:
+    def submit(self, call: Submission) -> None:
         """Begins a collective as soon as its name is agreed on."""
         self._calls[call] = None
         self._submitted.put(call)
@@ -114,7 +116,7 @@ class Engine:
         self._submitted.put(None)
         self._thread.join(seconds)
 
-    def _finish(self, call: Call, received: np.ndarray | None) -> None:
+    def _finish(self, call: Submission, received: np.ndarray | None) -> None:
         # Whoever takes it out delivers.
         with contextlib.suppress(KeyError):
             del self._calls[call]
@@ -151,7 +153,7 @@ class Engine:
             else:
                 idle += 1
 
-    def _next(self, idle: int, since: float) -> Call | None:
+    def _next(self, idle: int, since: float) -> Submission | None:
         """What was submitted meanwhile; sleeps if there is nothing to do."""
         if not self._requests and not self._asking:
             return self._submitted.get()
@@ -161,7 +163,7 @@ class Engine:
         nap = (time.monotonic() - since) * _NAP_PART
         return self._submitted.get(timeout=min(max(nap, shortest), longest))
 
-    def _take(self, call: Call) -> None:
+    def _take(self, call: Submission) -> None:
         if call.name in self._comms:
             self._begin(call)
             return
@@ -195,7 +197,7 @@ class Engine:
         self._comms[name] = self._comm.Dup()
         self._begin(self._asking.pop(name))
 
-    def _begin(self, call: Call) -> None:
+    def _begin(self, call: Submission) -> None:
         comm = self._comms[call.name]
         exchange = call.collective(comm, call.own, self._buffers)
         self._advance(_Running(call, exchange))
