@@ -38,6 +38,7 @@ from keras_allreduce.benchmark.timed_loop import (
     WrongSumError,
 )
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
+from keras_allreduce.reduce.in_process import InProcess
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = ["--max-bytes", "16K", "--rounds", "2", "--warmup", "0", "--loops", "2"]
@@ -326,7 +327,7 @@ def test_a_cluster_that_is_none_ends_with_code_2(monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         benchmark_main.main([])
     assert error.value.code == 2
-    assert "TF_CONFIG must be a JSON object" in capsys.readouterr().err
+    assert "TF_CONFIG must be JSON" in capsys.readouterr().err
 
 
 class TestModel:
@@ -425,41 +426,47 @@ class TestRun:
             assert 0 < row["median_us"] <= row["p90_us"]
 
 
-class WrongAtOneElement(BatchAllReduce):
-    """Adds 1 to one element of one replica's sum."""
+class WrongAtOneElement(InProcess):
+    """Adds 1 to one element of the last pack of one replica."""
 
     def __init__(self, element):
-        super().__init__()
         self.element = element
 
-    def _sum_packs(self, algorithm, packs, devices):
-        sums = super()._sum_packs(algorithm, packs, devices)
+    def sum_packs(self, algorithm, packs, devices):
+        sums = super().sum_packs(algorithm, packs, devices)
         total = sums[-1][1]
         wrong = tf.one_hot(self.element, 77)
         sums[-1][1] = total + tf.reshape(wrong, total.shape)
         return sums
 
 
-class WithoutTheLastReplica(BatchAllReduce):
+class WithoutTheLastReplica(InProcess):
     """Leaves out one replica, on all."""
 
-    def _sum_packs(self, algorithm, packs, devices):
-        return super()._sum_packs(
+    def sum_packs(self, algorithm, packs, devices):
+        return super().sum_packs(
             algorithm, [[*pack[:-1], 0 * pack[-1]] for pack in packs], devices
         )
 
 
-class WrongInsideTheLoop(BatchAllReduce):
+class WrongInsideTheLoop(InProcess):
     """Is right only where it is traced for the last time."""
 
     traced = 0
 
-    def _sum_packs(self, algorithm, packs, devices):
-        sums = super()._sum_packs(algorithm, packs, devices)
-        type(self).traced += 1
-        if type(self).traced == 1:
+    def sum_packs(self, algorithm, packs, devices):
+        sums = super().sum_packs(algorithm, packs, devices)
+        self.traced += 1
+        if self.traced == 1:
             sums = [[total + 1 for total in pack] for pack in sums]
         return sums
+
+
+def sums_by(transport):
+    """A `BatchAllReduce` that sums as `transport` does."""
+    ops = BatchAllReduce()
+    ops._transport = transport
+    return ops
 
 
 class TestWrongSums:
@@ -476,7 +483,7 @@ class TestWrongSums:
 
     def test_a_replica_that_is_left_out_is_seen(self):
         with pytest.raises(WrongSumError, match="elements wrong in gradient 0"):
-            self.seconds(WithoutTheLastReplica())
+            self.seconds(sums_by(WithoutTheLastReplica()))
 
     @pytest.mark.parametrize("element", [0, 40, 76])
     def test_one_wrong_element_on_one_replica_is_seen(self, element):
@@ -485,16 +492,16 @@ class TestWrongSums:
             " on replica 1"
         )
         with pytest.raises(WrongSumError, match=message):
-            self.seconds(WrongAtOneElement(element))
+            self.seconds(sums_by(WrongAtOneElement(element)))
 
     def test_a_wrong_sum_before_the_last_is_seen(self):
         with pytest.raises(WrongSumError, match="in one of 4 loops"):
-            self.seconds(WrongInsideTheLoop(), loops=4)
+            self.seconds(sums_by(WrongInsideTheLoop()), loops=4)
 
     def test_the_command_ends_with_code_1(self, monkeypatch, capsys):
         monkeypatch.setattr(
-            BatchAllReduce,
-            "_sum_packs",
+            InProcess,
+            "sum_packs",
             lambda self, algorithm, packs, _: packs,
         )
         assert benchmark_main.main([*TINY, "--json"]) == 1
@@ -583,7 +590,8 @@ def test_workers_of_mpirun_measure_grpc_mpi_and_a_plain_allreduce():
 
 
 def test_an_algorithm_between_workers_is_refused(monkeypatch, capsys):
-    config = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {}}
+    task = {"type": "worker", "index": 0}
+    config = {"cluster": {"worker": ["a:1", "b:1"]}, "task": task}
     monkeypatch.setenv("TF_CONFIG", json.dumps(config))
     with pytest.raises(SystemExit):
         benchmark_main.main(["--algorithm", "ring"])
@@ -591,7 +599,8 @@ def test_an_algorithm_between_workers_is_refused(monkeypatch, capsys):
 
 
 def test_replicas_and_what_the_launcher_says_must_agree(monkeypatch, capsys):
-    config = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {}}
+    task = {"type": "worker", "index": 0}
+    config = {"cluster": {"worker": ["a:1", "b:1"]}, "task": task}
     monkeypatch.setenv("TF_CONFIG", json.dumps(config))
     monkeypatch.setenv("KERAS_ALLREDUCE_HOST_DEVICES", "2")
     with pytest.raises(SystemExit):
