@@ -18,10 +18,16 @@ from feature_models import (
     TARGET,
     TOKENS,
     WEIGHTS,
+    Adversaries,
     Batches,
+    Clips,
+    Keeps,
+    Largest,
+    Noise,
     Outcome,
     OwnStep,
     Penalty,
+    StepIsAFunction,
     SumOfRow,
     X,
     batches,
@@ -33,6 +39,7 @@ from feature_models import (
     of_tokens,
     outcome,
     sgd,
+    sum_squared,
 )
 
 
@@ -202,16 +209,72 @@ feature("Loss with a mask (`mask_zero`, one output per token)")(
         TOKENS[..., None].astype("float32") / 20,
     )
 )
+feature("Loss function, one value that is a sum")(
+    lambda: fit(dense(), optimizer=sgd(0.001), loss=sum_squared)
+)
+
+
+@feature("Losses of two outputs, a mean and a sum")
+def _():
+    inputs = keras.Input([6])
+    outputs = [keras.layers.Dense(1, name=name)(inputs) for name in "ab"]
+    return fit(
+        keras.Model(inputs, outputs),
+        y=[TARGET, TARGET],
+        optimizer=sgd(0.001),
+        loss=[mse("mean"), mse("sum")],
+    )
+
+
+feature("`Dice`, which compares samples")(
+    lambda: fit(dense(keras.layers.Dense(1, "sigmoid")), y=CLASS, loss="dice")
+)
 feature("`train_step` of one's own, with `compute_loss`")(
     lambda: fit(OwnStep(lambda model, x, y, p: model.compute_loss(x, y, p)))
 )
 feature("`train_step` of one's own, with a plain mean")(
     lambda: fit(OwnStep(lambda model, x, y, p: mean_squared(y, p)))
 )
+feature("`train_step` of one's own, with a sum")(
+    lambda: fit(
+        OwnStep(lambda model, x, y, p: sum_squared(y, p)), optimizer=sgd(0.001)
+    )
+)
+feature("`train_step` of one's own, uneven batches")(
+    lambda: fit(
+        OwnStep(lambda model, x, y, p: mean_squared(y, p)), batch_size=13
+    )
+)
+feature("`train_step` that clips with `tf.clip_by_global_norm`")(
+    lambda: fit(Clips(lambda model, x, y, p: mean_squared(y, p)))
+)
+feature("`train_step` that is a `tf.function`")(
+    lambda: fit(
+        StepIsAFunction(lambda model, x, y, p: mean_squared(y, p)),
+        optimizer=sgd(0.3, clipnorm=0.05),
+    )
+)
+feature("`train_step` that keeps an average of the weights, and counts")(
+    lambda: fit(Keeps(lambda model, x, y, p: mean_squared(y, p)))
+)
+
+
+@feature("Two optimizers in a dict, no `call`, no targets")
+def _():
+    model = Adversaries()
+    model.compile()
+    history = model.fit(X, batch_size=BATCH, shuffle=False, verbose=0)
+    return outcome(model, history.history)
+
+
 feature("Regularizers")(
     lambda: fit(dense(keras.layers.Dense(4, kernel_regularizer="l2")))
 )
-feature("`add_loss`")(lambda: fit(dense(Penalty())))
+feature("`add_loss` of a mean")(lambda: fit(dense(Penalty())))
+feature("`add_loss` of a sum")(lambda: fit(dense(Penalty(keras.ops.sum))))
+feature("Metric that is a maximum")(
+    lambda: fit(dense(), metrics=[Largest()], batch_size=13)
+)
 feature("`AUC`, `F1Score`, `MeanIoU`, `R2Score`", tolerance=1e-5)(
     lambda: fit(
         dense(keras.layers.Dense(1, "sigmoid")),
@@ -233,6 +296,26 @@ def _():
     arguments = {"batch_size": BATCH, "verbose": 0}
     logs = model.evaluate(X[:25], TARGET[:25], return_dict=True, **arguments)
     return Outcome((model.predict(X[:25], **arguments),), logs)
+
+
+@feature("`predict` of one sample, LSTM")
+def _():
+    model = of_tokens(keras.layers.Embedding(20, 3), keras.layers.LSTM(4))
+    return Outcome((model.predict(TOKENS[:1], verbose=0),))
+
+
+@feature("`predict_on_batch`, 5 samples")
+def _():
+    model = dense()
+    found = model.predict_on_batch(X[:5])
+    rows = "" if len(found) == 5 else f"{len(found)} rows for 5 samples"
+    return Outcome((found[:5],), note=rows)
+
+
+@feature("`fit(x)` without targets, uneven batches")
+def _():
+    data = tf.data.Dataset.from_tensor_slices(X).batch(13)
+    return fit(dense(Penalty()), data, loss=None)
 
 
 # Gradients and optimizers -------------------------------------------------
@@ -315,6 +398,12 @@ def _():
     model = dense()
     model.layers[0].enable_lora(2)
     return fit(model)
+
+
+@feature("`keras.random` without a seed")
+def _():
+    fit(dense(Noise()), optimizer=sgd(0.0))
+    return Outcome()
 
 
 @feature("`Dropout`")
@@ -442,6 +531,12 @@ def _(make_strategy):
     model = dense()
     with make_strategy().scope():
         return fit(model)
+
+
+@feature("`enable_op_determinism`")
+def _():
+    tf.config.experimental.enable_op_determinism()
+    return fit(dense())
 
 
 feature("`jit_compile=True` on host devices")(

@@ -119,12 +119,41 @@ def mse(reduction: str) -> keras.losses.Loss:
     return keras.losses.MeanSquaredError(reduction=reduction)
 
 
+def sum_squared(y_true, y_pred):
+    return keras.ops.sum(keras.ops.square(y_true - y_pred))
+
+
 class Penalty(keras.layers.Layer):
     """Adds a loss of its own."""
 
+    def __init__(self, reduce: Callable[..., Any] = keras.ops.mean):
+        super().__init__()
+        self.reduce = reduce
+
     def call(self, x):
-        self.add_loss(0.1 * keras.ops.mean(keras.ops.square(x)))
+        self.add_loss(0.01 * self.reduce(keras.ops.square(x)))
         return x
+
+
+class Noise(keras.layers.Layer):
+    """Adds random numbers from the generator that Keras makes by itself."""
+
+    def call(self, x):
+        return x + keras.random.normal(keras.ops.shape(x))
+
+
+class Largest(keras.metrics.Metric):
+    """The largest target: a metric whose state is not a sum."""
+
+    def __init__(self, name="largest"):
+        super().__init__(name=name)
+        self.value = self.add_variable((), "zeros", name="value")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.value.assign(keras.ops.maximum(self.value, keras.ops.max(y_true)))
+
+    def result(self):
+        return self.value * 1.0
 
 
 class OwnStep(keras.Model):
@@ -148,3 +177,76 @@ class OwnStep(keras.Model):
             if metric.name == "loss":
                 metric.update_state(loss)
         return self.get_metrics_result()
+
+
+class Clips(OwnStep):
+    """Clips its gradients itself."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.loss_of_step(self, x, y, self(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        gradients, norm = tf.clip_by_global_norm(gradients, 0.1)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"own": loss, "norm": norm}
+
+
+class StepIsAFunction(OwnStep):
+    """Its step is a `tf.function`."""
+
+    train_step = tf.function(OwnStep.train_step)
+
+
+class Keeps(OwnStep):
+    """Its step follows the weights with an average, and counts."""
+
+    def __init__(self, loss_of_step: Callable[..., Any]):
+        super().__init__(loss_of_step)
+        self.slow = keras.layers.Dense(1, trainable=False)
+        self.slow.build([None, 6])
+        self.count = self.add_weight(initializer="zeros", trainable=False)
+
+    def train_step(self, data):
+        logs = super().train_step(data)
+        for slow, fast in zip(self.slow.weights, self.out.weights, strict=True):
+            slow.assign(0.9 * slow + 0.1 * fast)
+        self.count.assign(self.count + 1.0)
+        return logs
+
+
+class Adversaries(keras.Model):
+    """A model without `call` and targets, with two optimizers in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = keras.Sequential(
+            [keras.Input([3]), keras.layers.Dense(6)]
+        )
+        self.critic = dense()
+
+    def compile(self):
+        super().compile()
+        self.own = {"generator": sgd(), "critic": sgd(clipnorm=0.1)}
+
+    def update(self, name: str, loss_of: Callable[[], Any]):
+        weights = getattr(self, name).trainable_weights
+        with tf.GradientTape() as tape:
+            loss = loss_of()
+        gradients = tape.gradient(loss, weights)
+        self.own[name].apply_gradients(zip(gradients, weights, strict=True))
+        return loss
+
+    def train_step(self, x):
+        entropy = keras.losses.BinaryCrossentropy(from_logits=True)
+        code, ones = x[:, :3], tf.ones([tf.shape(x)[0], 1])
+        both = tf.concat([self.generator(code), x], axis=0)
+        labels = tf.concat([ones, 0 * ones], axis=0)
+        critic = self.update(
+            "critic", lambda: entropy(labels, self.critic(both))
+        )
+        generator = self.update(
+            "generator",
+            lambda: entropy(0 * ones, self.critic(self.generator(code))),
+        )
+        return {"critic": critic, "generator": generator}

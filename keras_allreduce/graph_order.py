@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_allreduce.compat import runtime
 from keras_allreduce.compat.distribute import ResourceVariable
 
 
@@ -15,13 +16,14 @@ def free_running_clock(variable: tf.Variable) -> Any:
     before it, and the clock counts as one: times taken in plain
     `tf.timestamp()` ops would all be those of the slowest. Ops that read a
     variable are only ordered with those that write it. So the clock pretends
-    to read one.
+    to read one. Where TensorFlow refuses to take the time, it is `nan`.
     """
+    has_clock = runtime.has_clock()
 
     @tf.function(autograph=False)
     def now() -> tf.Tensor:
         variable.read_value()
-        return tf.timestamp()
+        return tf.timestamp() if has_clock else tf.constant(np.nan, tf.float64)
 
     return now.get_concrete_function()
 

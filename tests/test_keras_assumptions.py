@@ -15,8 +15,13 @@ import pytest
 import tensorflow as tf
 from conftest import DEVICES
 
+from keras_allreduce.compat import (
+    gradient_tape,
+    keras_losses,
+    keras_optimizers,
+    keras_steps,
+)
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.compat import keras_optimizers
 
 X = np.arange(8, dtype="float32").reshape(4, 2) / 8
 Y = np.zeros([4, 1], "float32")
@@ -30,15 +35,11 @@ class SpyStrategy(tf.distribute.MirroredStrategy):
         self.steps, self.reductions, self.epochs = [], [], []
 
     def run(self, fn, args=(), kwargs=None, options=None):
-        self.steps.append(keras_compat.step_of(fn))
+        self.steps.append(keras_steps.step_of(fn))
         return super().run(fn, args, kwargs, options)
 
     def reduce(self, reduce_op, value, axis):
-        kinds = {
-            keras_compat.is_nested_mean,
-            keras_compat.is_batch_without_mean,
-            keras_compat.are_scalar_logs,
-        }
+        kinds = {keras_compat.is_nested_mean, keras_compat.are_scalar_logs}
         self.reductions += [
             kind for kind in kinds if kind(reduce_op, value, axis)
         ]
@@ -121,15 +122,17 @@ def test_keras_passes_its_bound_step_to_strategy_run():
     fit(model)
     model.evaluate(X, Y, batch_size=4, verbose=0)
     steps = [step for step in strategy.steps if step[0] is not None]
+    model.predict(X, batch_size=4, verbose=0)
     assert set(steps) == {(model, "train_step"), (model, "test_step")}
+    assert strategy.steps[-1] == (model, "predict_step")
 
 
 def test_a_function_that_is_no_step_of_keras_is_not_taken_for_one():
     model = compiled()
-    assert keras_compat.step_of(lambda data: data) == (None, "")
-    assert keras_compat.step_of(model.predict_step) == (None, "")
+    assert keras_steps.step_of(lambda data: data) == (None, "")
+    assert keras_steps.step_of(model.predict_step) == (None, "")
     bound = tf.autograph.experimental.do_not_convert(model.test_step)
-    assert keras_compat.step_of(bound) == (model, "test_step")
+    assert keras_steps.step_of(bound) == (model, "test_step")
 
 
 @pytest.mark.parametrize("name", ["train_step", "test_step", "compute_loss"])
@@ -181,13 +184,61 @@ def test_keras_takes_the_mean_of_a_nested_batch_for_its_shapes():
     strategy, model = under_spy()
     fit(model)
     assert strategy.reductions.count(keras_compat.is_nested_mean) == 1
-    assert keras_compat.is_batch_without_mean not in strategy.reductions
 
 
-def test_keras_takes_the_mean_of_a_batch_that_has_none_for_its_shapes():
-    strategy, model = under_spy()
-    model.evaluate(X[:3], Y[:3], batch_size=3, verbose=0)
-    assert strategy.reductions.count(keras_compat.is_batch_without_mean) == 1
+def test_keras_builds_models_on_a_batch_in_symbolic_build():
+    _, model = under_spy()
+    calls = spy(model, "_symbolic_build")
+    fit(model)
+    model.train_on_batch(X, Y)
+    for _, kwargs in calls:
+        batch = kwargs["data_batch"]
+        assert [part.shape for part in batch[:2]] == [(2, 2), (2, 1)] or [
+            part.shape for part in batch[:2]
+        ] == [(4, 2), (4, 1)]
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        tf.function,
+        tf.autograph.experimental.do_not_convert,
+        lambda step: lambda *data: step(*data),
+    ],
+    ids=["tf.function", "do_not_convert", "plain"],
+)
+def test_a_step_is_recognised_whatever_wraps_it(wrap):
+    class Wrapped(keras.Sequential):
+        train_step = wrap(keras.Sequential.train_step)
+
+    strategy = SpyStrategy()
+    with strategy.scope():
+        model = compiled(linear(kind=Wrapped), run_eagerly=True)
+    seen = []
+
+    def run(fn, args):
+        seen.append(keras_steps.step_of(fn))
+        return {"loss": tf.constant(0.0)}
+
+    strategy.run = run
+    fit(model)
+    assert seen == [(model, "train_step")]
+
+
+def test_a_function_of_the_model_is_inlined():
+    class Functions(keras.Sequential):
+        @tf.function
+        def train_step(self, data):
+            return tf.constant(1)
+
+    model = linear(kind=Functions)
+    (name, plain), *others = keras_steps.inlined_functions(model)
+    assert not others
+    assert name == "train_step"
+    with tf.Graph().as_default() as graph:
+        plain(None)
+        assert [op.type for op in graph.get_operations()] == ["Const"]
 
 
 def test_keras_takes_the_mean_of_scalar_logs_along_axis_0(monkeypatch):
@@ -271,12 +322,9 @@ def test_a_keras_without_maybe_symbolic_build_is_warned_about_once(
     monkeypatch,
 ):
     monkeypatch.setattr(keras_compat, "_warned", set())
-    owner = next(
-        cls
-        for cls in keras.Model.__mro__
-        if "_maybe_symbolic_build" in vars(cls)
-    )
-    monkeypatch.delattr(owner, "_maybe_symbolic_build")
+    for owner in keras.Model.__mro__:
+        if "_maybe_symbolic_build" in vars(owner):
+            monkeypatch.delattr(owner, "_maybe_symbolic_build")
     with pytest.warns(UserWarning, match="expects Model._maybe_symbolic_build"):
         assert not keras_compat.keras_asks_for_shapes()
     with warnings.catch_warnings():
@@ -344,7 +392,7 @@ def test_keras_says_of_a_layer_that_it_is_synchronized():
 
 @pytest.mark.parametrize("loss", ["mse", keras.losses.mean_squared_error])
 def test_keras_takes_the_mean_of_losses_that_are_names_or_functions(loss):
-    assert keras_compat.reduction(loss) == "sum_over_batch_size"
+    assert keras_losses.reduction(loss) == "sum_over_batch_size"
     shown = compiled(loss=loss).evaluate(np.ones([3, 2]), Y[:3], verbose=0)
     assert shown == 4
 
@@ -355,22 +403,19 @@ def test_keras_takes_the_mean_of_losses_that_are_names_or_functions(loss):
 )
 def test_keras_says_of_a_loss_how_it_is_reduced(reduction):
     loss = keras.losses.MeanSquaredError(reduction=reduction)
-    assert keras_compat.reduction(loss) == reduction
+    assert keras_losses.reduction(loss) == reduction
 
 
 @pytest.mark.parametrize(
     ("loss", "own"),
     [
-        ("mse", True),
-        (keras.losses.mean_absolute_error, True),
         (keras.losses.Huber(), True),
         (SpyLoss(), False),
-        (lambda y_true, y_pred: y_pred, False),
     ],
-    ids=["name", "function", "object", "custom object", "custom function"],
+    ids=["object", "custom object"],
 )
 def test_losses_of_keras_are_in_modules_of_keras(loss, own):
-    assert keras_compat.is_keras_own(loss) == own
+    assert keras_losses.is_keras_own(loss) == own
 
 
 def test_keras_wraps_a_custom_function_with_the_function_in_fn():
@@ -381,21 +426,112 @@ def test_keras_wraps_a_custom_function_with_the_function_in_fn():
     wrapped = keras.losses.MeanSquaredError.__bases__[0](custom)
     assert isinstance(wrapped, keras.losses.Loss)
     assert wrapped.fn is custom
-    assert not keras_compat.is_keras_own(wrapped)
+    assert not keras_losses.is_keras_own(wrapped)
 
 
 @pytest.mark.parametrize(
     ("loss", "as_keras"),
     [
-        ("mse", True),
         (keras.losses.Huber(), True),
         (SpyLoss(), True),
         (ScalarLoss(), False),
     ],
-    ids=["name", "object", "custom call", "custom __call__"],
+    ids=["object", "custom call", "custom __call__"],
 )
 def test_keras_reduces_losses_in_call_of_the_base_class(loss, as_keras):
-    assert keras_compat.reduces_as_keras(loss) == as_keras
+    assert keras_losses.reduces_as_keras(loss) == as_keras
+
+
+def test_keras_calls_the_losses_of_compile_one_by_one():
+    calls = []
+
+    def replace(index, loss):
+        def replaced(y_true, y_pred, sample_weight):
+            calls.append((index, loss.name))
+            return loss(y_true, y_pred, sample_weight)
+
+        return replaced
+
+    inputs = keras.Input([2])
+    outputs = [keras.layers.Dense(1, name=name)(inputs) for name in "ab"]
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", [SpyLoss(), "mae"], run_eagerly=True)
+    for _ in range(2):  # Before Keras has made its list, and after.
+        with keras_losses.compiled_losses_replaced(model, replace):
+            model.evaluate(X, [Y, Y], verbose=0)
+    expected = [(0, "spy_loss"), (1, "mae")]
+    assert calls == expected * 2
+    model.evaluate(X, [Y, Y], verbose=0)
+    assert calls == expected * 2
+
+
+def test_keras_shows_the_rank_of_what_it_reduces_in_call():
+    loss = SpyLoss()
+    value, rank = keras_losses.call_and_rank(loss, Y + 1, Y, None)
+    assert (float(value), rank) == (1, 1)
+    assert "call" not in vars(loss)
+
+
+def test_keras_attaches_the_mask_to_the_output():
+    embedding = keras.layers.Embedding(3, 2, mask_zero=True)
+    mask = keras_losses.mask_of(embedding(np.array([[1, 0]])))
+    np.testing.assert_array_equal(mask, [[True, False]])
+    assert keras_losses.mask_of(tf.ones([1])) is None
+
+
+def test_keras_lists_added_losses_before_those_of_regularizers():
+    class Adds(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(keras.ops.sum(x))
+            return x
+
+    model = keras.Sequential(
+        [
+            keras.Input([2]),
+            keras.layers.Dense(1, kernel_regularizer="l2"),
+            Adds(),
+        ]
+    )
+    added = model(X)
+    assert keras_losses.num_added_losses(model) == 1
+    assert len(model.losses) == 2
+    np.testing.assert_allclose(model.losses[0], tf.reduce_sum(added))
+
+
+def test_keras_passes_each_added_loss_to_one_method():
+    model = compiled(linear(keras.layers.ActivityRegularization(l2=1.0)))
+    model.run_eagerly = True
+    calls = spy(model, keras_losses.ADDS_A_LOSS)
+    fit(model)
+    assert len(calls) == 1
+
+
+# Gradients --------------------------------------------------------------------
+
+
+def test_a_tape_knows_whether_another_records_it():
+    x = tf.Variable(2.0)
+    with tf.GradientTape() as outer:
+        with tf.GradientTape() as inner:
+            y = x * x
+        assert gradient_tape.is_recorded_by_another(inner)
+    assert not gradient_tape.is_recorded_by_another(outer)
+    with tf.GradientTape(persistent=True) as tape:
+        y = x * x
+        assert not gradient_tape.is_recorded_by_another(tape)
+    assert tape.gradient(y, x) == 4
+
+
+def test_a_function_tells_all_variables_that_it_uses():
+    read, assigned = tf.Variable(1.0), tf.Variable([2], dtype=tf.int64)
+
+    @tf.function
+    def use():
+        assigned.assign([3])
+        return read + 1
+
+    found = gradient_tape.captured_variables(use.get_concrete_function())
+    assert {dtype for _, dtype in found} == {tf.float32, tf.int64}
 
 
 # Optimizers ------------------------------------------------------------------

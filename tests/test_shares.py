@@ -6,9 +6,9 @@ import tensorflow as tf
 from conftest import DEVICES
 
 import keras_allreduce
-from keras_allreduce.one_device.rules import Rule
 from keras_allreduce.one_device.shares import (
     BatchShares,
+    divided,
     shares_of,
     shares_of_batch,
 )
@@ -22,6 +22,12 @@ def distributed(*parts):
     """A distributed value of two replicas."""
     return STRATEGY.experimental_distribute_values_from_function(
         lambda context: parts[context.replica_id_in_sync_group]
+    )
+
+
+def of(data, counts_weights=False):
+    return shares_of_batch(
+        data, STRATEGY.extended, counts_weights=counts_weights
     )
 
 
@@ -44,45 +50,64 @@ def test_shares_may_be_those_of_one_worker_among_several():
 
 def test_a_batch_without_distributed_values_has_no_shares():
     data = (tf.ones([4, 1]), tf.ones([4, 1]))
-    rule = Rule("samples")
-    assert shares_of_batch(data, rule, STRATEGY.extended) == BatchShares()
+    assert of(data) == BatchShares()
 
 
 def test_equal_parts_need_no_scale():
     x = distributed(tf.ones([2, 1]), tf.ones([2, 1]))
-    shares = shares_of_batch((x, x), Rule("samples"), STRATEGY.extended)
+    shares = of((x, x))
     assert shares == BatchShares()
 
 
-@pytest.mark.parametrize(
-    ("kind", "corrections"),
-    [
-        ("samples", None),
-        ("as_is", None),
-        # Times the share, the sum of the weights: 2 * 6 / 8 and 2 * 2 / 8.
-        ("sample_weights", [1, 1]),
-        # Times the share, 1.
-        ("sum", [2 / 3, 2]),
-    ],
-)
-def test_uneven_parts_have_shares_and_the_correction_of_the_rule(
-    kind, corrections
-):
+@pytest.mark.parametrize("counts_weights", [False, True])
+def test_uneven_parts_have_shares_and_maybe_a_correction(counts_weights):
     x = distributed(tf.ones([3, 1]), tf.ones([1, 1]))
-    weights = distributed(tf.fill([3], 2.0), tf.fill([1], 2.0))
-    shares = shares_of_batch((x, x, weights), Rule(kind), STRATEGY.extended)
+    weights = distributed(tf.fill([3], 1.0), tf.fill([1], 9.0))
+    shares = of((x, x, weights), counts_weights=counts_weights)
     np.testing.assert_array_equal(shares.on_host, [1.5, 0.5])
     np.testing.assert_array_equal(shares.share.values, [1.5, 0.5])
     np.testing.assert_array_equal(shares.has_samples.values, [True, True])
-    if corrections is None:
-        assert shares.correction is None
+    if counts_weights:
+        # Times the share: 2 * 3 / 12 and 2 * 9 / 12.
+        expected = [1 / 3, 3]
+        np.testing.assert_allclose(shares.correction.values, expected)
     else:
-        np.testing.assert_allclose(shares.correction.values, corrections)
+        assert shares.correction is None
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        lambda x: x,
+        lambda x: {"a": x, "b": x},
+        lambda x: (x, x, x, x),
+        lambda x: (tf.constant(0.5), None, x),
+    ],
+    ids=["x alone", "dict", "four parts", "constants first"],
+)
+def test_any_part_of_a_batch_tells_its_size(batch):
+    shares = of(batch(distributed(tf.ones([3, 1]), tf.ones([1, 1]))))
+    np.testing.assert_array_equal(shares.on_host, [1.5, 0.5])
+
+
+def test_a_batch_is_divided_as_fit_divides_it():
+    x, scalar = np.arange(5.0), tf.constant(2.0)
+    found = divided((x, None, scalar), STRATEGY.extended)
+    parts = [part.numpy().tolist() for part in found[0].values]
+    assert parts == [[0, 1, 2], [3, 4]]
+    assert found[1] is None
+    assert found[2] is scalar
+
+
+def test_a_batch_that_is_distributed_is_not_divided():
+    x = distributed(tf.ones([3, 1]), tf.ones([1, 1]))
+    data = (x, tf.ones([4, 1]))
+    assert divided(data, STRATEGY.extended) is data
 
 
 def test_an_empty_part_has_share_0_and_no_samples():
     x = distributed(tf.ones([3, 1]), tf.ones([0, 1]))
-    shares = shares_of_batch((x, x), Rule("samples"), STRATEGY.extended)
+    shares = of((x, x))
     np.testing.assert_array_equal(shares.on_host, [2, 0])
     np.testing.assert_array_equal(shares.has_samples.values, [True, False])
     devices = [part.device for part in shares.share.values]

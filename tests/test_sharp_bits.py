@@ -6,10 +6,6 @@ A model made outside the scope and `jit_compile=True` end in an error, which
 test_devices.py holds.
 """
 
-import os
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -21,12 +17,8 @@ from keras_allreduce import AllReduceStrategy
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 6)).astype("float32")
 TARGET = (X @ RNG.normal(size=(6, 1))).astype("float32")
-TOKENS = RNG.integers(1, 20, (32, 5))
-TOKENS[:8, 2:] = 0  # Short texts on the first replica of the first batch.
-TOKEN_TARGETS = np.repeat(TARGET[:, None], 5, axis=1)
 
 SAME = 1e-6
-MAY_DIFFER = "the result may differ from that of one device"
 
 
 def in_scope(replicas, make, **arguments):
@@ -97,179 +89,142 @@ def test_dropout_is_reproducible_but_not_that_of_one_device():
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_masked_loss_is_a_mean_over_what_its_replica_does_not_mask():
-    def train(masks, **arguments):
-        embedding = keras.layers.Embedding(20, 3, mask_zero=masks)
-        inputs = keras.Input([5], dtype="int32")
-        model = keras.Sequential([inputs, embedding, keras.layers.Dense(1)])
-        return fit(model, TOKENS, TOKEN_TARGETS, **arguments)
-
-    def train_with_weights():
-        return train(
-            masks=False,
-            loss=keras.losses.MeanSquaredError(
-                reduction="mean_with_sample_weight"
-            ),
-            sample_weight=(TOKENS != 0).astype("float32"),
-        )
-
-    assert difference(lambda: train(masks=True)) > 1e-5
-    assert difference(train_with_weights) < SAME
+def negatives(y_true, y_pred):
+    scores = keras.ops.matmul(y_pred, keras.ops.transpose(y_true))
+    return keras.losses.sparse_categorical_crossentropy(
+        keras.ops.arange(keras.ops.shape(y_pred)[0]), scores, from_logits=True
+    )
 
 
-def test_a_loss_that_returns_one_value_counts_once_per_replica():
-    def scalar(y_true, y_pred):
-        return keras.ops.mean(keras.ops.square(y_true - y_pred))
+def test_a_loss_that_compares_samples_sees_its_own_replica():
+    def model():
+        return keras.Sequential([keras.Input([6]), keras.layers.Dense(6)])
 
-    def per_sample(y_true, y_pred):
-        return keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
-
-    with pytest.warns(UserWarning, match=r"`scalar` returns one value for all"):
-        assert difference(lambda: fit(dense(), loss=scalar)) > 1e-2
-    assert difference(lambda: fit(dense(), loss=per_sample)) < SAME
+    with pytest.warns(UserWarning, match="compares samples with each other"):
+        assert difference(lambda: fit(model(), y=X, loss=negatives)) > 1e-3
 
 
-def test_losses_reduced_in_different_ways_are_not_weighed():
-    def train(reduction):
-        inputs = keras.Input([6])
-        heads = [keras.layers.Dense(1)(inputs) for _ in range(2)]
-        losses = [
-            keras.losses.MeanSquaredError(),
-            keras.losses.MeanSquaredError(reduction=reduction),
-        ]
-        return fit(
-            keras.Model(inputs, heads),
-            y=[TARGET, TARGET],
-            loss=losses,
-            optimizer=keras.optimizers.SGD(0.005),
-            batch_size=15,
-        )
+def test_dice_is_right_if_it_is_one_value_per_sample():
+    def train(axis):
+        layer = keras.layers.Dense(1, "sigmoid")
+        targets = (TARGET > 0).astype("float32")
+        return fit(dense(layer), y=targets, loss=keras.losses.Dice(axis=axis))
 
-    with pytest.warns(UserWarning, match=MAY_DIFFER):
-        assert difference(lambda: train("sum")) > 1e-5
-    assert difference(lambda: train("mean")) < SAME
+    with pytest.warns(UserWarning, match="compares samples with each other"):
+        assert difference(lambda: train(None)) > 1e-4
+    assert difference(lambda: train((1,))) < SAME
 
 
-# Steps of your own --------------------------------------------------------
+# Custom steps -------------------------------------------------------------
 
 
-class OwnStep(keras.Model):
-    """A model with a `train_step` of its own; subclasses say its loss."""
+class Custom(keras.Model):
+    """A custom `train_step`; subclasses say its loss."""
 
     def __init__(self):
         super().__init__()
         self.out = keras.layers.Dense(1)
-        self.shown = keras.metrics.Mean(name="shown")
 
     def call(self, x):
         return self.out(x)
 
-    @property
-    def metrics(self):
-        return [self.shown]
-
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            loss = self.loss_of(x, y)
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply(gradients, self.trainable_variables)
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        self.shown.update_state(loss * replicas, tf.shape(x)[0])
-        return {"loss": loss, "shown": self.shown.result()}
-
-
-class PlainMean(OwnStep):
     def loss_of(self, x, y):
         return tf.reduce_mean(tf.square(self(x) - y))
 
-
-class DividedMean(OwnStep):
-    def loss_of(self, x, y):
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        return tf.reduce_mean(tf.square(self(x) - y)) / replicas
-
-
-class ComputedLoss(OwnStep):
-    def loss_of(self, x, y):
-        return self.compute_loss(x, y, self(x))
-
-
-def test_a_plain_mean_in_a_step_of_your_own_counts_once_per_replica():
-    def on_two(model):
-        return difference(lambda: fit(model()), weigh_samples=True)
-
-    assert on_two(PlainMean) > 1e-2
-    assert on_two(DividedMean) < SAME
-    assert on_two(ComputedLoss) < SAME
-
-
-def test_a_step_of_your_own_is_not_weighed_unless_you_say_so():
-    def train():
-        return fit(ComputedLoss(), batch_size=15)
-
-    with pytest.warns(UserWarning, match=MAY_DIFFER):
-        assert difference(train) > 1e-3
-    assert difference(train, weigh_samples=True) < SAME
-
-
-def test_what_compute_loss_returns_is_already_divided():
-    def shown(replicas):
-        steps = Steps()
-        in_scope(
-            replicas,
-            lambda: fit(ComputedLoss(), callbacks=[steps], epochs=1),
-            weigh_samples=True,
-        )
-        return [np.array([log[k] for log in steps.logs]) for k in steps.logs[0]]
-
-    (loss, mean), (loss_of_two, mean_of_two) = shown(1), shown(2)
-    np.testing.assert_allclose(loss_of_two, loss / 2, rtol=1e-5)
-    np.testing.assert_allclose(mean_of_two, mean, rtol=1e-5)
-
-
-EMPTY_REPLICA = """
-import keras, numpy as np, tensorflow as tf
-import keras_allreduce
-
-class Model(keras.Sequential):
-    def train_step(self, data):
-        x, y = data
+    def gradients(self, x, y):
         with tf.GradientTape() as tape:
-            loss = self.compute_loss(x, y, self(x))
-        gradients = tape.gradient(loss, self.trainable_variables)
+            loss = self.loss_of(x, y)
+        return loss, tape.gradient(loss, self.trainable_variables)
+
+    def train_step(self, data):
+        loss, gradients = self.gradients(*data)
         self.optimizer.apply(gradients, self.trainable_variables)
         return {"loss": loss}
 
-strategy = keras_allreduce.AllReduceStrategy(
-    keras_allreduce.host_devices(2), weigh_samples=WEIGH
-)
-with strategy.scope():
-    model = Model([
-        keras.Input([8, 8, 1]), keras.layers.Conv2D(2, 2),
-        keras.layers.MaxPooling2D(), keras.layers.Flatten(),
-        keras.layers.Dense(1),
-    ])
-    model.compile("sgd", "mse")
-# The last batch is one sample for two replicas.
-model.fit(np.ones([5, 8, 8, 1]), np.ones([5, 1]), batch_size=4, verbose=0)
-"""
+
+class SumAndMean(Custom):
+    def loss_of(self, x, y):
+        divergence = tf.square(self(x))
+        return super().loss_of(x, y) + 1e-2 * tf.reduce_sum(divergence)
 
 
-# Which kernels TensorFlow takes by itself depends on the processor.
-ONEDNN = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "1"}
+class TwoMeans(Custom):
+    def loss_of(self, x, y):
+        divergence = tf.square(self(x))
+        return super().loss_of(x, y) + 1e-2 * tf.reduce_mean(divergence)
 
 
-@pytest.mark.parametrize(("weigh", "ends"), [("False", "abort"), ("True", 0)])
-def test_an_empty_replica_can_end_a_step_of_your_own(weigh, ends):
-    script = EMPTY_REPLICA.replace("WEIGH", weigh)
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        check=False,
-        env=ONEDNN,
-    )
-    assert done.returncode == 0 if ends == 0 else done.returncode < 0
+def test_a_mean_and_a_sum_in_one_loss_are_warned_about():
+    with pytest.warns(UserWarning, match="adds a sum to a mean"):
+        assert difference(lambda: fit(SumAndMean())) > 1e-4
+    assert difference(lambda: fit(TwoMeans())) < SAME
+
+
+def test_regularization_scaled_by_the_replicas_counts_once_per_replica():
+    class OfLoops(Custom):
+        def loss_of(self, x, y):
+            error = tf.reduce_mean(tf.square(self(x) - y), axis=-1)
+            loss = tf.nn.compute_average_loss(error, global_batch_size=16)
+            penalty = tf.nn.l2_loss(self.out.kernel)
+            return loss + tf.nn.scale_regularization_loss(penalty)
+
+    with pytest.warns(UserWarning, match="adds a sum to a mean"):
+        assert difference(lambda: fit(OfLoops())) > 1e-3
+
+
+def test_measuring_runs_the_python_of_a_step_once_more():
+    traces = []
+
+    class Counts(Custom):
+        def train_step(self, data):
+            traces.append(1)
+            return super().train_step(data)
+
+    def count(replicas, **options):
+        traces.clear()
+        in_scope(
+            replicas, lambda: fit(Counts(), X[:16], TARGET[:16]), **options
+        )
+        return len(traces)
+
+    assert count(2) == count(2, weigh_samples=True) + 1
+
+
+def test_a_sum_that_a_step_keeps_is_averaged():
+    class Seen(Custom):
+        def __init__(self):
+            super().__init__()
+            self.seen = self.add_weight(initializer="zeros", trainable=False)
+            self.summed = keras.metrics.Sum(name="summed")
+
+        def train_step(self, data):
+            samples = tf.cast(tf.shape(data[0])[0], tf.float32)
+            self.seen.assign(self.seen + samples)
+            self.summed.update_state(tf.ones([tf.shape(data[0])[0]]))
+            return {**super().train_step(data), "summed": self.summed.result()}
+
+    def seen(replicas):
+        model = in_scope(replicas, lambda: fit(Seen(), epochs=1))
+        return float(model.seen.numpy()), float(model.summed.result())
+
+    assert seen(1) == (len(X), len(X))
+    averaged, summed = seen(2)
+    assert averaged < len(X)
+    assert summed == len(X)
+
+
+def test_gradients_are_not_summed_inside_a_conditional():
+    class EveryOther(Custom):
+        @tf.function
+        def train_step(self, data):
+            loss, gradients = self.gradients(*data)
+            if tf.equal(self.optimizer.iterations % 2, 0):
+                _, gradients = self.gradients(*data)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss}
+
+    with pytest.raises(RuntimeError, match="while defining a new graph"):
+        in_scope(2, lambda: fit(EveryOther()), weigh_samples=True)
 
 
 # Custom training loops ----------------------------------------------------
@@ -370,38 +325,6 @@ def test_a_generator_of_sentences_that_vary_in_length_loses_batches():
     assert in_scope(2, lambda: num_steps(sentences())) < 10
     assert in_scope(2, lambda: num_steps(dataset)) == 10
     assert in_scope(2, lambda: num_steps(Sentences(workers=1))) == 10
-
-
-EMPTY_PREDICT = """
-import keras, numpy as np, tensorflow as tf
-import keras_allreduce
-
-devices = keras_allreduce.host_devices(2)
-with keras_allreduce.AllReduceStrategy(devices).scope():
-    model = keras.Sequential([
-        keras.Input([8, 8, 8]), keras.layers.SeparableConv2D(16, 3),
-        keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(1),
-    ])
-images = np.ones([6, 8, 8, 8], "float32")
-try:
-    model.predict(images[:5], batch_size=4, verbose=0)
-except tf.errors.InvalidArgumentError:
-    print("failed", end=" ")
-# At least one sample for each replica.
-print(model.predict(images, batch_size=4, verbose=0).shape, end=" ")
-print(model.predict(images[:5], batch_size=5, verbose=0).shape)
-"""
-
-
-def test_predict_on_an_empty_replica_can_fail():
-    done = subprocess.run(
-        [sys.executable, "-c", EMPTY_PREDICT],
-        capture_output=True,
-        check=True,
-        text=True,
-        env=ONEDNN,
-    )
-    assert done.stdout.split("\n")[0] == "failed (6, 1) (5, 1)"
 
 
 # Gradient accumulation ----------------------------------------------------

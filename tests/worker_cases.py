@@ -13,6 +13,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import programs
 import tensorflow as tf
 
 # Products on GPUs in float32, not in the 11 bits of TF32.
@@ -122,6 +123,31 @@ def fit(
     fit_args = {"shuffle": False, "verbose": 0} | fit_args
     history = model.fit(x, epochs=epochs, **fit_args).history
     return {"weights": model.get_weights(), "history": history}
+
+
+# Programs that know nothing of replicas ------------------------------------
+
+
+def _program(name):
+    def train():
+        # What a step of its own shows is that of this worker's samples.
+        return {"weights": programs.PROGRAMS[name]()["weights"]}
+
+    train.__name__ = name
+    return train
+
+
+for _name in (
+    "loss_of_one_value_that_is_a_sum",
+    "masked_loss",
+    "added_sum",
+    "plain_mean",
+    "plain_sum",
+    "clips_gradients_itself",
+    "adversaries",
+    "state_that_a_step_keeps",
+):
+    case(_program(_name))
 
 
 # Batches of any size ------------------------------------------------------

@@ -59,3 +59,12 @@ def devices_of(value: Any) -> tuple[str, ...]:
 def has_nccl() -> bool:
     """Whether this build of TensorFlow can run NCCL at all."""
     return bool(_kernels.get_registered_kernels_for_op("NcclAllReduce").kernel)
+
+
+def read_from_first(variable: Any) -> None:
+    """Makes a variable of a metric be read from the first replica.
+
+    Keras makes them so that reading adds up those of all replicas, and a
+    variable offers no way to change that.
+    """
+    variable._aggregation = tf.VariableAggregation.ONLY_FIRST_REPLICA

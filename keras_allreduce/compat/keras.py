@@ -4,35 +4,15 @@
 `tests/test_keras_assumptions.py`.
 """
 
-import inspect
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-STEPS = ("train_step", "test_step")
+from keras_allreduce.compat.frames import calling_frames
 
 # Trainer: steps and logs -----------------------------------------------------
-
-
-def step_of(fn: Callable[..., Any]) -> tuple[keras.Model | None, str]:
-    """The model whose step `fn` is, and the name of the step.
-
-    Keras passes the bound method to `strategy.run`, maybe decorated.
-
-    Returns:
-        The model and one of `STEPS`, or `None` and an empty string.
-    """
-    fn = inspect.unwrap(fn)
-    model = getattr(fn, "__self__", None)
-    name = getattr(fn, "__name__", "")
-    if isinstance(model, keras.Model) and name in STEPS:
-        return model, name
-    return None, ""
 
 
 def is_keras_method(model: Any, name: str) -> bool:
@@ -62,6 +42,20 @@ def loss_metrics(model: Any) -> list[Any]:
     return list(compiled.metrics) if compiled is not None else []
 
 
+def custom_metrics(model: Any) -> list[Any]:
+    """Metrics of a model that gather their state in code that is not Keras's.
+
+    `model.metrics` has those of `compile` in one metric that holds them.
+    """
+    compiled = getattr(model, "_compile_metrics", None)
+    metrics = [*model.metrics, *(compiled.metrics if compiled else ())]
+    return [
+        metric
+        for metric in metrics
+        if not type(metric).update_state.__module__.startswith("keras.")
+    ]
+
+
 # Trainer: what it asks of a strategy -----------------------------------------
 
 
@@ -72,19 +66,6 @@ def is_nested_mean(reduce_op: Any, value: Any, axis: Any) -> bool:
     the replicas, and uses its shapes alone.
     """
     return _is_mean(reduce_op) and axis is None and keras.tree.is_nested(value)
-
-
-def is_batch_without_mean(reduce_op: Any, value: Any, axis: Any) -> bool:
-    """Whether Keras looks at the shapes of a batch that has no mean.
-
-    Text, ragged and sparse inputs and parts of different sizes have none. The
-    part of one replica shows the shapes as well.
-    """
-    return (
-        tf.executing_eagerly()
-        and is_nested_mean(reduce_op, value, axis)
-        and any(_has_no_mean(leaf) for leaf in keras.tree.flatten(value))
-    )
 
 
 def are_scalar_logs(reduce_op: Any, value: Any, axis: Any) -> bool:
@@ -106,18 +87,6 @@ def _is_mean(reduce_op: Any) -> bool:
     return str(getattr(reduce_op, "value", reduce_op)).upper() == "MEAN"
 
 
-def _has_no_mean(value: Any) -> bool:
-    if not isinstance(value, tf.distribute.DistributedValues):
-        return False
-    parts = value.values
-    return any(
-        not isinstance(part, tf.Tensor)
-        or not (part.dtype.is_floating or part.dtype.is_integer)
-        or part.shape != parts[0].shape
-        for part in parts
-    )
-
-
 # Trainer: frames of the caller -----------------------------------------------
 
 
@@ -135,7 +104,7 @@ def keras_asks_for_shapes() -> bool:
         )
     return any(
         frame.f_code.co_name == "_maybe_symbolic_build"
-        for frame in _calling_frames()
+        for frame in calling_frames()
     )
 
 
@@ -151,7 +120,7 @@ def steps_of_keras_epochs() -> tuple[int | None, int | None] | None:
         set, each `None` if not known; `None` if it is not Keras that asks.
     """
     callers = []
-    for frame in _calling_frames():
+    for frame in calling_frames():
         iterator: Any = frame.f_locals.get("self")
         if hasattr(iterator, "enumerate_epoch"):
             return iterator.steps_per_epoch, iterator.data_adapter.num_batches
@@ -164,15 +133,6 @@ def steps_of_keras_epochs() -> tuple[int | None, int | None] | None:
             "workers cannot check that all run as many steps",
         )
     return None
-
-
-def _calling_frames() -> Iterator[FrameType]:
-    """The frames from which a function of this module was called."""
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(10):
-        if frame is not None:
-            yield frame
-            frame = frame.f_back
 
 
 _warned: set[str] = set()
@@ -217,39 +177,46 @@ def is_synchronized(layer: Any) -> bool:
     return bool(getattr(layer, "synchronized", False))
 
 
-# Losses ----------------------------------------------------------------------
+def clear_losses(model: Any) -> None:
+    """Forgets the losses that layers have added."""
+    model._clear_losses()
 
 
-def reduction(loss: Any) -> Any:
-    """How Keras reduces a loss that was passed to `compile`.
+def batch_statistics_layers(model: Any) -> list[Any]:
+    """Layers that normalize by the statistics of the batch in training."""
+    return [
+        layer
+        for layer in layers(model)
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
 
-    Names and functions become means over samples.
+
+# Variables -------------------------------------------------------------------
+
+
+def are_variables(sources: Any) -> bool:
+    """Whether all that is differentiated against are variables of replicas.
+
+    Keras's variables are not `tf.Variable`s; they hold one in `value`.
     """
-    if isinstance(loss, keras.losses.Loss):
-        return loss.reduction
-    return "sum_over_batch_size"
+    flat = tf.nest.flatten(sources)
+    return bool(flat) and all(
+        isinstance(
+            each,
+            keras.Variable | tf.Variable | tf.distribute.DistributedValues,
+        )
+        for each in flat
+    )
 
 
-def is_keras_own(loss: Any) -> bool:
-    """Whether a loss is computed by a function or class of Keras.
-
-    Keras wraps functions in a loss object with the function in `fn`.
-    """
-    if isinstance(loss, str):
-        loss = keras.losses.get(loss)
-    named = loss if hasattr(loss, "__name__") else type(loss)
-    if isinstance(loss, keras.losses.Loss):
-        function = getattr(loss, "fn", None)
-        named = function if function is not None else type(loss)
-    return str(getattr(named, "__module__", "")).startswith("keras.")
+def identity_of(variable: Any) -> int:
+    """The same for a variable of Keras and the one of TensorFlow in it."""
+    return id(getattr(variable, "value", variable))
 
 
-def reduces_as_keras(loss: Any) -> bool:
-    """Whether Keras's own `Loss.__call__` reduces a loss, if it is an object.
-
-    That applies `sample_weight`, the mask and `reduction`.
-    """
-    return (
-        not isinstance(loss, keras.losses.Loss)
-        or type(loss).__call__ is keras.losses.Loss.__call__
+def computes_in_half_precision(model: Any) -> bool:
+    """Whether a layer of a model computes in 16 bits."""
+    return any(
+        str(getattr(layer, "compute_dtype", "")) in ("float16", "bfloat16")
+        for layer in layers(model)
     )

@@ -12,6 +12,16 @@ from tensorflow.python.distribute.collective_all_reduce_strategy import (
 # strategy uses both and shows neither.
 from tensorflow.python.eager import context as _context
 
+# Whether ops are to be deterministic can be set, but not asked for, in public.
+from tensorflow.python.framework.config import (
+    is_op_determinism_enabled as _is_op_determinism_enabled,
+)
+
+
+def has_clock() -> bool:
+    """Whether ops can take the time: not under `enable_op_determinism()`."""
+    return not _is_op_determinism_enabled()
+
 
 def is_started() -> bool:
     """Whether TensorFlow's runtime runs in this process, with its servers.

@@ -10,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_allreduce import environment
+from keras_allreduce.compat import runtime
 from keras_allreduce.fit_output.clocks import EagerClocks, GraphClocks
 from keras_allreduce.fit_output.hints import Options
 from keras_allreduce.fit_output.pack_names import names_in_pack
@@ -112,11 +113,19 @@ class StepLog:
         )[0]
         if tensor.graph is not tf.compat.v1.get_default_graph():
             return  # Traced inside a function of its own: out of our reach.
+        clocks = self._graph_clocks(record, inputs)
+        self._steps.append(TracedStep(record.plan, clocks, owner))
+
+    def _graph_clocks(self, record: BatchRecord, inputs: Any) -> Any:
+        """Returns the clocks of a traced step as long as it can run."""
+        if not runtime.has_clock():
+            # Shows its plan; nothing is timed.
+            none = EagerClocks(record.plan.num_packs)
+            return lambda: none
         given = None
         if self.recorders and inputs is not None:
             given = _of_replicas(inputs, len(record.devices))
-        clocks = GraphClocks(record.packs, record.devices, given)
-        self._steps.append(TracedStep(record.plan, weakref.ref(clocks), owner))
+        return weakref.ref(GraphClocks(record.packs, record.devices, given))
 
     def _eager_clocks(self, record: BatchRecord, owner: Any) -> EagerClocks:
         for step in self._steps:

@@ -11,7 +11,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device.moving_statistics import (
     is_replicas_own,
     moving_statistics,
@@ -68,15 +67,10 @@ def state(model: keras.Model) -> list[tuple[Any, tf.Tensor]]:
 
     Metrics and moving statistics; not the seeds, which all replicas draw.
     """
-    counted = {
-        id(variable)
-        for metric in keras_compat.loss_metrics(model)
-        for variable in metric.variables
-    }
     results = [
         variable
         for variable in model.metrics_variables
-        if id(variable) not in counted and is_replicas_own(variable.value)
+        if is_replicas_own(variable.value)
     ]
     return [
         (variable.value, tf.identity(variable.value))
@@ -94,3 +88,21 @@ def restore(
             variable.assign(value)
 
     tf.cond(has_samples, lambda: None, put_back)
+
+
+def rows_if(has_samples: tf.Tensor, value: Any) -> Any:
+    """`value`, or none of its rows if the replica has no samples."""
+    if isinstance(value, tf.SparseTensor):
+        size = value.dense_shape * tf.concat(
+            [
+                [tf.cast(has_samples, tf.int64)],
+                tf.ones_like(value.dense_shape[1:]),
+            ],
+            axis=0,
+        )
+        return tf.sparse.slice(value, tf.zeros_like(size), size)
+    if not tf.TensorShape(value.shape).rank:
+        return value
+    every = value.nrows() if isinstance(value, tf.RaggedTensor) else None
+    count = tf.shape(value)[0] if every is None else every
+    return value[: tf.where(has_samples, count, tf.zeros_like(count))]

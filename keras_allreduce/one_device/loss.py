@@ -1,4 +1,18 @@
-"""Scales the loss of each replica by its share of the batch."""
+"""Makes every loss that Keras computes the mean of this replica's samples.
+
+A replica sees one device, so Keras's mean over its samples is just that, and
+the mean of the replicas' losses, weighted by their samples, is that of the
+batch. Other losses are corrected, so that the same holds for them:
+
+    mean over samples                    as it is
+    sum over samples                     / weight of the replica
+    mean over what is not masked         * what is not masked here / in all
+      (or over the sample weights)         / weight of the replica
+    one value for all samples            measured: a mean or a sum
+    `add_loss` of one value              measured
+    `add_loss` of a vector               a sum
+    regularizers                         as they are
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,58 +23,50 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.compat import keras_optimizers
-from keras_allreduce.one_device import replica, rules
-from keras_allreduce.one_device.rules import Rule
+from keras_allreduce.compat import keras_losses, keras_optimizers
+from keras_allreduce.one_device import comparing, replica
+from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.shares import part_of_sum
 from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.reduce.scaling import scale
 
 
-class ScaledLoss:
+class LossOfTheReplica:
     """Shadows the methods of a model that compute its loss.
 
     Args:
         model: The model.
-        rule: How its loss is weighted.
-        sums: The sums that its layers make.
-        on_workers: Whether the step trains on several workers. Backprop would
-            wait for the shares of all of them if the loss were scaled.
+        replicas: The replicas of this worker.
+        natures: Measures what is a mean, and what a sum.
+        warns: Whether a loss that compares samples is warned about.
     """
 
     def __init__(
         self,
         model: keras.Model,
-        rule: Rule,
-        sums: SynchronizedSums,
+        replicas: Replicas,
+        natures: Callable[[], Natures],
         *,
-        on_workers: bool,
+        warns: bool,
     ):
         self._model = model
-        self._rule = rule
-        self._sums = sums
-        self._optimizers = keras_optimizers.optimizers_of(model)
-        # In a custom step the whole of which may be in backprop, a gradient
-        # may have been taken before the loss was scaled.
-        self._gradients_can_be_scaled = (
-            on_workers
-            and not (tf.executing_eagerly() or sums.in_backprop)
-            and rule.kind == "samples"
-            and not any(map(keras_optimizers.accumulates, self._optimizers))
-        )
+        self._replicas = replicas
+        self._natures = natures
+        self._warns = warns
 
     def shadows(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         """The shadowed objects, each with its methods."""
         model = self._model
-        yield (
-            model,
-            {"compute_loss": partial(self._compute_loss, model.compute_loss)},
-        )
-        for metric in keras_compat.loss_metrics(model):
-            update = partial(self._update_loss_metric, metric.update_state)
-            yield metric, {"update_state": update}
-        for optimizer in self._optimizers:
-            scale_loss = partial(self._scale_loss, optimizer.scale_loss)
-            yield optimizer, {"scale_loss": scale_loss}
+        if keras_compat.is_keras_method(model, "compute_loss"):
+            compute = partial(self._compute_loss, model.compute_loss)
+            yield model, {"compute_loss": compute}
+        add = partial(self._add_loss, getattr(model, keras_losses.ADDS_A_LOSS))
+        yield model, {keras_losses.ADDS_A_LOSS: add}
+
+    def compiled(self, index: int, loss: Any) -> Callable[..., Any]:
+        """What Keras calls in the place of a loss of `compile`."""
+        return partial(self._compiled_loss, index, loss)
 
     def _compute_loss(
         self,
@@ -73,45 +79,125 @@ class ScaledLoss:
     ) -> Any:
         """The loss of this replica; 0 on an empty one."""
         loss = keras_compute_loss(x, y, y_pred, sample_weight, **training)
-        if not self._rule.is_known:
-            return loss
-        loss = scale(loss, replica.current().has_samples)
-        scalar = rules.find_scalar_loss(self._rule.suspects, y, y_pred)
-        if scalar is not None:
-            rules.warn_of_scalar_loss(self._model, scalar)
-            replica.become(
-                replace(replica.current(), share=None, correction=None)
-            )
-        return scale(loss, replica.current().correction)
+        return scale(loss, replica.current().has_samples)
 
-    def _update_loss_metric(
-        self, keras_update: Callable[..., Any], value: Any, sample_weight: Any
+    def _compiled_loss(
+        self,
+        index: int,
+        loss: Any,
+        y_true: Any,
+        y_pred: Any,
+        sample_weight: Any = None,
     ) -> Any:
-        """The loss of one output among several, in the mean that is shown.
+        """The loss of one output, corrected to a mean."""
+        if not keras_losses.reduces_as_keras(loss):
+            value = loss(y_true, y_pred, sample_weight)
+            return self._measured("loss", index, value)
+        value, rank = keras_losses.call_and_rank(
+            loss, y_true, y_pred, sample_weight
+        )
+        if rank == 0:
+            return self._measured("loss", index, value)
+        if self._warns and keras_losses.may_compare_samples(loss):
+            comparing.check(self._model, loss, y_true, y_pred)
+        if keras_losses.is_sum(loss):
+            if len(value.shape):  # Summed when it is differentiated.
+                return value
+            return scale(value, replica.current().inverse_weight())
+        mask = keras_losses.mask_of(y_pred)
+        weighted = (
+            keras_losses.reduction(loss) == keras_losses.WEIGHTED_MEAN
+            and sample_weight is not None
+        )
+        if (
+            weighted
+            and mask is None
+            and replica.current().correction is not None
+        ):
+            return scale(value, replica.current().correction)
+        if weighted or mask is not None:
+            weights = sample_weight if weighted else None
+            return self._mean_of_counted(value, mask, weights)
+        return value
 
-        Keras takes the mean over batches where it does not know their size
-        in advance; then every replica counts once, with its share.
-        """
-        if sample_weight is None and self._rule.kind == "samples":
-            value = scale(value, replica.current().share)
-        return keras_update(value, sample_weight=sample_weight)
+    def _add_loss(self, keras_add: Callable[..., Any], loss: Any) -> Any:
+        """One of `model.losses`, corrected to a mean."""
+        value = keras_add(loss)
+        number = replica.current().next_call("added")
+        if number >= keras_losses.num_added_losses(self._model):
+            return value  # That of a regularizer.
+        if len(loss.shape):
+            return scale(value, replica.current().inverse_weight())
+        return self._measured("added", number, value)
 
-    def _scale_loss(
-        self, keras_scale_loss: Callable[..., Any], loss: Any
-    ) -> Any:
-        """The loss that is differentiated, scaled by the share of the batch.
+    def _measured(self, kind: str, number: int, value: Any) -> Any:
+        """A loss of which only a measurement tells what it is."""
+        this = replica.current()
+        if this.recorder is not None:
+            this.recorder.record((kind, number), value)
+            return value
+        if self._natures().is_sum(kind, number):
+            return scale(value, this.inverse_weight())
+        return value
 
-        That also scales gradients that cross between replicas in synchronized
-        layers. But backprop waits for the shares of all workers. Without such
-        layers the gradients are scaled instead, as they leave, which costs
-        nothing where all replicas have as many samples.
-        """
-        self._sums.in_backprop = True
-        if self._rule.is_known:
-            this = replica.current()
-            if self._gradients_can_be_scaled and not self._sums.used:
-                replica.become(replace(this, scaled="gradients"))
-            else:
-                replica.become(replace(this, scaled="loss"))
-                loss = scale(loss, this.share)
-        return keras_scale_loss(loss)
+    def _mean_of_counted(self, value: Any, mask: Any, weights: Any) -> Any:
+        """A mean over what is counted, where replicas count differently."""
+        this = replica.current()
+        counted = tf.convert_to_tensor(1.0) if weights is None else weights
+        counted = tf.cast(counted, tf.float32)
+        if mask is not None:
+            mask = tf.cast(mask, tf.float32)
+            while len(counted.shape) > len(mask.shape):
+                mask = mask[..., tf.newaxis]
+            while 0 < len(counted.shape) < len(mask.shape):
+                counted = counted[..., tf.newaxis]
+            counted = counted * mask
+        total = tf.reduce_sum(counted)
+        if this.recorder is not None:
+            # Linear in the samples: a mean over all of them.
+            size = tf.cast(tf.shape(counted)[0], tf.float32)
+            return scale(value, total / size)
+        part = part_of_sum(scale(total, this.has_samples), self._replicas)
+        return scale(value, part * this.inverse_weight())
+
+
+def scale_losses(
+    optimizers: list[Any], sums: SynchronizedSums, *, on_workers: bool
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Shadows `scale_loss`, to scale the loss that is differentiated.
+
+    That also scales gradients that cross between replicas in synchronized
+    layers. But backprop waits for the shares of all workers. Without such
+    layers gradients are scaled, as they leave, which costs nothing where all
+    replicas have as many samples.
+
+    Args:
+        optimizers: Those of the model.
+        sums: The sums that its layers make.
+        on_workers: Whether the step trains on several workers.
+    """
+    gradients_can_be_scaled = (
+        on_workers
+        and not tf.executing_eagerly()
+        and not any(map(keras_optimizers.accumulates, optimizers))
+    )
+
+    def scale_loss(keras_scale_loss: Callable[..., Any], loss: Any) -> Any:
+        sums.in_backprop = True
+        this = replica.current()
+        if this.recorder is not None:
+            return keras_scale_loss(loss)
+        weight = this.weight
+        if len(loss.shape):  # Not reduced: backprop adds up the samples.
+            weight = this.has_samples
+            replica.become(replace(this, scaled="loss"))
+        elif gradients_can_be_scaled and not sums.used:
+            weight = 1 / this.num_replicas
+            replica.become(replace(this, scaled="gradients"))
+        else:
+            replica.become(replace(this, scaled="loss"))
+        return keras_scale_loss(scale(loss, weight))
+
+    for optimizer in optimizers:
+        shadow = partial(scale_loss, optimizer.scale_loss)
+        yield optimizer, {"scale_loss": shadow}

@@ -1,9 +1,10 @@
-"""Moving statistics that all workers share.
+"""Statistics and other state of a model that all replicas share.
 
 A layer that gathers statistics, such as BatchNormalization, updates them on
-each replica from its own samples. In one process all see those of replica 0;
-workers would each go on with their own, and validate, save and predict with
-different models. So after each step every replica gets the mean.
+each replica from its own samples, and a custom step may keep an average or a
+counter. Then each replica would go on with its own, and the saved model would
+be that of replica 0. So after each step every replica gets the mean of all,
+weighted by samples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -56,25 +57,36 @@ class SharedStatistics:
 
     def _take_means_of(self, values: Sequence[Any], shares: Any) -> None:
         devices = self._replicas.devices
-        weights = shares.values if shares is not None else [None] * len(devices)
+        count = self._replicas.num_workers * len(devices)
         with tf.device("/cpu:0"):
-            scaled = [
-                scaling.scale(packing.pack(_parts(values, index)), weight)
-                for index, weight in enumerate(weights)
+            weights: Sequence[Any] = [1 / count] * len(devices)
+            if shares is not None:
+                weights = [share / count for share in shares.values]
+            packs = [
+                packing.pack(_parts(values, index))
+                for index in range(len(devices))
             ]
-            total = self._replicas.sum_over_workers(
-                tf.add_n(scaled), "statistics"
-            )
-            count = tf.cast(
-                self._replicas.num_workers * len(devices), total.dtype
-            )
-            means = packing.unpack(total / count, _parts(values, 0))
+            mean = self._mean_of(packs, weights)
+            means = packing.unpack(mean, _parts(values, 0))
         for index, device in enumerate(devices):
             with tf.device(device):
                 for part, mean in zip(
                     _parts(values, index), means, strict=True
                 ):
                     part.assign(mean)
+
+    def _mean_of(self, packs: list[Any], weights: Sequence[Any]) -> Any:
+        """The weighted mean over the replicas of all workers."""
+        if self._replicas.num_workers > 1:
+            total = tf.add_n(list(map(scaling.scale, packs, weights)))
+            return self._replicas.sum_over_workers(total, "statistics")
+        # What is the same everywhere, such as a counter, stays exact.
+        first, *others = packs
+        gaps = [
+            scaling.scale(pack - first, weight)
+            for pack, weight in zip(others, weights[1:], strict=True)
+        ]
+        return tf.add_n([first, *gaps])
 
 
 def moving_statistics(model: keras.Model) -> list[Any]:

@@ -39,6 +39,9 @@ class Replicas(Protocol):
     def sum_over_workers(self, value: tf.Tensor, name: str) -> tf.Tensor:
         """The sum of a tensor that each worker has, in its own dtype."""
 
+    def chiefs(self, text: str) -> str:
+        """The text of the chief; to be called on all workers."""
+
     def sum_gradients(
         self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()
     ) -> list[Any]:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_allreduce.compat import distribute
 from keras_allreduce.one_device.replicas import Replicas
-from keras_allreduce.one_device.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class BatchShares:
 
     Attributes:
         share: float32; share of the batch, times the number of replicas.
-        correction: float32; what the loss is scaled by beside the share.
+        correction: float32; what a loss that is divided by the sum of the
+            sample weights is scaled by beside the share.
         has_samples: bool; false on an empty replica.
         on_host: `share` again, as one float32 scalar on the host for each
             replica; empty if it is `None`.
@@ -42,33 +43,49 @@ class BatchShares:
         return self.share, self.correction, self.has_samples
 
 
-def shares_of_batch(data: Any, rule: Rule, replicas: Replicas) -> BatchShares:
+def shares_of_batch(
+    data: Any, replicas: Replicas, *, counts_weights: bool
+) -> BatchShares:
     """The shares of `data`, a distributed batch.
 
-    Keras weights the loss of each replica by its samples in the mean it
-    shows, and `ScaledLoss` does in the gradients. Where the rule counts
-    something else, the correction is common to both.
+    Args:
+        data: Nested structure of distributed values, samples first.
+        replicas: The replicas of this worker.
+        counts_weights: Whether a loss is divided by the sum of the sample
+            weights; then `correction` makes that the one of the batch.
     """
-    inputs, sample_weight = _parts(data)
-    parts = replicas.local_values(inputs)
+    parts = replicas.local_values(_first_part(data))
     if not parts:
         return BatchShares()
     with tf.device("/cpu:0"):
         sizes = _sizes(parts, replicas.num_workers)
-        if sizes is None:
-            has_samples = shares = None
-        else:
+        has_samples = shares = None
+        if sizes is not None:
             # Known without the other workers: no forward pass waits for them.
             has_samples = place([n > 0 for n in sizes], replicas.devices)
             shares = replicas.shares_of(sizes)
-        weights = replicas.local_values(sample_weight)
-        corrections = _corrections(rule, shares, weights, replicas)
+        corrections = None
+        if counts_weights:
+            weights = replicas.local_values(_sample_weight(data))
+            corrections = _corrections(shares, weights, replicas)
         return BatchShares(
             place(shares, replicas.devices),
             place(corrections, replicas.devices),
             has_samples,
             shares or (),
         )
+
+
+def replicas_with_samples(data: Any, replicas: Replicas) -> Any:
+    """Distributed bool, false on empty replicas; `None`: none is empty."""
+    parts = replicas.local_values(_first_part(data))
+    if not parts:
+        return None
+    with tf.device("/cpu:0"):
+        sizes = _sizes(parts, replicas.num_workers)
+        if sizes is None:
+            return None
+        return place([n > 0 for n in sizes], replicas.devices)
 
 
 def place(values: Sequence[tf.Tensor] | None, devices: Sequence[str]) -> Any:
@@ -108,15 +125,72 @@ def shares_of(
     ]
 
 
-def _parts(data: Any) -> tuple[Any, Any]:
-    """The first input and the sample weights of a batch, or `None`s."""
-    x, _, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    inputs = [leaf for leaf in keras.tree.flatten(x) if leaf is not None]
+def divided(data: Any, replicas: Replicas) -> Any:
+    """A batch that is not distributed yet, divided over the replicas.
+
+    So `train_on_batch` and its like divide the work as `fit` does. The first
+    replicas get as many samples each, the last ones what is left.
+
+    Args:
+        data: Nested structure of arrays and tensors, samples first.
+        replicas: The replicas of this worker.
+    """
+    devices = replicas.devices
+    leaves = keras.tree.flatten(data)
+    if len(devices) == 1 or any(
+        isinstance(x, tf.distribute.DistributedValues) for x in leaves
+    ):
+        return data
+
+    def divide(value: Any) -> Any:
+        if value is None or tf.TensorShape(np.shape(value)).rank == 0:
+            return value
+        value = tf.convert_to_tensor(value)
+        size = -(-tf.shape(value)[0] // len(devices))
+        parts = []
+        for index, device in enumerate(devices):
+            with tf.device(device):
+                parts.append(value[index * size : (index + 1) * size])
+        return distribute.PerReplica(tuple(parts))
+
+    return keras.tree.map_structure(divide, data)
+
+
+def part_of_sum(value: tf.Tensor, replicas: Replicas) -> tf.Tensor:
+    """A scalar of this replica over its sum on all; in a replica's thread."""
+
+    @tf.autograph.experimental.do_not_convert
+    def merge(_strategy: tf.distribute.Strategy, values: Any) -> Any:
+        parts = replicas.local_values(values)
+        with tf.device("/cpu:0"):
+            total = replicas.sum_over_workers(tf.add_n(parts), "counted")
+        return place(
+            [tf.math.divide_no_nan(part, total) for part in parts],
+            replicas.devices,
+        )
+
+    context = tf.distribute.get_replica_context()
+    return context.merge_call(merge, args=(value,))
+
+
+def _first_part(data: Any) -> Any:
+    """What tells the number of samples: the first that has a dimension."""
+    for leaf in keras.tree.flatten(data):
+        local = getattr(leaf, "values", (leaf,))
+        local = local[0] if isinstance(local, tuple) else leaf
+        if leaf is not None and tf.TensorShape(local.shape).rank != 0:
+            return leaf
+    return None
+
+
+def _sample_weight(data: Any) -> Any:
+    """The sample weights of a batch, if Keras would find one such part."""
+    try:
+        _, _, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    except (TypeError, ValueError):
+        return None
     weights = keras.tree.flatten(sample_weight)
-    return (
-        inputs[0] if inputs else None,
-        weights[0] if len(weights) == 1 else None,
-    )
+    return weights[0] if len(weights) == 1 else None
 
 
 def _sizes(replicas: Sequence[Any], num_workers: int) -> list[tf.Tensor] | None:
@@ -140,20 +214,17 @@ def _sizes(replicas: Sequence[Any], num_workers: int) -> list[tf.Tensor] | None:
 
 
 def _corrections(
-    rule: Rule,
     shares: list[tf.Tensor] | None,
     sample_weights: Sequence[Any],
     replicas: Replicas,
 ) -> list[tf.Tensor] | None:
-    """The scale that `rule` wants, divided by the share, of each replica."""
-    wanted: list[tf.Tensor] | None = None
-    if rule.kind == "sum" and shares is not None:
-        wanted = [tf.ones([]) for _ in shares]
-    elif rule.kind == "sample_weights" and sample_weights:
-        wanted = replicas.shares_of(
-            [tf.reduce_sum(tf.cast(w, tf.float32)) for w in sample_weights]
-        )
-    if wanted is None or shares is None:
+    """Share of each replica in the sample weights, over that in samples."""
+    if not sample_weights:
+        return None
+    wanted = replicas.shares_of(
+        [tf.reduce_sum(tf.cast(w, tf.float32)) for w in sample_weights]
+    )
+    if shares is None:
         return wanted
     return [
         tf.math.divide_no_nan(scale, share)

@@ -1,41 +1,70 @@
-"""Makes N replicas equal one device under Keras's own steps.
+"""Makes N replicas equal one device under the steps of Keras's models.
 
-A mean over a batch is not the mean of the means over its parts unless the
-parts are equal; clipping the parts does not clip the sum; and a seed that all
-replicas share gives all of them the same dropout mask. Keras leaves all three
-to the strategy, and a strategy sees neither loss nor optimizer. So while a
-step of Keras runs (or is traced), the methods of this model's objects that
-decide about them are shadowed by ours. Afterwards the objects are as they
-were; no class is touched.
+Inside a step a replica sees one device: `num_replicas_in_sync` is 1, and every
+loss is that of the replica's part of the batch. What the replicas have is then
+combined by what it is: the mean of means, weighted by samples, and the sum of
+sums. Keras's own step says which it is; of a custom one, it is measured.
 
-    Keras's step                 shadowed by
+In Keras's own step methods of the model's objects are shadowed by ours, in a
+custom one, that has what it needs wherever it likes, methods of classes ask
+first (`hooks.py`). Afterwards all is as it was.
+
+    Keras's own step             shadowed by
     model.compute_loss           loss.py    empty replica: 0
-    loss_metric.update_state     loss.py    the share of each replica
-    optimizer.scale_loss         loss.py    scaled by the share of the batch
+    losses, add_loss             loss.py    corrected to a mean over samples
+    optimizer.scale_loss         loss.py    scaled by the weight of the replica
     optimizer.apply              update.py  all-reduce, then Keras's: finite
                                             check, accumulate, clip, update
-    seed_generator.next          step.py    another one per replica
     statistics.assign            moving_statistics.py
-                                            then one mean for all workers
+                                            then one mean for all replicas
+
+    any step                     takes part
+    tape.gradient                gradients.py  custom steps: scaled, summed
+    optimizer.apply              gradients.py  custom steps: updates
+    metric.update_state          view.py    counts with the share
+    seed_generator.next          view.py    another one per replica
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.one_device import empty_replica, logs, replica, rules
-from keras_allreduce.one_device.loss import ScaledLoss
+from keras_allreduce.compat import (
+    keras_losses,
+    keras_optimizers,
+    keras_steps,
+    keras_threads,
+)
+from keras_allreduce.one_device import (
+    empty_replica,
+    hooks,
+    logs,
+    loss,
+    measurement,
+    replica,
+    warn,
+)
+from keras_allreduce.one_device.gradients import GradientsOfTheBatch
+from keras_allreduce.one_device.loss import LossOfTheReplica
+from keras_allreduce.one_device.metric_state import SharedMetricState
 from keras_allreduce.one_device.moving_statistics import SharedStatistics
+from keras_allreduce.one_device.natures import Natures
 from keras_allreduce.one_device.replica import Replica
 from keras_allreduce.one_device.replicas import Replicas
-from keras_allreduce.one_device.shares import BatchShares, shares_of_batch
+from keras_allreduce.one_device.shadowing import shadowed
+from keras_allreduce.one_device.shares import (
+    BatchShares,
+    divided,
+    shares_of_batch,
+)
 from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.one_device.update import SummedUpdate
+from keras_allreduce.one_device.view import OneDeviceView
 from keras_allreduce.reduce.observe import BatchRecord
 
 _do_not_convert = tf.autograph.experimental.do_not_convert
@@ -47,8 +76,10 @@ class Step:
     Args:
         model: The model whose step it is.
         name: `"train_step"` or `"test_step"`.
+        strategy: Its strategy.
         replicas: The replicas of this worker.
-        weigh_samples: See `rules.find_rule`.
+        weigh_samples: Whether unknown losses are means over samples, or sums.
+            `None`: it is measured.
         note: Called with the records of accumulated gradients.
 
     Attributes:
@@ -59,19 +90,27 @@ class Step:
         self,
         model: keras.Model,
         name: str,
+        strategy: tf.distribute.Strategy,
         replicas: Replicas,
         weigh_samples: bool | None,
         note: Callable[[Sequence[BatchRecord]], None],
     ):
         self._model = model
         self._name = name
+        self._strategy = strategy
         self._replicas = replicas
-        self._must_scale = weigh_samples is True
+        self._weigh_samples = weigh_samples
         self._note = note
-        self._rule = rules.find_rule(model, name, weigh_samples)
+        self._is_custom = not all(
+            keras_compat.is_keras_method(model, method)
+            for method in (name, "compute_loss")
+        )
+        self._count = replicas.num_workers * len(replicas.devices)
+        self._trains = name == "train_step"
+        self._statistics = SharedStatistics(model, replicas)
+        self._metrics = SharedMetricState(model, replicas, strategy)
+        self._measure: Callable[[], Natures] = Natures
         self.sums: SynchronizedSums | None = None
-        if self._rule.reason and name == "train_step":
-            rules.warn_of_unknown_rule(model, self._rule)
 
     def run(
         self,
@@ -82,55 +121,71 @@ class Step:
     ) -> Any:
         """Runs `fn` on every replica, as `call_for_each_replica` does."""
         # data[replica]
-        #   [1] shares[replica] of the batch, and a spare sample for those
-        #       that have none
-        #   [2] shadows: loss, optimizers, seeds, statistics of the model
-        #   [3] every replica in its own thread:
-        #       [3a] borrow the spare sample
-        #       [3b] Keras: forward, loss, backprop, sum of gradients, update
-        #       [3c] forget the spare sample
-        #   [4] statistics[replica] -> one mean for all workers
-        #   [5] logs[replica] -> as of one device
+        #   [1] shares[replica], and a spare sample for those without one
+        #   [2] shadows and hooks: losses, optimizers, metrics, seeds
+        #   [3] a custom step is measured: what is a mean, what a sum?
+        #   [4] every replica in its own thread:
+        #       [4a] borrow the spare sample
+        #       [4b] Keras: forward, loss, backprop, sum of gradients, update
+        #       [4c] forget the spare sample
+        #   [5] state[replica] -> that of one model
+        #   [6] logs[replica] -> as of one device
         data, *rest = args
-        shares = shares_of_batch(data, self._rule, self._replicas)  # [1]
-        spare = None
-        if shares.share is not None:
-            spare = empty_replica.spare_sample(data, self._replicas)
-        statistics = SharedStatistics(self._model, self._replicas)
+        data = divided(data, self._replicas)
+        shares, spare = self._shares(data)  # [1]
         with contextlib.ExitStack() as stack:
-            for owner, methods in self._shadows(shares, statistics):  # [2]
-                stack.enter_context(_shadowed(owner, methods))
-            outputs, seen = call_for_each_replica(  # [3]
-                _do_not_convert(partial(self._on_replica, fn, spare)),
-                (shares.of_replicas(), data, *rest),
-                kwargs,
+            for block in self._blocks(shares):  # [2]
+                stack.enter_context(block)
+            fn = keras_steps.plain(fn, self._model, self._name)
+            self._measure = partial(self._measured, fn, data)
+            natures = self._natures if self._is_custom else Natures()  # [3]
+            view = self._view(natures, shares)
+            stack.enter_context(hooks.handled(self._strategy, view))
+            on = partial(self._on_replica, fn, spare, keras_threads.settings())
+            parts = (shares.of_replicas(), data, *rest)
+            outputs, seen = call_for_each_replica(  # [4]
+                _do_not_convert(on), parts, kwargs
             )
-        statistics.take_means(shares.share)  # [4]
-        return logs.mean_over_samples(outputs, seen, self._replicas)  # [5]
+        self._statistics.take_means(shares.share)  # [5]
+        self._metrics.agree()
+        return logs.as_of_one_device(  # [6]
+            outputs, seen, shares.share, natures, self._replicas
+        )
+
+    def _shares(self, data: Any) -> tuple[BatchShares, Any]:
+        """The shares of a batch, and a spare sample if some may be empty."""
+        keras_threads.make_generator_of_unseeded(self._strategy)
+        shares = shares_of_batch(
+            data,
+            self._replicas,
+            counts_weights=keras_losses.divides_by_weights(self._model),
+        )
+        if shares.share is None:
+            return shares, None
+        return shares, empty_replica.spare_sample(data, self._replicas)
 
     def _on_replica(
         self,
         fn: Callable[..., Any],
         spare: Any,
+        settings: dict[str, Any],
         shares: tuple[Any, Any, Any],
         data: Any,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
-        """The logs of one replica, and of how many samples they are means.
-
-        The latter is `None` if the logs are to stay as they are.
-        """
-        this = Replica(*shares)
+        """The logs of one replica, and of how many samples they are means."""
+        keras_threads.take_over(settings)
+        this = Replica(*shares, num_replicas=self._count)
         with replica.running(this):
-            if this.has_samples is None or not self._rule.is_known:
+            if this.has_samples is None:
                 return fn(data, *args, **kwargs), None
             before = empty_replica.state(self._model)
-            data = empty_replica.with_a_sample(  # [3a]
+            data = empty_replica.with_a_sample(  # [4a]
                 data, this.has_samples, spare
             )
-            outputs = fn(data, *args, **kwargs)  # [3b]
-            empty_replica.restore(this.has_samples, before)  # [3c]
+            outputs = fn(data, *args, **kwargs)  # [4b]
+            empty_replica.restore(this.has_samples, before)  # [4c]
             if not logs.are_metric_results(self._model, self._name):
                 return outputs, None
             return (
@@ -138,59 +193,60 @@ class Step:
                 logs.samples_seen(self._model),
             )
 
-    def _shadows(
-        self, shares: BatchShares, statistics: SharedStatistics
-    ) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """The shadowed objects, each with its methods."""
-        on_workers = (
-            self._name == "train_step" and self._replicas.num_workers > 1
+    @cached_property
+    def _natures(self) -> Natures:
+        """What was measured of this step, or what the user has said."""
+        return self._measure()
+
+    def _measured(self, fn: Callable[..., Any], data: Any) -> Natures:
+        if self._weigh_samples is not None:
+            return Natures.given(is_sum=not self._weigh_samples)
+        found = measurement.natures_of(
+            self._model, self._name, fn, data, self._strategy, self._replicas
         )
+        if self._trains:
+            warn.of_natures(self._model, found, is_custom=self._is_custom)
+        return found
+
+    def _view(self, natures: Natures, shares: BatchShares) -> OneDeviceView:
+        gradients = None
+        if self._is_custom and self._trains and self.sums is not None:
+            gradients = GradientsOfTheBatch(
+                self._replicas,
+                natures,
+                self.sums,
+                shares.on_host,
+                on_workers=self._replicas.num_workers > 1,
+            )
+        return OneDeviceView(natures, gradients)
+
+    def _blocks(
+        self, shares: BatchShares
+    ) -> Iterator[contextlib.AbstractContextManager[Any]]:
+        """What is replaced while the step runs."""
         self.sums = SynchronizedSums(
-            self._replicas,
-            shares.has_samples if self._rule.is_known else None,
-            # A custom step does not show where its backprop begins.
-            in_backprop=not keras_compat.is_keras_method(
-                self._model, self._name
-            ),
+            self._replicas, shares.has_samples, in_backprop=False
         )
-        yield from ScaledLoss(
-            self._model, self._rule, self.sums, on_workers=on_workers
-        ).shadows()
-        yield from SummedUpdate(
-            self._model,
-            self._replicas,
-            shares.on_host,
-            must_scale=self._must_scale,
-            note=self._note,
-        ).shadows()
-        for generator in keras_compat.seed_generators(self._model):
-            yield generator, {"next": partial(_next_seed, generator.next)}
-        if on_workers:
-            yield from statistics.shadows()
-
-
-def _next_seed(keras_next: Callable[..., Any], ordered: bool = True) -> Any:
-    """A seed that no other replica has; replica 0 has Keras's."""
-    seed = keras_next(ordered)
-    context = tf.distribute.get_replica_context()
-    if context is None:
-        return seed
-    number = tf.cast(context.replica_id_in_sync_group, seed.dtype)
-    # Far apart, whatever seeds the layers of the model were given.
-    return seed + number * tf.constant([1_000_003, 0], seed.dtype)
-
-
-@contextlib.contextmanager
-def _shadowed(owner: Any, methods: dict[str, Any]) -> Iterator[None]:
-    """Replaces methods of one object inside the block."""
-    # Past __setattr__, in which Keras tracks what is assigned.
-    own = vars(owner)
-    before = {name: own[name] for name in methods if name in own}
-    # Plain Python, also inside a tf.function of the user's.
-    own.update({name: _do_not_convert(methods[name]) for name in methods})
-    try:
-        yield
-    finally:
-        for name in methods:
-            del own[name]
-        own.update(before)
+        warns = self._trains and self._weigh_samples is None
+        losses = LossOfTheReplica(
+            self._model, self._replicas, lambda: self._natures, warns=warns
+        )
+        yield keras_losses.compiled_losses_replaced(
+            self._model, losses.compiled
+        )
+        for name, method in keras_steps.inlined_functions(self._model):
+            yield shadowed(self._model, {name: method})
+        shadows = [*losses.shadows(), *self._metrics.shadows()]
+        if self._trains:
+            shadows += self._statistics.shadows()
+        if self._trains and not self._is_custom:
+            shadows += loss.scale_losses(
+                keras_optimizers.optimizers_of(self._model),
+                self.sums,
+                on_workers=self._replicas.num_workers > 1,
+            )
+            shadows += SummedUpdate(
+                self._model, self._replicas, shares.on_host, note=self._note
+            ).shadows()
+        for owner, methods in shadows:
+            yield shadowed(owner, methods)

@@ -22,9 +22,7 @@ from keras_allreduce.compat import distribute, keras_optimizers
 from keras_allreduce.one_device import replica
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.reduce.observe import BatchRecord, observe
-from keras_allreduce.reduce.scaling import scale
 
-_do_not_convert = tf.autograph.experimental.do_not_convert
 _thread = threading.local()
 
 
@@ -41,7 +39,6 @@ class SummedUpdate:
         replicas: The replicas of this worker.
         weights: float32 scalars on the host, the share of each replica, or
             nothing: all weigh 1.
-        must_scale: Whether gradients of a loss that was not scaled are.
         note: Called with the records of accumulated gradients, inside the
             branch that reduces them.
     """
@@ -52,13 +49,11 @@ class SummedUpdate:
         replicas: Replicas,
         weights: Sequence[tf.Tensor],
         *,
-        must_scale: bool,
         note: Callable[[Sequence[BatchRecord]], None],
     ):
         self._model = model
         self._replicas = replicas
         self._weights = weights
-        self._must_scale = must_scale
         self._note = note
 
     def shadows(self) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -67,17 +62,16 @@ class SummedUpdate:
             yield optimizer, {"apply": partial(self._apply, optimizer)}
             inner = keras_optimizers.inner_optimizer(optimizer)
             if inner is not None:
-                yield inner, {"apply": partial(_update, inner.apply)}
+                yield inner, {"apply": partial(update, inner.apply)}
 
     def _apply(
         self, optimizer: Any, grads: Any, trainable_variables: Any = None
     ) -> Any:
         """Reduces first, so that all that Keras does sees the sum."""
+        if replica.is_measured():
+            return None
         keras_apply = type(optimizer).apply.__get__(optimizer)
         grads = list(grads)
-        this = replica.current()
-        if self._must_scale and this.scaled is None:
-            grads = [g if g is None else scale(g, this.share) for g in grads]
         if not already_reduced():
             if trainable_variables is not None:
                 trainable_variables = list(trainable_variables)
@@ -86,57 +80,32 @@ class SummedUpdate:
             # Checks all replicas' gradients at once, in a merge_call; its
             # inner optimizer then updates as below.
             return keras_apply(grads, trainable_variables)
-        return _update(keras_apply, grads, trainable_variables)
+        return update(keras_apply, grads, trainable_variables)
 
     def _summed(
         self, optimizer: Any, grads: list[Any], variables: list[Any] | None
     ) -> list[Any]:
         """The sums over all replicas; `None` stays `None`."""
-        moving = [
-            index
-            for index, gradient in enumerate(grads)
-            if gradient is not None
-            and not (
-                variables is not None
-                and keras_optimizers.takes_gradient_as_value(variables[index])
-            )
-        ]
+        moving = _moving(grads, variables)
         if not moving:
             return grads
         gradients = [grads[index] for index in moving]
         accumulators = variables and keras_optimizers.gradient_accumulators(
             optimizer, [variables[index] for index in moving]
         )
-        if accumulators:
-            gradients = [tf.convert_to_tensor(each) for each in gradients]
-            merge = partial(self._sum_when_applied, optimizer, accumulators)
-        else:
-            merge = partial(self._sum_now, self._weights_of_gradients())
-        # Only the gradients are arguments: merge_call makes one distributed
-        # value of the replicas' arguments; what is bound stays as it is.
-        sums = tf.distribute.get_replica_context().merge_call(
-            _do_not_convert(merge), args=(gradients,)
+        if not accumulators:
+            this = replica.current()
+            scales = this.scaled == "gradients" and this.share is not None
+            weights = self._weights if scales else ()
+            return sum_over_replicas(self._replicas, grads, weights, variables)
+        gradients = [tf.convert_to_tensor(each) for each in gradients]
+        sums = _merge(
+            partial(self._sum_when_applied, optimizer, accumulators), gradients
         )
         reduced = list(grads)
         for index, total in zip(moving, sums, strict=True):
             reduced[index] = total
         return reduced
-
-    def _weights_of_gradients(self) -> Sequence[tf.Tensor]:
-        """The share of each replica if it does not scale the loss."""
-        this = replica.current()
-        if this.scaled == "gradients" and this.share is not None:
-            return self._weights
-        return ()
-
-    def _sum_now(
-        self,
-        weights: Sequence[tf.Tensor],
-        _strategy: tf.distribute.Strategy,
-        gradients: Sequence[Any],
-    ) -> list[Any]:
-        """Sums distributed gradients, in cross-replica context."""
-        return self._replicas.sum_gradients(gradients, weights)
 
     def _sum_when_applied(
         self,
@@ -180,6 +149,60 @@ class SummedUpdate:
         return [distribute.PerReplica(tuple(each)) for each in kept]
 
 
+def sum_over_replicas(
+    replicas: Replicas,
+    gradients: Sequence[Any],
+    weights: Sequence[tf.Tensor],
+    variables: Sequence[Any] | None,
+) -> list[Any]:
+    """The sums over all replicas, in a replica's thread.
+
+    Args:
+        replicas: The replicas.
+        gradients: Those of this replica; `None` stays `None`.
+        weights: See `Replicas.sum_gradients`.
+        variables: Those that the gradients are of, if known. Gradients that
+            Keras assigns as they are stay as they are.
+    """
+    moving = _moving(gradients, variables)
+    if not moving:
+        return list(gradients)
+
+    def merge(_strategy: Any, moved: Sequence[Any]) -> list[Any]:
+        return replicas.sum_gradients(moved, weights)
+
+    sums = _merge(merge, [gradients[index] for index in moving])
+    reduced = list(gradients)
+    for index, total in zip(moving, sums, strict=True):
+        reduced[index] = total
+    return reduced
+
+
+def _moving(
+    gradients: Sequence[Any], variables: Sequence[Any] | None
+) -> list[int]:
+    """Indices of the gradients that are summed."""
+    return [
+        index
+        for index, gradient in enumerate(gradients)
+        if gradient is not None
+        and not (
+            variables is not None
+            and keras_optimizers.takes_gradient_as_value(variables[index])
+        )
+    ]
+
+
+def _merge(merge: Callable[..., Any], gradients: Sequence[Any]) -> Any:
+    """Calls `merge` once, with the gradients of all replicas."""
+    context = tf.distribute.get_replica_context()
+    # Only the gradients are arguments: merge_call makes one distributed value
+    # of the replicas' arguments; what is bound stays as it is.
+    return context.merge_call(
+        tf.autograph.experimental.do_not_convert(merge), args=(gradients,)
+    )
+
+
 def _take(gradient: tf.Tensor, accumulator: tf.Variable) -> tf.Tensor:
     """The gradient and all that was accumulated, which starts again."""
     with tf.device(accumulator.device):
@@ -188,7 +211,7 @@ def _take(gradient: tf.Tensor, accumulator: tf.Variable) -> tf.Tensor:
     return total
 
 
-def _update(
+def update(
     keras_apply: Callable[..., Any],
     grads: Any,
     trainable_variables: Any = None,

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.compat import keras_build, keras_threads
 from keras_allreduce.fit_output import explain, keras_hook, prediction
 from keras_allreduce.fit_output.gradients import ModelGradients, gradients_of
 from keras_allreduce.fit_output.hints import Options
@@ -17,6 +17,7 @@ from keras_allreduce.fit_output.meter import Meter
 from keras_allreduce.fit_output.stats import ReduceStats
 from keras_allreduce.fit_output.step_log import StepLog
 from keras_allreduce.fit_output.timeline import recording
+from keras_allreduce.one_device import first_batch, replica
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.reduce.cost_model import Link
 from keras_allreduce.reduce.plan import ReducePlan
@@ -35,6 +36,7 @@ class StrategyBase(tf.distribute.Strategy):
         self.step_log = StepLog()
         self._meter = Meter(self.step_log)
         self._fit_log = bool(fit_log)
+        keras_build.install(_is_ours, _prepare)
         if fit_log:
             keras_hook.install()
 
@@ -47,6 +49,13 @@ class StrategyBase(tf.distribute.Strategy):
             wire_dtype,
             self.extended.num_workers,
         )
+
+    @property
+    def num_replicas_in_sync(self) -> int:
+        """Number of replicas; 1 inside a step of Keras, as on one device."""
+        if replica.sees_one_device():
+            return 1
+        return int(super().num_replicas_in_sync)
 
     @property
     def shown_steps(self) -> StepLog | None:
@@ -64,7 +73,7 @@ class StrategyBase(tf.distribute.Strategy):
         Returns:
             A tensor, or a structure of tensors like `value`.
         """
-        if keras_compat.is_batch_without_mean(reduce_op, value, axis):
+        if axis is None and keras_build.is_looking_at_shapes():
             return keras.tree.map_structure(
                 lambda leaf: self.experimental_local_results(leaf)[0], value
             )
@@ -177,3 +186,13 @@ class StrategyBase(tf.distribute.Strategy):
                 must enter the block, and the chief writes.
         """
         return recording(self, path)
+
+
+def _is_ours(strategy: Any) -> bool:
+    return isinstance(strategy, StrategyBase)
+
+
+def _prepare(model: keras.Model, batch: Any) -> None:
+    """Prepares the first step of a model; here nothing is traced yet."""
+    first_batch.remember(model, batch)
+    keras_threads.make_generator_of_unseeded(model.distribute_strategy)

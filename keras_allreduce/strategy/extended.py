@@ -7,11 +7,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce.compat import distribute, versions
-from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.compat import distribute, keras_steps, versions
 from keras_allreduce.fit_output.timeline import Peers
 from keras_allreduce.input.dataset import own
-from keras_allreduce.one_device import shares
+from keras_allreduce.one_device import predict, replica, shares
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.step import Step
 from keras_allreduce.one_device.update import already_reduced
@@ -58,6 +57,13 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         if already_reduced():
             return value
         return super()._replica_ctx_all_reduce(reduce_op, value, options)
+
+    def _batch_gather_to(
+        self, value_destination_pairs: Any, axis: Any, options: Any = None
+    ) -> Any:
+        if replica.is_measured():
+            return [value for value, _ in value_destination_pairs]
+        return super()._batch_gather_to(value_destination_pairs, axis, options)
 
     def _batch_reduce_to(
         self, reduce_op: Any, value_destination_pairs: Any, options: Any
@@ -115,6 +121,10 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         """The sum of a tensor that each worker has, in its own dtype."""
         return value
 
+    def chiefs(self, text: str) -> str:
+        """The text of the chief, which is the only worker."""
+        return text
+
     def sum_gradients(
         self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()
     ) -> list[Any]:
@@ -131,8 +141,12 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         strategy = self._container_strategy()
         versions.check_step_is_not_legacy(fn)
         began = time.time()
-        model, step_name = keras_compat.step_of(fn)
         run = super()._call_for_each_replica
+        model, step_name = None, ""
+        if self._step is None and not already_reduced():
+            model, step_name = keras_steps.step_of(fn)
+        if step_name == keras_steps.PREDICT:
+            return predict.run(self, strategy, run, fn, args, kwargs)
         if model is None:
             with observe() as records:
                 result = run(fn, args, kwargs)
@@ -147,6 +161,7 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         self._step = Step(
             model,
             step_name,
+            strategy,
             self,
             strategy.weigh_samples,
             note=lambda found: strategy.step_log.add(found, model),

@@ -107,6 +107,10 @@ class MultiWorkerAllReduceExtended(
             amounts, total=total, count=self._num_replicas_in_sync
         )
 
+    def chiefs(self, text: str) -> str:
+        """The text of the chief; to be called on all workers."""
+        return self._workers.text_of_chief(text)
+
     def sum_over_workers(self, value: tf.Tensor, name: str) -> tf.Tensor:
         """The sum of a tensor that each worker has, in its own dtype."""
         return self._workers.sum(value, name)
@@ -114,17 +118,7 @@ class MultiWorkerAllReduceExtended(
     def sum_gradients(
         self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()
     ) -> list[Any]:
-        """Sums distributed gradients over all replicas.
-
-        Args:
-            gradients: Distributed values, dense or sparse; those of an empty
-                replica are 0.
-            weights: float32 scalars on the host by which the gradients of
-                each replica of this worker are scaled; empty: not scaled.
-
-        Returns:
-            The sums, equal on all replicas.
-        """
+        """See `Replicas.sum_gradients`; gradients of empty replicas are 0."""
         if self._workers.sums_now:
             return self._workers.gradient_ops.sum(gradients, weights)
         if weights:

@@ -39,11 +39,10 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
         algorithm: See `BatchAllReduce`.
         bytes_per_pack: See `BatchAllReduce`.
         sparse_as_dense: See `BatchAllReduce`.
-        weigh_samples: Whether the loss of each replica is weighed by its part
-            of the batch, which makes batches of any size come out as on one
-            device. `None`: where that is known to be right, which is where
-            Keras computes a loss that is a mean. `True` and `False` decide,
-            for a `train_step` or a loss of your own.
+        weigh_samples: Whether losses that Keras does not reduce itself, those
+            of a custom step and of one value for all samples, are means over
+            samples (`True`), which are weighted by samples, or sums
+            (`False`). `None`: it is measured on a few samples.
         fit_log: Whether the output of `model.fit` shows the plan and the cost
             of the all-reduce.
 

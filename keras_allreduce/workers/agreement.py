@@ -196,6 +196,17 @@ class Agreement:
 
         return compared
 
+    def text_of_chief(self, text: str) -> str:
+        """Returns on every worker what the chief has passed.
+
+        Args:
+            text: What this worker would have taken.
+
+        Raises:
+            WorkerError: See `Store.exchange`.
+        """
+        return self._store.exchange(f"decision/{next(self._points)}", text)[0]
+
     def _difference(
         self, chief: dict[str, str], other: dict[str, str], rank: int
     ) -> list[str]:

@@ -96,6 +96,10 @@ class SingleWorker:
         """Whether a graph is traced: TensorFlow's strategy sums eagerly."""
         return not tf.executing_eagerly()
 
+    def text_of_chief(self, text: str) -> str:
+        """Returns `text`."""
+        return text
+
     def sum(self, value: tf.Tensor, purpose: str) -> tf.Tensor:
         """Returns `value`."""
         return value
@@ -229,6 +233,10 @@ class Workers:
         Over gRPC eager ones are TensorFlow's: our names are for graphs.
         """
         return self._sums_eagerly or not tf.executing_eagerly()
+
+    def text_of_chief(self, text: str) -> str:
+        """See `Agreement`."""
+        return self._agreement.text_of_chief(text)
 
     def sum(self, value: tf.Tensor, purpose: str) -> tf.Tensor:
         """The sum of a tensor that each worker has, in its own dtype."""

@@ -1,0 +1,142 @@
+"""A few samples of what a model is trained on, to measure its step with."""
+
+import weakref
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+SAMPLES = 16
+"""How many samples are kept; a measurement runs on two halves of them."""
+
+_MOST_ELEMENTS = 2**22
+
+_batches: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def remember(model: keras.Model, batch: Any) -> None:
+    """Keeps the first samples of a batch that Keras has shown.
+
+    Args:
+        model: The model that is to be trained on it.
+        batch: Nested structure of arrays and tensors, samples first.
+    """
+    try:
+        _batches[model] = keras.tree.map_structure(_first_samples, batch)
+    except (TypeError, ValueError, tf.errors.OpError):
+        return  # Not samples: others are remembered, or made up.
+
+
+def like(model: keras.Model, data: Any) -> Any:
+    """A few samples with the structure, dtypes and inner shapes of `data`.
+
+    Those that were remembered, if they are like it; else made up: a mean over
+    samples is one of any samples.
+
+    Args:
+        model: The model.
+        data: Nested structure of tensors, of one replica.
+    """
+    known = _batches.get(model)
+    if known is not None and _are_alike(known, data):
+        return known
+    return keras.tree.map_structure(made_up, data)
+
+
+def halves(batch: Any) -> tuple[Any, Any, Any]:
+    """An even number of samples, and the first and second half of them."""
+    sizes = [
+        size
+        for size in map(_size, keras.tree.flatten(batch))
+        if size is not None
+    ]
+    count = min(sizes, default=0)
+    if count < 2:
+        batch = keras.tree.map_structure(_twice, batch)
+        count = 2
+    half = count // 2
+
+    def part(start: int, end: int) -> Any:
+        def rows(value: Any) -> Any:
+            return value if _size(value) is None else _rows(value, start, end)
+
+        return keras.tree.map_structure(rows, batch)
+
+    return part(0, 2 * half), part(0, half), part(half, 2 * half)
+
+
+def _size(value: Any) -> int | None:
+    """Number of samples; `None` for what is the same for all samples."""
+    shape = getattr(value, "shape", None)
+    if shape is None or len(shape) == 0 or shape[0] is None:
+        return None
+    return int(shape[0])
+
+
+def _rows(value: Any, start: int, end: int) -> Any:
+    if isinstance(value, tf.SparseTensor):
+        rest = value.dense_shape[1:]
+        begin = tf.concat([[start], tf.zeros_like(rest)], axis=0)
+        size = tf.concat([[end - start], rest], axis=0)
+        return tf.sparse.slice(value, begin, size)
+    return value[start:end]
+
+
+def _twice(value: Any) -> Any:
+    if _size(value) is None:
+        return value
+    if isinstance(value, tf.SparseTensor):
+        return tf.sparse.concat(0, [value, value])
+    return tf.concat([value, value], axis=0)
+
+
+def _first_samples(value: Any) -> Any:
+    if value is None or _size(value) is None:
+        return value
+    if not isinstance(value, tf.SparseTensor | tf.RaggedTensor):
+        value = tf.convert_to_tensor(value[: _count(value)])
+        if value.dtype.is_floating and not np.any(value.numpy()):
+            # Keras was shown zeros, in the place of what comes once only.
+            raise ValueError
+        return value
+    return _rows(value, 0, min(SAMPLES, int(value.shape[0])))
+
+
+def _count(value: Any) -> int:
+    """How many samples are kept: fewer of large ones."""
+    of_one = max(1, int(np.prod(value.shape[1:])))
+    return min(SAMPLES, max(2, _MOST_ELEMENTS // of_one))
+
+
+def _are_alike(known: Any, data: Any) -> bool:
+    try:
+        keras.tree.assert_same_structure(known, data)
+    except (TypeError, ValueError):
+        return False
+    return all(
+        getattr(one, "dtype", None) == getattr(other, "dtype", None)
+        and _inner(one).is_compatible_with(_inner(other))
+        for one, other in zip(
+            keras.tree.flatten(known), keras.tree.flatten(data), strict=True
+        )
+    )
+
+
+def _inner(value: Any) -> tf.TensorShape:
+    shape = tf.TensorShape(getattr(value, "shape", None))
+    return shape[1:] if shape.rank else shape
+
+
+def made_up(value: Any) -> Any:
+    """Samples of the dtype and inner shape of a tensor."""
+    if not isinstance(value, tf.Tensor) or value.shape.rank is None:
+        return value
+    inner = [dim or 8 for dim in value.shape[1:].as_list()]
+    shape = [SAMPLES // 2, *inner] if value.shape.rank else []
+    rng = np.random.default_rng(0)
+    if value.dtype.is_floating or value.dtype.is_complex:
+        return tf.cast(rng.uniform(size=shape), value.dtype)
+    if value.dtype == tf.string:
+        return tf.constant("a", shape=shape)
+    return tf.cast(rng.integers(0, 2, shape), value.dtype)

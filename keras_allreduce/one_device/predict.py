@@ -1,0 +1,69 @@
+"""Runs `predict_step` on replicas of which some may have no samples."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_allreduce.compat import keras_threads
+from keras_allreduce.one_device import empty_replica, hooks, replica
+from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.one_device.replica import Replica
+from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.shares import divided, replicas_with_samples
+from keras_allreduce.one_device.view import OneDeviceView
+
+_do_not_convert = tf.autograph.experimental.do_not_convert
+
+
+def run(
+    replicas: Replicas,
+    strategy: tf.distribute.Strategy,
+    call_for_each_replica: Callable[..., Any],
+    fn: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """Runs `fn` on every replica; returns one row per sample.
+
+    Some layers cannot run on an empty batch, so an empty replica runs on a
+    sample that it borrows, and returns no row for it.
+    """
+    count = replicas.num_workers * len(replicas.devices)
+    if count == 1:
+        return call_for_each_replica(fn, args, kwargs)
+    data, *rest = args
+    data = divided(data, replicas)
+    has_samples = replicas_with_samples(data, replicas)
+    spare = None
+    if has_samples is not None:
+        spare = empty_replica.spare_sample(data, replicas)
+    call = partial(_on_replica, fn, spare, keras_threads.settings(), count)
+    with hooks.handled(strategy, OneDeviceView(Natures(), None)):
+        return call_for_each_replica(
+            _do_not_convert(call), (has_samples, data, *rest), kwargs
+        )
+
+
+def _on_replica(
+    fn: Callable[..., Any],
+    spare: Any,
+    settings: dict[str, Any],
+    count: int,
+    has_samples: Any,
+    data: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    keras_threads.take_over(settings)
+    this = Replica(has_samples=has_samples, num_replicas=count)
+    with replica.running(this):
+        if has_samples is None:
+            return fn(data, *args, **kwargs)
+        data = empty_replica.with_a_sample(data, has_samples, spare)
+        outputs = fn(data, *args, **kwargs)
+        return keras.tree.map_structure(
+            partial(empty_replica.rows_if, has_samples), outputs
+        )

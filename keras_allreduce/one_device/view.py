@@ -1,0 +1,111 @@
+"""What a step sees on a replica: metrics and seeds as on one device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_allreduce.one_device import replica
+from keras_allreduce.one_device.gradients import GradientsOfTheBatch
+from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.reduce.scaling import scale
+
+
+class OneDeviceView:
+    """Takes part in the methods of `hooks` while a step runs.
+
+    Args:
+        natures: What is a mean, and what a sum.
+        gradients: Takes part in gradients and updates of a custom step;
+            `None` in Keras's own, whose optimizer is shadowed.
+    """
+
+    def __init__(self, natures: Natures, gradients: GradientsOfTheBatch | None):
+        self._natures = natures
+        self._gradients = gradients
+
+    def gradient(
+        self, gradient: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """See `GradientsOfTheBatch.gradient`."""
+        if self._gradients is None:
+            return gradient(*args, **kwargs)
+        return self._gradients.gradient(gradient, *args, **kwargs)
+
+    def apply(
+        self, apply: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """See `GradientsOfTheBatch.apply`."""
+        if self._gradients is None:
+            return apply(*args, **kwargs)
+        return self._gradients.apply(apply, *args, **kwargs)
+
+    def all_reduce(
+        self,
+        all_reduce: Callable[..., Any],
+        context: tf.distribute.ReplicaContext,
+        reduce_op: Any,
+        value: Any,
+        **options: Any,
+    ) -> Any:
+        """What the tape of a custom step gave is the sum already."""
+        if replica.current().has_summed(value):
+            return value
+        return all_reduce(context, reduce_op, value, **options)
+
+    def update_mean(
+        self,
+        update: Callable[..., Any],
+        metric: Any,
+        values: Any,
+        sample_weight: Any = None,
+    ) -> Any:
+        """A mean over batches, where each batch counts once as on one device.
+
+        One value for all samples of a replica counts with its share.
+        """
+        this = replica.current()
+        number = this.next_call(metric.name)
+        if _rank(values) == 0 and _rank(sample_weight) in (None, 0):
+            if self._natures.is_sum("metric", metric.name, number):
+                values = scale(
+                    tf.convert_to_tensor(values), this.inverse_weight()
+                )
+            if sample_weight is None:
+                sample_weight = this.share
+        return update(metric, values, sample_weight=sample_weight)
+
+    def update_sum(
+        self,
+        update: Callable[..., Any],
+        metric: Any,
+        values: Any,
+        sample_weight: Any = None,
+    ) -> Any:
+        """A sum over batches, to which each batch is added once."""
+        this = replica.current()
+        number = this.next_call(metric.name)
+        if _rank(values) == 0 and not self._natures.is_sum(
+            "metric", metric.name, number
+        ):
+            values = scale(tf.convert_to_tensor(values), this.weight)
+        return update(metric, values, sample_weight=sample_weight)
+
+    def next_seed(
+        self, draw: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """A seed that no other replica has; replica 0 has Keras's."""
+        seed = draw(*args, **kwargs)
+        context = tf.distribute.get_replica_context()
+        number = tf.cast(context.replica_id_in_sync_group, seed.dtype)
+        # Far apart, whatever seeds the layers of the model were given.
+        return seed + number * tf.constant([1_000_003, 0], seed.dtype)
+
+
+def _rank(value: Any) -> int | None:
+    """Rank of a tensor or a number; `None` if it is not known, or no value."""
+    if value is None:
+        return None
+    shape = value.shape if tf.is_tensor(value) else np.shape(value)
+    return tf.TensorShape(shape).rank

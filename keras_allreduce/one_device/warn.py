@@ -1,0 +1,80 @@
+"""Warns, once for each model, of what cannot be as on one device."""
+
+import warnings
+import weakref
+
+import keras
+
+from keras_allreduce.one_device.nature import SUM
+from keras_allreduce.one_device.natures import Natures
+
+_warned: weakref.WeakSet[keras.Model] = weakref.WeakSet()
+
+
+def of_natures(
+    model: keras.Model, natures: Natures, *, is_custom: bool
+) -> None:
+    """Warns of a loss that was not measured, or that compares samples."""
+    if natures.failure:
+        _once(
+            model,
+            "Whether the loss of a custom step is a mean or a sum over "
+            "samples is measured on a few samples, which failed: "
+            f"{natures.failure}. It is taken for a mean. Pass "
+            "weigh_samples=True to the strategy to say so, or False if it is "
+            "a sum.",
+        )
+        return
+    losses = [
+        nature
+        for key, nature in natures.found.items()
+        if key[0] in ("loss", "added")
+    ]
+    # What Keras adds up may mix means and sums, each of which is right.
+    mixes = not is_custom and any(each.kind == SUM for each in losses)
+    kinds = ("loss", "added", *(() if mixes else ("gradient",)))
+    for key, nature in natures.found.items():
+        if key[0] in kinds and not nature.is_exact:
+            of_comparing(
+                model,
+                _NAMES[key[0]],
+                f"ratio {nature.ratio:.2f}, residual {nature.residual:.2f}",
+            )
+
+
+def of_comparing(model: keras.Model, what: str, measured: str) -> None:
+    """Warns of a loss that is neither a mean nor a sum over samples."""
+    _once(
+        model,
+        f"The {what} of a batch is neither the mean nor the sum of those of "
+        f"its parts ({measured}): it compares samples with each other, or "
+        "adds a sum to a mean. Each replica sees its part of the batch only, "
+        "and their mean is taken, so the result differs from that of one "
+        "device. Make every part a mean over samples, or compare within the "
+        "part of a replica; weigh_samples=True of the strategy says that the "
+        "mean is what you want.",
+    )
+
+
+def of_metric(model: keras.Model, metric: keras.metrics.Metric) -> None:
+    """Warns of a metric whose state does not add up over the replicas."""
+    _once(
+        model,
+        f"The state of a metric is added up over the replicas. That of "
+        f"{metric.name!r} does not add up: its values on parts of a batch are "
+        "not those of the batch, so what is shown differs from one device. "
+        "Keep sums in its variables, and compute what is shown in `result`.",
+    )
+
+
+_NAMES = {
+    "gradient": "gradient",
+    "loss": "loss",
+    "added": "loss that a layer adds with `add_loss`",
+}
+
+
+def _once(model: keras.Model, warning: str) -> None:
+    if model not in _warned:
+        _warned.add(model)
+        warnings.warn(warning, stacklevel=3)

@@ -1,0 +1,79 @@
+"""Programs written for one device train as on one device, unchanged."""
+
+import contextlib
+import functools
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from conftest import DEVICES
+from programs import COMPARING, PROGRAMS
+
+import keras_allreduce
+
+
+def run(train, replicas, **options):
+    """What a program returns, and the warnings that are ours."""
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(3)
+    scope = contextlib.nullcontext()
+    if replicas > 1:
+        strategy = keras_allreduce.AllReduceStrategy(
+            DEVICES[:replicas], **options
+        )
+        scope = strategy.scope()
+    with warnings.catch_warnings(record=True) as caught, scope:
+        warnings.simplefilter("always")
+        found = train()
+    texts = [str(each.message) for each in caught]
+    return found, [text for text in texts if "replica" in text]
+
+
+@functools.cache
+def on_one_device(name):
+    return run(PROGRAMS[name], 1)[0]
+
+
+def agree(found, wanted):
+    keras.tree.assert_same_structure(found, wanted)
+    for (path, got), (_, want) in zip(
+        keras.tree.flatten_with_path(found),
+        keras.tree.flatten_with_path(wanted),
+        strict=True,
+    ):
+        np.testing.assert_allclose(
+            got, want, rtol=1e-5, atol=2e-6, err_msg=str(path)
+        )
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_trains_on_three_replicas_as_on_one_device(name):
+    found, ours = run(PROGRAMS[name], 3)
+    agree(found, on_one_device(name))
+    assert not ours
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize(
+    "name", ["plain_mean", "plain_sum", "loss_of_one_value_that_is_a_mean"]
+)
+def test_a_program_trains_on_any_number_of_replicas(name, replicas):
+    found, ours = run(PROGRAMS[name], replicas)
+    agree(found, on_one_device(name))
+    assert not ours
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_a_loss_that_compares_samples_is_warned_about_once(name):
+    _, ours = run(COMPARING[name], 2)
+    (warning,) = ours
+    assert "neither the mean nor the sum" in warning
+
+
+def test_the_option_says_what_a_loss_is():
+    found, ours = run(PROGRAMS["plain_sum"], 2, weigh_samples=False)
+    agree(found, on_one_device("plain_sum"))
+    assert not ours
+    found, ours = run(COMPARING["negatives_in_a_step"], 2, weigh_samples=True)
+    assert not ours
