@@ -1,4 +1,4 @@
-"""What docs/migrating.md and docs/multi_worker.md tell users to write, runs."""
+"""What docs/migrating.md, slurm.md and kubernetes.yaml tell users, runs."""
 
 import ast
 import inspect
@@ -18,7 +18,7 @@ from keras_allreduce.launch.options import environments, parse
 
 DOCS = Path(__file__).parent.parent / "docs"
 MIGRATING = (DOCS / "migrating.md").read_text(encoding="utf-8")
-SEVERAL = (DOCS / "multi_worker.md").read_text(encoding="utf-8")
+SLURM = (DOCS / "slurm.md").read_text(encoding="utf-8")
 
 BLOCKS = dict(
     re.findall(
@@ -53,7 +53,7 @@ def side(block, without):
 
 def fenced(text, heading, language):
     """The first block of a language below a heading."""
-    _, section = text.split(f"### {heading}\n", 1)
+    _, section = text.split(f"## {heading}\n", 1)
     return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
 
 
@@ -221,7 +221,7 @@ def tf_config(line, tmp_path, monkeypatch):
 
 
 def test_the_slurm_script_starts_the_script_on_each_node(tmp_path):
-    script = fenced(SEVERAL, "Slurm", "bash")
+    script = fenced(SLURM, "Batch script", "bash")
     lines = launched(script, tmp_path, {"SLURM_CPUS_PER_TASK": "16"})
     assert lines == ["train.py", "train.py"]
 
