@@ -229,18 +229,18 @@ def _():
 feature("`Dice`, which compares samples")(
     lambda: fit(dense(keras.layers.Dense(1, "sigmoid")), y=CLASS, loss="dice")
 )
-feature("`train_step` of one's own, with `compute_loss`")(
+feature("Custom `train_step`, with `compute_loss`")(
     lambda: fit(OwnStep(lambda model, x, y, p: model.compute_loss(x, y, p)))
 )
-feature("`train_step` of one's own, with a plain mean")(
+feature("Custom `train_step`, with a plain mean")(
     lambda: fit(OwnStep(lambda model, x, y, p: mean_squared(y, p)))
 )
-feature("`train_step` of one's own, with a sum")(
+feature("Custom `train_step`, with a sum")(
     lambda: fit(
         OwnStep(lambda model, x, y, p: sum_squared(y, p)), optimizer=sgd(0.001)
     )
 )
-feature("`train_step` of one's own, uneven batches")(
+feature("Custom `train_step`, uneven batches")(
     lambda: fit(
         OwnStep(lambda model, x, y, p: mean_squared(y, p)), batch_size=13
     )
@@ -539,7 +539,7 @@ def _():
     return fit(dense())
 
 
-feature("`jit_compile=True` on host devices")(
+feature("`jit_compile=True` on logical CPU devices")(
     lambda: fit(dense(), jit_compile=True)
 )
 

@@ -29,7 +29,8 @@ PRINTS = {
         r"num_replicas = 2; between 2 workers over gRPC",
         r"accuracy: 0\.9\d+ - loss: \S+ - all_reduce: \S+s - overlap: \d+%",
         # The same on both workers.
-        r"weights: ([0-9a-f]{8})\n(.*\n)*?.*weights: \1$",
+        r"worker (\d): weights ([0-9a-f]{8})\n(.*\n)*?"
+        r".*worker (?!\1)\d: weights \2$",
     ],
     "readme.py": [
         r"^Epoch 1/3$",
