@@ -1,8 +1,8 @@
-"""A training loop of your own, and what its all-reduce costs.
+"""A custom training loop that reports the cost of its all-reduce.
 
-Trains a dense network on the UCI handwritten digits that scikit-learn ships,
-on all GPUs if there are two or more, else on two host devices, and prints the
-numbers that `model.fit` would show.
+Trains a dense network on the UCI handwritten digits of scikit-learn, on all
+GPUs if there are two or more, otherwise on two logical CPU devices, and prints
+the numbers that `model.fit` would show.
 
     python examples/custom_training_loop.py
 """

@@ -1,11 +1,12 @@
-"""Handwritten digits on two replicas: the main job, on real data.
+"""Trains on handwritten digits with two replicas, and compares to one device.
 
-Trains a small convolutional network on the UCI handwritten digits that
-scikit-learn ships (1797 images of 8 x 8 pixels), on all GPUs if there are two
-or more, else on two host devices. Then it trains the same network from the
-same seed on one device, for one epoch, and prints how far the weights differ
-after that. (Later, differences in the last digit have grown to anything: a
-ReLU on the other side of 0, as between two processors.)
+Trains a small convolutional network on the UCI handwritten digits of
+scikit-learn (1797 images of 8 x 8 pixels), on all GPUs if there are two or
+more, otherwise on two logical CPU devices. Then it trains the same network
+from the same seed on one device for one epoch, and prints the largest
+difference of a weight. (In later epochs differences in the last digit grow,
+for example when a ReLU falls on the other side of 0, as between two
+processors.)
 
     python examples/digits.py
 """

@@ -1,4 +1,4 @@
-"""Handwritten digits on two workers that Ray Train starts.
+"""Trains on handwritten digits with two workers started by Ray Train.
 
 `TensorflowTrainer` sets TF_CONFIG for each worker, and the strategy reads it.
 On a Ray cluster the workers run on its nodes; otherwise on this machine.

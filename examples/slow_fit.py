@@ -1,14 +1,14 @@
-"""From "my fit is slow" to the cause: a timeline, and what it says.
+"""Finds the cause of a slow fit with a timeline.
 
-Trains on batches that take long to make, writes a timeline of ten steps and
-adds up what the replicas did in them. Open timeline.json in
+Trains on batches that are slow to produce, writes a timeline of ten steps and
+sums the time that the replicas spend in each activity. Open timeline.json in
 https://ui.perfetto.dev to see it.
 
     python examples/slow_fit.py
     python -m keras_allreduce.launch --workers 2 examples/slow_fit.py
 
-In the second one it is only the last worker whose batches take long: the
-others wait for it.
+With the second command only the batches of the last worker are slow, and the
+other workers wait for it.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Handwritten digits on two workers, which are two processes here.
+"""Trains on handwritten digits with two workers, here two processes.
 
 On two machines, run this file on both, each with its own TF_CONFIG in the
 environment, or with `mpirun -n 2 --host a,b python examples/two_workers.py`.
-Alone it starts itself twice on this machine, shows the output of the first
-worker, the chief, and compares the weights of the two.
+Otherwise it starts itself twice on this machine, prints the output of the
+first worker, the chief, and compares the weights of the two.
 
     python examples/two_workers.py
 """
