@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_allreduce.workers.agreement import steps_of_epochs
+from keras_allreduce.workers.data_facts import steps_of_epochs
 
 
 class Count(keras.callbacks.Callback):

@@ -150,7 +150,7 @@ def test_workers_of_two_devices_have_the_same_moving_statistics(
 def test_dropout_masks_differ_between_workers(name, on_workers):
     first, _ = results = [result[name] for result in on_workers]
     assert "error" not in first, first["error"]
-    one, other = [result["losses"] for result in results]
+    one, other = [result["masks"] for result in results]
     assert len(one) == len(other) == 4
     assert all(a != b for a, b in zip(one, other, strict=True))
 

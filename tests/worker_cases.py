@@ -385,19 +385,20 @@ def batch_normalization():
 
 @case
 def dropout():
-    """Logs of each step, in which nothing but the masks can differ."""
-    losses = []
+    """A number of each step's mask, as this worker draws it."""
+    masks = []
 
-    class Losses(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            losses.append(logs["loss"])
+    class Note(keras.layers.Layer):
+        def call(self, x):
+            number = tf.reduce_sum(x * np.arange(20, dtype="float32") ** 2)
+            tf.py_function(lambda n: masks.append(float(n)), [number], [])
+            return x
 
-    model = keras.Sequential([keras.layers.Dropout(0.5)])
+    model = keras.Sequential([keras.layers.Dropout(0.5), Note()])
     model.compile("sgd", "mse")
     ones = np.ones((32, 20), "float32")
-    targets = ones * np.arange(20) ** 2
-    model.fit(ones, targets, batch_size=8, verbose=0, callbacks=[Losses()])
-    return {"losses": losses}
+    model.fit(ones, ones, batch_size=8, verbose=0)
+    return {"masks": masks}
 
 
 @case

@@ -423,9 +423,6 @@ def fit_and_leave(index):
     import keras
     import worker_cases
 
-    from keras_allreduce.workers import watchdog
-
-    watchdog._ALONE_SECONDS = 3.0
     epochs = 1 if worker_cases.worker_index() == index else 2
     _fit(600, keras.callbacks.Callback(), epochs=epochs)
 
@@ -778,6 +775,48 @@ def sums_between_steps():
     first, purposes[:] = list(purposes), []
     model.fit(x, y, batch_size=8, epochs=2, verbose=0)
     return {"first": first, "then": list(purposes)}
+
+
+def drift_cases(names):
+    """Runs cases of `drift_cases.py`, one after the other."""
+    import drift_cases
+
+    import keras_allreduce
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=DEADLINE_SECONDS
+    )
+    return {name: drift_cases.run(name, strategy) for name in names}
+
+
+def fit_and_stop_alone(index):
+    """Worker `index` stops in the middle of an epoch, the other goes on."""
+    import keras
+    import worker_cases
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 1 and worker_cases.worker_index() == index:
+                self.model.stop_training = True
+
+    _fit(DEADLINE_SECONDS, Stop(), batch_size=8, epochs=5)
+
+
+def predict_alone(index):
+    """Worker `index` predicts after the script of the other has ended."""
+    import keras
+    import worker_cases
+
+    import keras_allreduce
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy()
+    with strategy.scope():
+        model = worker_cases.dense()
+        model.compile("sgd", "mse")
+    keras.utils.set_random_seed(1)
+    model.fit(worker_cases.X, worker_cases.TARGET, verbose=0)
+    if worker_cases.worker_index() == index:
+        model.predict(worker_cases.X, verbose=0)
 
 
 if __name__ == "__main__":

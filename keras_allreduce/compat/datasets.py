@@ -40,6 +40,21 @@ _OPS_THAT_RUN_PYTHON = frozenset(
 )
 
 
+def is_deterministic(dataset: Any) -> bool:
+    """Whether a data set is told to keep the order of its elements."""
+    return dataset.options().deterministic is not False
+
+
+def seeds_of_shuffles(dataset: Any) -> list[tuple[int, int]]:
+    """Both seeds of each `shuffle` of a data set; (0, 0): a random one."""
+    found = []
+    if hasattr(dataset, "_seed2"):
+        found.append((int(dataset._seed), int(dataset._seed2)))
+    for source in dataset._inputs():
+        found += seeds_of_shuffles(source)
+    return found
+
+
 def draws_seeds(dataset: Any) -> bool:
     """Whether making an iterator of a `tf.data.Dataset` draws a seed.
 
@@ -51,6 +66,18 @@ def draws_seeds(dataset: Any) -> bool:
     )
 
 
+def is_read_whole(dataset: Any) -> bool:
+    """Whether every worker reads a `tf.data.Dataset` whole, and keeps a part.
+
+    Not if it may be divided by files, or not at all.
+    """
+    policies = tf.data.experimental.AutoShardPolicy
+    policy = dataset.options().experimental_distribute.auto_shard_policy
+    return policy == policies.DATA or (
+        policy == policies.AUTO and not _may_read_files(dataset)
+    )
+
+
 def ends_in_one_step(dataset: Any, batches: int | None) -> bool:
     """Whether a data set ends in the same step on all workers.
 
@@ -58,12 +85,7 @@ def ends_in_one_step(dataset: Any, batches: int | None) -> bool:
     replica of each worker, and it has a number of batches. Where the parts
     come from files of their own, workers may have more or less.
     """
-    policy = dataset.options().experimental_distribute.auto_shard_policy
-    policies = tf.data.experimental.AutoShardPolicy
-    by_data = policy == policies.DATA or (
-        policy == policies.AUTO and not _may_read_files(dataset)
-    )
-    if not by_data or batches is None:
+    if not is_read_whole(dataset) or batches is None:
         return False
     return int(dataset.cardinality()) >= 0 or not yields_arrays_of_python(
         dataset

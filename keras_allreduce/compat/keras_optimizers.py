@@ -56,6 +56,13 @@ def gradient_accumulators(
     return None if any(a is None for a in accumulators) else accumulators
 
 
+def all_accumulators(optimizer: Any) -> list[Any]:
+    """All variables in which `optimizer` adds up gradients, if it does."""
+    inner = inner_optimizer(optimizer) or optimizer
+    found = getattr(inner, "_accumulated_gradients", None) or ()
+    return [each for each in found if each is not None]
+
+
 def iterations(optimizer: Any) -> Any:
     """Variable that counts the gradients `optimizer` was given.
 

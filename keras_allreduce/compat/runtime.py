@@ -1,5 +1,7 @@
 """Private names of TensorFlow's runtime: coordination service and peers."""
 
+import contextlib
+
 import tensorflow as tf
 
 # The messages in which the coordination service is configured. Their own
@@ -74,6 +76,13 @@ def publish(key: str, value: str) -> None:
     _context.context().set_config_key_value(key, value)
 
 
+def publish_again(key: str, value: str) -> None:
+    """Writes what may have been written before. Readers wait in between."""
+    with contextlib.suppress(tf.errors.NotFoundError):
+        _context.context().delete_config_key_value(key)
+    publish(key, value)
+
+
 def read_published(key: str, timeout_seconds: float) -> str:
     """Reads what a worker has published, as soon as it has.
 
@@ -100,3 +109,8 @@ def check_peer(task: str, timeout_seconds: float) -> None:
 def abort_collectives(message: str) -> None:
     """Ends what waits for other workers, now and from now on, in an error."""
     _context.context().abort_collective_ops(tf.errors.UNAVAILABLE, message)
+
+
+def has_global_seed() -> bool:
+    """Whether `tf.random.set_seed` was called, by Keras for one."""
+    return _context.global_seed() is not None

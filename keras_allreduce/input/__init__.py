@@ -8,4 +8,6 @@ their own. Elements, their order and their parts stay TensorFlow's.
     |-- in_turn.py     host devices: one iterator, read in turn
     |-- to_devices.py  GPUs: prefetched to each, functions traced once
     `-- release.py     frees iterators off the path of training
+
+    shuffled_arrays.py arrays of Keras in one order on all workers
 """

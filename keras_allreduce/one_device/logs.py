@@ -68,15 +68,15 @@ def as_of_one_device(
             return value
         by = weights
         if is_sum:
-            by = [_count(weight, len(parts)) for weight in weights]
-        return _scaled(parts, by, replicas.devices)
+            by = [count_of_sum(weight, len(parts)) for weight in weights]
+        return scaled_where_they_are(parts, by, replicas.devices)
 
     leaves = keras.tree.flatten_with_path(outputs)
     flat = [scaled(*leaf) for leaf in leaves]
     return keras.tree.pack_sequence_as(outputs, flat)
 
 
-def _count(weight: Any, num_replicas: int) -> Any:
+def count_of_sum(weight: Any, num_replicas: int) -> Any:
     """What a sum is scaled by, so that the mean over replicas is the sum.
 
     Nothing counts on an empty replica.
@@ -86,7 +86,7 @@ def _count(weight: Any, num_replicas: int) -> Any:
     return tf.where(weight > 0, float(num_replicas), 0.0)
 
 
-def _scaled(
+def scaled_where_they_are(
     parts: Sequence[Any], weights: Sequence[Any], devices: Sequence[str]
 ) -> Any:
     """A distributed value with each part scaled where it is."""

@@ -47,6 +47,7 @@ from keras_allreduce.one_device import (
     loss,
     measurement,
     replica,
+    shared_logs,
     warn,
 )
 from keras_allreduce.one_device.gradients import GradientsOfTheBatch
@@ -148,7 +149,7 @@ class Step:
             )
         self._statistics.take_means(shares.share)  # [5]
         self._metrics.agree()
-        return logs.as_of_one_device(  # [6]
+        return shared_logs.rule(self._name, self._replicas)(  # [6]
             outputs, seen, shares.share, natures, self._replicas
         )
 

@@ -5,11 +5,14 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce.compat import keras_calls, runtime
 from keras_allreduce.compat.datasets import (
     ends_in_one_step,
     yields_arrays_of_python,
 )
+from keras_allreduce.compat.keras_calls import KerasCall
 from keras_allreduce.input.dataset import know_steps, own
+from keras_allreduce.input.shuffled_arrays import shuffled
 from keras_allreduce.one_device.replicas import Replicas
 
 
@@ -63,3 +66,29 @@ def _copied(*element: Any) -> Any:
 
     copies = tf.nest.map_structure(copy, element, expand_composites=True)
     return copies if len(copies) > 1 else copies[0]
+
+
+def shuffled_alike(
+    dataset: Any, begin_call: Callable[[KerasCall, Any], int | None]
+) -> Any:
+    """Returns the data of Keras in an order that all workers have.
+
+    Args:
+        dataset: The data set that Keras has made.
+        begin_call: Compares the call of Keras and its data set with the other
+            workers; returns a number that all of them have, if there is one.
+
+    Returns:
+        `dataset`, unless Keras shuffles arrays in an order that no seed
+        determines.
+    """
+    call = keras_calls.current_call()
+    if call is None:
+        return dataset
+    seed = begin_call(call, dataset)
+    if seed is None or runtime.has_global_seed():
+        return dataset
+    arrays = keras_calls.shuffled_arrays(call.epoch_iterator)
+    if arrays is None:
+        return dataset
+    return shuffled(arrays.tensors, arrays.num_samples, arrays.batch_size, seed)

@@ -7,7 +7,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce.compat import distribute, keras_steps, versions
+from keras_allreduce.compat import (
+    distribute,
+    keras_steps,
+    variables,
+    versions,
+)
 from keras_allreduce.fit_output.timeline import Peers
 from keras_allreduce.input.dataset import own
 from keras_allreduce.one_device import predict, replica, shares
@@ -30,6 +35,7 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
 
     # The step of Keras that is being run or traced.
     _step: Step | None = None
+    _model: Any = None
 
     _workers: Peers
 
@@ -44,6 +50,13 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
     ) -> Any:
         return own(
             super()._distribute_datasets_from_function(dataset_fn, options)
+        )
+
+    def _create_variable(
+        self, next_creator: Callable[..., Any], **kwargs: Any
+    ) -> Any:
+        return variables.convert_in_place(
+            super()._create_variable(next_creator, **kwargs)
         )
 
     def _use_merge_call(self) -> bool:
@@ -103,6 +116,19 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         """What sums gradients."""
         return self.peers.gradient_ops
 
+    def paths_of_gradients(self, count: int) -> Sequence[str]:
+        """Paths of the variables that a step being traced has gradients of.
+
+        Args:
+            count: Number of gradients.
+
+        Returns:
+            Nothing if not every trainable variable has one.
+        """
+        variables = getattr(self._model, "trainable_variables", ())
+        paths = [variable.path for variable in variables]
+        return paths if len(paths) == count else []
+
     def local_values(self, value: Any) -> Sequence[Any]:
         """The parts of a distributed value; none if it is not distributed."""
         if isinstance(value, tf.distribute.DistributedValues):
@@ -158,6 +184,7 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
             if trains:
                 strategy.step_log.add_alone(model)
             return run(fn, args, kwargs)
+        self._model = model
         self._step = Step(
             model,
             step_name,
@@ -170,7 +197,7 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
             with observe() as records:
                 result = self._step.run(run, fn, args, kwargs)
         finally:
-            self._step = None
+            self._step = self._model = None
         if trains:
             strategy.step_log.add(records, model, (args, kwargs), began)
         return result

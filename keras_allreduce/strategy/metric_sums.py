@@ -52,7 +52,11 @@ class MetricSums:
             self.forget()
             self._sums = self._sum(variables)
             self._frame = frame
-        return self._sums.get(id(variable))
+        total = self._sums.pop(id(variable), None)
+        if not self._sums:
+            # Else it would keep the frames of `fit`, and all their data.
+            self._frame = None
+        return total
 
     def _sum(self, variables: Sequence[Any]) -> dict[int, tf.Tensor]:
         sums: dict[int, tf.Tensor] = {}

@@ -129,13 +129,23 @@ class MultiWorkerAllReduceStrategy(
         """
         return lateness_ms(self.extended.waits_of_all_workers())
 
+    def broadcast(self, model: keras.Model) -> None:
+        """Gives all workers the chief's weights and optimizer state.
+
+        For what only the chief has loaded or set. To be called on all
+        workers, outside of `fit`.
+
+        Args:
+            model: A model that was made inside the scope of this strategy.
+        """
+        self.extended.broadcast(model)
+
     def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
         """Reduces `value` across replicas, as `tf.distribute.Strategy` does.
 
         Two things that Keras asks for in `fit` stay on this worker: the
-        shapes of a first batch, and the logs of a step. Those are means over
-        the samples of this worker; what `fit` returns at the end of an epoch
-        is exact and the same on all.
+        shapes of a first batch, and the logs of a step. Those of training are
+        means over the samples of all workers already.
 
         Args:
             reduce_op: `"SUM"`, `"MEAN"` or a `tf.distribute.ReduceOp`.

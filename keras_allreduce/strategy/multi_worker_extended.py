@@ -1,8 +1,10 @@
 """How values are reduced over several workers."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from keras_allreduce import malloc
@@ -12,7 +14,7 @@ from keras_allreduce.compat.iterators import every_worker_knows_its_steps
 from keras_allreduce.devices import on_each, on_gpus
 from keras_allreduce.one_device import shares
 from keras_allreduce.reduce import scaling
-from keras_allreduce.strategy.datasets import share_steps
+from keras_allreduce.strategy.datasets import share_steps, shuffled_alike
 from keras_allreduce.strategy.extended import ExtendedBase
 from keras_allreduce.strategy.metric_sums import MetricSums
 from keras_allreduce.workers import connect
@@ -73,6 +75,7 @@ class MultiWorkerAllReduceExtended(
                 f"{self._worker_device}/device:CPU:0",
                 options,
                 self._in_flight,
+                self.paths_of_gradients,
             )
 
     def _get_variable_creator_initial_value(
@@ -99,6 +102,10 @@ class MultiWorkerAllReduceExtended(
     def waits_of_all_workers(self) -> list[float]:
         """Mean seconds per step in a collective, by worker."""
         return self._workers.waits()
+
+    def broadcast(self, model: keras.Model) -> None:
+        """Gives all workers the chief's variables of a model."""
+        self._workers.broadcast(model)
 
     def shares_of(self, amounts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Share of each replica of this worker in the whole batch."""
@@ -139,14 +146,7 @@ class MultiWorkerAllReduceExtended(
         devices, kind = super()._initialize_local_devices(
             cluster_resolver, worker_device
         )
-        if kind == "CPU":
-            host = tf.config.list_physical_devices("CPU")[0]
-            made = tf.config.get_logical_device_configuration(host) or [None]
-            devices = tuple(
-                f"{worker_device}/device:CPU:{index}"
-                for index in range(len(made))
-            )
-        return devices, kind
+        return (_all_cpus(worker_device) if kind == "CPU" else devices), kind
 
     def _experimental_distribute_dataset(
         self, dataset: Any, options: Any
@@ -154,7 +154,9 @@ class MultiWorkerAllReduceExtended(
         self.metric_sums.forget()
         steps = keras_compat.steps_of_keras_epochs()
         if steps is not None:
-            self._workers.compare_steps(*steps)
+            dataset = shuffled_alike(
+                dataset, partial(self._workers.begin_call, steps=steps)
+            )
         distributed = super()._experimental_distribute_dataset(dataset, options)
         share_steps(dataset, steps, distributed, self)
         return distributed
@@ -198,6 +200,15 @@ class MultiWorkerAllReduceExtended(
     def _gather_to_implementation(self, *args: Any, **kwargs: Any) -> Any:
         with self._in_flight.during():
             return super()._gather_to_implementation(*args, **kwargs)
+
+
+def _all_cpus(worker_device: str) -> tuple[str, ...]:
+    """Names of the logical CPU devices of this worker."""
+    host = tf.config.list_physical_devices("CPU")[0]
+    made = tf.config.get_logical_device_configuration(host) or [None]
+    return tuple(
+        f"{worker_device}/device:CPU:{index}" for index in range(len(made))
+    )
 
 
 def _scaled(

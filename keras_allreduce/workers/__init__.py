@@ -6,8 +6,10 @@ error that names the worker that failed.
     start     cluster.py --> rendezvous.py --> connect.py
     group     group.py: all of the below, of one strategy
     agree     agreement.py --> store.py
+              calls.py: calls of Keras; data_facts.py, drift.py: data, models
     step      between_workers.py --> wire.py --> collectives.py
               wire_formats.py: how a tensor crosses
     failure   in_flight.py --> watchdog.py --> exit_message.py
+    deadlock  whereabouts.py --> lookout.py --> watchdog.py
     straggler lateness.py
 """

@@ -9,38 +9,53 @@ import itertools
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_allreduce.compat import keras_calls
 from keras_allreduce.version import __version__
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.errors import WorkersDifferError
 from keras_allreduce.workers.store import NoStore, Store
+from keras_allreduce.workers.whereabouts import Whereabouts
 
 _REMEDY = "Run the same script, in the same environment, on all workers."
 
+CALLS = "calls of Keras and data"
+CALLS_REMEDY = (
+    "Make the same calls on all workers, and stop in the same epoch: pass "
+    "callbacks that decide to all of them."
+)
+"""What to do if one worker is in another call, or another epoch."""
 
-def steps_of_epochs(asked: int | None, batches: int | None) -> str:
-    """How many steps Keras makes in the epochs of `fit`, as a message says it.
 
-    Keras counts batches across epochs: a data set of 5 that is asked for 2
-    steps gives 2, 2 and 1, and begins again.
+@dataclass(frozen=True)
+class Statement:
+    """What one worker states in a comparison.
 
-    Args:
-        asked: `steps_per_epoch`, or `None`.
-        batches: Batches of the data set, or `None` if not known.
+    Attributes:
+        facts: Values by name, whose `str` must be the same on all workers.
+        labels: What messages call a fact, if not by its name; may differ.
+        offer: A text that counts if it is the chief's.
     """
-    if asked is None:
-        return "not known" if batches is None else str(batches)
-    if batches is None or batches % asked == 0:
-        return str(asked)
-    if batches < asked:
-        return str(batches)
-    number = batches // asked + 1
-    return f"{asked}, but {batches % asked} in epoch {number}"
+
+    facts: Mapping[str, Any]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    offer: str = ""
+
+    def to_json(self) -> str:
+        """Returns the text that `from_json` reads."""
+        facts = {key: str(value) for key, value in self.facts.items()}
+        return json.dumps([facts, dict(self.labels), self.offer])
+
+    @classmethod
+    def from_json(cls, text: str) -> "Statement":
+        """Reads what `to_json` has written."""
+        return cls(*json.loads(text))
 
 
 class Agreement:
@@ -49,18 +64,29 @@ class Agreement:
     Args:
         cluster: The workers.
         store: What they publish.
+        whereabouts: Notes that this worker compares.
+        paths_of_gradients: Returns the paths of as many gradients, or nothing.
 
     Attributes:
         rank: Number of this worker.
+        next_point: Number of the next comparison, the same on all workers.
     """
 
-    def __init__(self, cluster: Cluster, store: Store | NoStore):
+    def __init__(
+        self,
+        cluster: Cluster,
+        store: Store | NoStore,
+        whereabouts: Whereabouts,
+        paths_of_gradients: Callable[[int], Sequence[str]] = lambda count: (),
+    ):
         self._cluster = cluster
         self._store = store
+        self._whereabouts = whereabouts
+        self._paths_of_gradients = paths_of_gradients
         self._lists: list[dict[str, str]] = []
-        # Variables and gradients are counted together: where one worker makes
-        # a variable and another goes on to its step, these two meet.
-        self._points = itertools.count()
+        # Everything is counted together: where one worker makes a variable
+        # and another goes on to its step, these two meet.
+        self.next_point = 0
         self._meetings = itertools.count()
         self.rank = cluster.rank
 
@@ -92,37 +118,56 @@ class Agreement:
         self._store.let_all_read(key)
         return texts
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether the workers read each other's statements at all."""
+        return self._store.is_shared
+
     def compare(
-        self,
-        name: str,
-        facts: Mapping[str, Any],
-        point: int | None = None,
-        remedy: str = _REMEDY,
-    ) -> None:
-        """Raises on every worker if the facts of one differ from the chief's.
+        self, name: str, statement: Statement, remedy: str = _REMEDY
+    ) -> list[Statement]:
+        """Compares at the next point in the script of each worker.
 
         Args:
             name: What the facts are about.
-            facts: Values by name, whose `str` is compared.
-            point: Number of the comparison, if `name` is compared repeatedly.
-            remedy: What to do if they differ.
+            statement: Of this worker.
+            remedy: What to do if the facts differ.
+
+        Returns:
+            The statements of all workers, by rank.
 
         Raises:
-            WorkersDifferError: If they differ.
+            WorkersDifferError: On every worker, if the facts of one differ
+                from the chief's.
             WorkerError: If a worker does not publish its own in time.
         """
-        own = {key: str(value) for key, value in facts.items()}
-        key = name if point is None else f"{name}/{point}"
-        texts = self._store.exchange(key, json.dumps(own))
-        found = [json.loads(text) for text in texts]
+        found = self.state(statement)
+        self.raise_differences(name, found, remedy)
+        return found
+
+    def state(self, statement: Statement) -> list[Statement]:
+        """The statements of all workers, by rank, compared by nobody."""
+        self._point = f"point {self.next_point}"
+        self.next_point += 1
+        with self._whereabouts.comparing():
+            texts = self._store.exchange(self._point, statement.to_json())
+        return [Statement.from_json(text) for text in texts]
+
+    def raise_differences(
+        self, name: str, found: Sequence[Statement], remedy: str
+    ) -> None:
+        """Raises if the facts differ in what was last exchanged."""
+        name_of = self._cluster.name
         differences = [
             difference
             for rank in range(1, len(found))
-            for difference in self._difference(found[0], found[rank], rank)
+            for difference in _difference(
+                found[0], found[rank], (name_of(0), name_of(rank))
+            )
         ]
         if not differences:
             return
-        self._store.let_all_read(key)
+        self._store.let_all_read(self._point)
         raise WorkersDifferError(
             f"All workers must have the same {name}. Received: "
             f"{'; '.join(differences)}. {remedy}"
@@ -146,30 +191,15 @@ class Agreement:
             facts[f"gradient {index}"] = _spec(gradient)
         # Gradients of mixed precision are float32 as well.
         facts["dtype policy"] = keras.config.dtype_policy().name
-        if facts not in self._lists:
-            self._lists.append(facts)
-            self.compare("models and steps", facts, next(self._points))
-
-    def compare_steps(self, asked: int | None, batches: int | None) -> None:
-        """Compares how many steps each epoch of a data set has.
-
-        Keras ends an epoch after as many as it knows of, and the others would
-        wait for this worker.
-
-        Args:
-            asked: `steps_per_epoch`, or `None`.
-            batches: Batches of the data set, or `None` if not known.
-
-        Raises:
-            WorkerError: See `compare`.
-        """
-        self.compare(
-            "models and steps",
-            {"steps in an epoch": steps_of_epochs(asked, batches)},
-            next(self._points),
-            remedy="Give all workers as many batches, or a data set of no "
-            "known length: `dataset.repeat()` with `steps_per_epoch`.",
-        )
+        if facts in self._lists:
+            return
+        self._lists.append(facts)
+        paths = self._paths_of_gradients(len(gradients))
+        labels = {
+            f"gradient {index}": f"gradient of {path!r}"
+            for index, path in enumerate(paths)
+        }
+        self.compare("models and steps", Statement(facts, labels))
 
     def compare_initial_value(self, initial_value: Any) -> Any:
         """Compares a variable as it is made; its value comes from the chief.
@@ -182,16 +212,17 @@ class Agreement:
             A function that makes the same value, and raises a `WorkerError`
             if another worker makes a variable of another dtype or shape.
         """
+        path = keras_calls.path_of_new_variable()
 
         def compared() -> Any:
             value = (
                 initial_value() if callable(initial_value) else initial_value
             )
-            point = next(self._points)
             tensor = getattr(value, "wrapped_value", value)
             if isinstance(tensor, tf.Tensor):
-                facts = {f"variable {point}": _spec(tensor)}
-                self.compare("models and steps", facts, point)
+                labels = {} if path is None else {"variable": f"{path!r}"}
+                statement = Statement({"variable": _spec(tensor)}, labels)
+                self.compare("models and steps", statement)
             return value
 
         return compared
@@ -203,22 +234,27 @@ class Agreement:
             text: What this worker would have taken.
 
         Raises:
-            WorkerError: See `Store.exchange`.
+            WorkerError: See `compare`.
         """
-        return self._store.exchange(f"decision/{next(self._points)}", text)[0]
+        statement = Statement({}, offer=text)
+        return self.compare("models and steps", statement)[0].offer
 
-    def _difference(
-        self, chief: dict[str, str], other: dict[str, str], rank: int
-    ) -> list[str]:
-        """The first fact in which a worker differs from the chief, if any."""
-        for key in [*chief, *(key for key in other if key not in chief)]:
-            one, another = chief.get(key, "none"), other.get(key, "none")
-            if one != another:
-                name = self._cluster.name
-                return [
-                    f"{key}: {name(0)} has {one}, {name(rank)} has {another}"
-                ]
-        return []
+
+def _difference(
+    chief: Statement, other: Statement, names: tuple[str, str]
+) -> list[str]:
+    """The first fact in which a worker differs from the chief, if any."""
+    missing = [key for key in other.facts if key not in chief.facts]
+    labels = {**other.labels, **chief.labels}
+    for key in [*chief.facts, *missing]:
+        one = chief.facts.get(key, "none")
+        another = other.facts.get(key, "none")
+        if one != another:
+            return [
+                f"{labels.get(key, key)}: {names[0]} has {one}, "
+                f"{names[1]} has {another}"
+            ]
+    return []
 
 
 def _spec(gradient: Any) -> str:

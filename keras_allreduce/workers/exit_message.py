@@ -69,11 +69,18 @@ def _end_within(seconds: float) -> None:
 
 def _leave() -> None:
     """At the end of the process: says goodbye, unless it ends in an error."""
-    watchdogs = [each for each in _watchdogs if each.lost is None]
-    if watchdogs and not _state["failed"]:
-        say_goodbye = watchdogs[0].say_goodbye
-        goodbye = threading.Thread(target=say_goodbye, daemon=True)
+    if _state["failed"]:
+        return
+    goodbyes = [
+        threading.Thread(
+            target=watchdog.say_goodbye, args=[_GOODBYE_SECONDS], daemon=True
+        )
+        for watchdog in _watchdogs
+        if watchdog.lost is None
+    ]
+    for goodbye in goodbyes:
         goodbye.start()
+    for goodbye in goodbyes:
         goodbye.join(_GOODBYE_SECONDS)
 
 

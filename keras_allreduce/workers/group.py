@@ -9,28 +9,33 @@ Workers.connect
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import keras
 import tensorflow as tf
 
+from keras_allreduce.compat.keras_calls import KerasCall
 from keras_allreduce.devices import on_gpus
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
-from keras_allreduce.workers import exit_message, lateness
-from keras_allreduce.workers.agreement import Agreement, environment
+from keras_allreduce.workers import lateness
+from keras_allreduce.workers.agreement import Agreement, Statement, environment
 from keras_allreduce.workers.between_workers import (
     BetweenWorkers,
     WorkerAllReduce,
 )
+from keras_allreduce.workers.calls import Calls
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
+from keras_allreduce.workers.drift import Drift
 from keras_allreduce.workers.host_collectives import HostCollectives
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.mpi.collectives import MpiCollectives
 from keras_allreduce.workers.mpi.start import MPI, engine_of
-from keras_allreduce.workers.store import store_of
+from keras_allreduce.workers.watch import watch
 from keras_allreduce.workers.watchdog import Watchdog
+from keras_allreduce.workers.whereabouts import Whereabouts
 from keras_allreduce.workers.wire import Wire
 from keras_allreduce.workers.wire_formats import EXACT, WIRE_FORMATS
 
@@ -88,8 +93,17 @@ class SingleWorker:
         """Returns the initial value of a variable."""
         return initial_value
 
-    def compare_steps(self, asked: int | None, batches: int | None) -> None:
-        """Accepts any number of steps."""
+    def begin_call(
+        self,
+        call: KerasCall,
+        dataset: Any,
+        steps: tuple[int | None, int | None],
+    ) -> int | None:
+        """Accepts any call, with a seed of its own."""
+        return None
+
+    def broadcast(self, model: keras.Model) -> None:
+        """Leaves the model as it is."""
 
     @property
     def sums_now(self) -> bool:
@@ -127,6 +141,7 @@ class Workers:
     Args:
         num_workers: Number of workers.
         agreement: Compares what they do.
+        calls: Compares the calls of Keras.
         collectives: The collectives between their host devices.
         gpus: The collectives between all of their devices.
         options: Options of the strategy.
@@ -141,6 +156,7 @@ class Workers:
         self,
         num_workers: int,
         agreement: Agreement,
+        calls: Calls,
         collectives: HostCollectives,
         gpus: Collectives,
         options: WorkerOptions,
@@ -154,6 +170,7 @@ class Workers:
         # On GPUs NCCL sums, which TensorFlow's strategy numbers there.
         self._sums_eagerly = options.transport == MPI and not on_gpus()
         self._exact = Wire(collectives, num_workers)  # [4]
+        self._calls = calls
         self._wire = Wire(collectives, num_workers, wire_format)
         self.gradient_ops = WorkerAllReduce(  # [5]
             BetweenWorkers(
@@ -173,6 +190,7 @@ class Workers:
         host: str,
         options: WorkerOptions,
         in_flight: InFlight,
+        paths: Callable[[int], Sequence[str]],
     ) -> "Workers":
         """Starts the watchdog and compares the workers, as drawn at the top.
 
@@ -183,28 +201,26 @@ class Workers:
             host: Host device of this worker.
             options: Options of the strategy.
             in_flight: Tracks the collectives.
+            paths: Returns the paths of the variables of as many gradients.
 
         Raises:
             WorkerError: If workers differ in what [2] compares, or one fails.
         """
-        watchdog = Watchdog(cluster, options.timeout_seconds, in_flight)  # [1]
-        exit_message.install(watchdog)
-        watchdog.start(owner)
-        seconds = options.timeout_seconds
-        store = store_of(cluster, seconds, lambda: watchdog.lost)
-        agreement = Agreement(cluster, store)  # [2]
+        seconds, at = options.timeout_seconds, Whereabouts(in_flight)
+        watchdog, store = watch(cluster, owner, seconds, in_flight, at)  # [1]
+        agreement = Agreement(cluster, store, at, paths)  # [2]
         facts: Mapping[str, Any] = environment(devices) | vars(options)
-        agreement.compare("versions, devices and options", facts)
+        agreement.compare("versions, devices and options", Statement(facts))
         workers = len(cluster.tasks)
         group = CollectiveGroup(workers, host)  # [3]
         gpus = CollectiveGroup(workers * len(devices), host)
         between: HostCollectives = Collectives(group, in_flight)
         if options.transport == MPI:
-            engine = engine_of(cluster, options.timeout_seconds)
-            watchdog.on_loss.append(engine.fail)
-            between = MpiCollectives(engine, group, in_flight)
-        over_gpus = Collectives(gpus, in_flight)
-        return cls(workers, agreement, between, over_gpus, options, in_flight)
+            between = _over_mpi(cluster, group, seconds, in_flight, watchdog)
+        nccl = Collectives(gpus, in_flight)
+        drift = Drift(agreement, Wire(between, workers).all_reduce, cluster)
+        calls = Calls(agreement, at, drift)
+        return cls(workers, agreement, calls, between, nccl, options, in_flight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Workers":
         """A copy of the strategy has the same watchdog and collectives."""
@@ -222,9 +238,18 @@ class Workers:
         """See `Agreement`."""
         return self._agreement.exchange(name, text)
 
-    def compare_steps(self, asked: int | None, batches: int | None) -> None:
-        """See `Agreement`."""
-        self._agreement.compare_steps(asked, batches)
+    def begin_call(
+        self,
+        call: KerasCall,
+        dataset: Any,
+        steps: tuple[int | None, int | None],
+    ) -> int | None:
+        """See `Calls.begin`."""
+        return self._calls.begin(call, dataset, steps)
+
+    def broadcast(self, model: keras.Model) -> None:
+        """See `Drift`."""
+        self._calls.drift.broadcast(model)
 
     @property
     def sums_now(self) -> bool:
@@ -254,3 +279,16 @@ class Workers:
         wait = tf.constant([self._in_flight.read_waits()], tf.float64)
         gathered = self._collectives.all_gather(wait, "waits")
         return lateness.complete([float(each) for each in gathered.numpy()])
+
+
+def _over_mpi(
+    cluster: Cluster,
+    group: CollectiveGroup,
+    timeout_seconds: float,
+    in_flight: InFlight,
+    watchdog: Watchdog,
+) -> HostCollectives:
+    """Collectives over MPI, which fail when the watchdog gives up."""
+    engine = engine_of(cluster, timeout_seconds)
+    watchdog.on_loss.append(engine.fail)
+    return MpiCollectives(engine, group, in_flight)

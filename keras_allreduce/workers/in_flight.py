@@ -115,6 +115,11 @@ class InFlight:
         finally:
             del self._calls[call]
 
+    @property
+    def runs_eagerly(self) -> bool:
+        """Whether a collective outside of a graph is in flight."""
+        return bool(self._calls)
+
     def read_waits(self) -> float:
         """Mean seconds per step in the slowest collective; `nan`, untimed."""
         return float("nan")

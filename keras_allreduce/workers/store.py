@@ -31,20 +31,26 @@ class Store:
     Args:
         cluster: The workers.
         timeout_seconds: How long to wait for what another publishes.
-        lost: Returns a message once another worker is known to have failed.
+        failure: Returns an error once the workers cannot go on.
+
+    Attributes:
+        number: Number of the strategy, the same on all workers.
     """
 
     def __init__(
         self,
         cluster: Cluster,
         timeout_seconds: float,
-        lost: Callable[[], str | None],
+        failure: Callable[[], WorkerError | None],
     ):
         self._cluster = cluster
         self._timeout_seconds = timeout_seconds
-        self._lost = lost
+        self._failure = failure
         # Strategies are made in one order on all workers.
-        self._number = next(_numbers)
+        self.number = next(_numbers)
+
+    is_shared = True
+    """Whether others read what a worker publishes."""
 
     def exchange(self, name: str, value: str) -> list[str]:
         """Publishes a text and returns those of all workers, by rank.
@@ -77,7 +83,7 @@ class Store:
                     return
 
     def _key(self, name: str, rank: int) -> str:
-        return f"keras_allreduce/{self._number}/{name}/{rank}"
+        return f"keras_allreduce/{self.number}/{name}/{rank}"
 
     def _publish(self, name: str, value: str) -> None:
         try:
@@ -94,24 +100,23 @@ class Store:
                     self._key(name, rank), min(_READ_SECONDS, max(left, 0))
                 )
             except tf.errors.DeadlineExceededError:
-                lost = self._lost()
-                if lost is not None:
-                    raise WorkerLostError(lost) from None
+                failure = self._failure()
+                if failure is not None:
+                    raise failure from None
                 if left <= 0:
                     raise WorkerTimeoutError(
                         "All workers must make the same models and steps, "
                         f"within timeout_seconds={timeout_seconds:g} of each "
-                        f"other. Received: no {name} from "
+                        "other. Received: nothing from "
                         f"{self._cluster.name(rank)}. Run the same script on "
                         "all workers; look at that worker's log."
                     ) from None
             except tf.errors.OpError as error:
                 raise self._failed(name, error) from error
 
-    def _failed(self, name: str, error: tf.errors.OpError) -> WorkerLostError:
-        return WorkerLostError(
-            self._lost()
-            or "All workers must stay while they compare what they do. "
+    def _failed(self, name: str, error: tf.errors.OpError) -> WorkerError:
+        return self._failure() or WorkerLostError(
+            "All workers must stay while they compare what they do. "
             f"Received: {self._cluster.name(0)} is not there to compare the "
             f"{name} ({error.message.splitlines()[0]}). Look at its log, then "
             "start all workers again."
@@ -129,6 +134,9 @@ class NoStore:
         self._num_workers = len(cluster.tasks)
         _say_once()
 
+    is_shared = False
+    """Whether others read what a worker publishes."""
+
     def exchange(self, name: str, value: str) -> list[str]:
         """Returns the text of this worker for all of them."""
         return [value] * self._num_workers
@@ -138,11 +146,13 @@ class NoStore:
 
 
 def store_of(
-    cluster: Cluster, timeout_seconds: float, lost: Callable[[], str | None]
+    cluster: Cluster,
+    timeout_seconds: float,
+    failure: Callable[[], WorkerError | None],
 ) -> Store | NoStore:
     """Returns the store of the workers, as far as TensorFlow has one."""
     if runtime.has_store():
-        return Store(cluster, timeout_seconds, lost)
+        return Store(cluster, timeout_seconds, failure)
     return NoStore(cluster)
 
 

@@ -7,32 +7,35 @@ compiles, saves or stands in a debugger does answer; one that was killed or
 frozen, or whose network is cut, does not.
 """
 
-import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from keras_allreduce.compat import runtime
 from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.errors import (
+    WorkerError,
+    WorkerLostError,
+    WorkersDifferError,
+    WorkerTimeoutError,
+)
 from keras_allreduce.workers.in_flight import InFlight
+from keras_allreduce.workers.lookout import Lookout
 
 FROZEN_SECONDS = 20.0
 """A worker that has not answered for so long has failed."""
 
 _INTERVAL_SECONDS = 2.0
+_LOOKOUT_SECONDS = 1.0
 _PROBE_SECONDS = 2.0
 
 # A closed port is asked again so often, in case only one connection broke.
 _REFUSALS = 3
 _RETRY_SECONDS = 0.3
-
-# A worker whose script has ended is missed only by one that still trains. The
-# others may need so long for what they do last, saving as a rule.
-_ALONE_SECONDS = 30.0
 
 _REMEDY = (
     "Look at its log, then start all workers again; "
@@ -52,6 +55,8 @@ class Watchdog:
             worker has failed if it has not answered for this long, or for
             `FROZEN_SECONDS` if that is shorter.
         in_flight: The collectives in flight.
+        lookout: Finds workers that wait for each other at different places;
+            `None` where workers cannot publish.
 
     Attributes:
         lost: Which worker failed and how, or `None`.
@@ -59,17 +64,24 @@ class Watchdog:
     """
 
     def __init__(
-        self, cluster: Cluster, timeout_seconds: float, in_flight: InFlight
+        self,
+        cluster: Cluster,
+        timeout_seconds: float,
+        in_flight: InFlight,
+        lookout: Lookout | None = None,
     ):
         self._cluster = cluster
         self._timeout_seconds = timeout_seconds
         self._in_flight = in_flight
+        self._lookout = lookout
         self._limit_seconds = min(timeout_seconds, FROZEN_SECONDS)
         self._stopped = threading.Event()
         self._asking = threading.Lock()
-        self._answered = dict.fromkeys(cluster.others, time.monotonic())
+        self._asked = dict.fromkeys(cluster.others, time.monotonic())
+        self._answered = dict(self._asked)
         self._refusals = dict.fromkeys(cluster.others, 0)
-        self._alone_seconds = _ALONE_SECONDS
+        self._needs_all = False
+        self._kind: type[WorkerError] = WorkerLostError
         self.lost: str | None = None
         self.on_loss: list[Callable[[], None]] = []
         self._thread = threading.Thread(
@@ -88,11 +100,16 @@ class Watchdog:
         if self._thread is not threading.current_thread():
             self._thread.join()
 
+    def failure(self) -> WorkerError | None:
+        """An error with the message in `lost`, or `None`."""
+        return None if self.lost is None else self._kind(self.lost)
+
     def ask_until_sure(self) -> str | None:
         """Asks now, after a collective failed, until a closed port is sure."""
-        self._alone_seconds = 0.0
+        self._needs_all = True
         for _ in range(_REFUSALS + 1):
-            if self._look() is not None or not any(self._refusals.values()):
+            lost = self._look(self._cluster.others)
+            if lost is not None or not any(self._refusals.values()):
                 break
             time.sleep(_RETRY_SECONDS)
         return self.lost
@@ -101,21 +118,38 @@ class Watchdog:
         while not self._stopped.wait(
             _RETRY_SECONDS
             if any(0 < n < _REFUSALS for n in self._refusals.values())
-            else _INTERVAL_SECONDS
+            else _LOOKOUT_SECONDS
         ):
-            if self._look() is not None:
+            if self._look(self._due()) is not None:
                 return
 
-    def _look(self) -> str | None:
+    def _due(self) -> list[int]:
+        """The workers to ask now."""
+        now = time.monotonic()
+        return [
+            rank
+            for rank in self._cluster.others
+            if 0 < self._refusals[rank] < _REFUSALS
+            or now - self._asked[rank] >= _INTERVAL_SECONDS
+        ]
+
+    def _look(self, ranks: Sequence[int]) -> str | None:
+        """Asks some workers; returns why this one must give up, if so."""
         with self._asking:
-            for rank in self._cluster.others:
+            for rank in ranks:
                 if self.lost is not None or self._stopped.is_set():
                     break
                 self._ask(rank)
-            waiting = self._in_flight.waiting_seconds()
-            if self.lost is None and waiting >= self._alone_seconds:
-                self._look_for_goodbyes()
-            if self.lost is None and waiting >= self._timeout_seconds:
+            if self.lost is None and self._lookout is not None:
+                never = self._lookout.look()
+                if never is not None:
+                    self._kind = WorkersDifferError
+                    self._give_up(never)
+            if (
+                self.lost is None
+                and self._in_flight.waiting_seconds() >= self._timeout_seconds
+            ):
+                self._kind = WorkerTimeoutError
                 self._give_up(
                     "All workers must take part in every step within "
                     f"timeout_seconds={self._timeout_seconds:g}. Received: no "
@@ -127,7 +161,7 @@ class Watchdog:
             return self.lost
 
     def _ask(self, rank: int) -> None:
-        asked = time.monotonic()
+        asked = self._asked[rank] = time.monotonic()
         try:
             runtime.check_peer(
                 self._cluster.tasks[rank],
@@ -159,30 +193,24 @@ class Watchdog:
                 f"is gone since {clock}, its port is closed: it was killed, "
                 "or failed.",
             )
-        elif time.monotonic() - self._answered[rank] >= self._alone_seconds:
-            self._has_left(rank)
-
-    def _look_for_goodbyes(self) -> None:
-        """Finds who has ended its script, and only waits in MPI_Finalize."""
-        for rank in self._cluster.others:
-            if self._has_ended(rank):
-                self._has_left(rank)
-                return
-
-    def _has_left(self, rank: int) -> None:
-        self._lose(rank, "has ended its script before this worker did.")
+        elif self._needs_all:
+            self._lose(
+                rank,
+                "has ended its script, while this worker still needs it.",
+            )
 
     def _has_ended(self, rank: int) -> bool:
-        """Whether it has said goodbye. The chief takes what it said along."""
-        with contextlib.suppress(tf.errors.OpError):
-            runtime.read_published(_goodbye(self._cluster, rank), 0.5)
-            return True
-        return False
+        return self._lookout is not None and self._lookout.has_ended(rank)
 
-    def say_goodbye(self) -> None:
-        """Tells the others that the script of this worker ends as it should."""
-        with contextlib.suppress(tf.errors.OpError):
-            runtime.publish(_goodbye(self._cluster, self._cluster.rank), "")
+    def say_goodbye(self, seconds: float) -> None:
+        """Tells the others that the script of this worker ends as it should.
+
+        Args:
+            seconds: How long it may take.
+        """
+        self._stopped.set()
+        if self._lookout is not None:
+            self._lookout.say_goodbye(seconds)
 
     def _lose(self, rank: int, what: str) -> None:
         self._give_up(
@@ -195,7 +223,3 @@ class Watchdog:
         runtime.abort_collectives(why)
         for each in self.on_loss:
             each()
-
-
-def _goodbye(cluster: Cluster, rank: int) -> str:
-    return f"keras_allreduce/goodbye of {cluster.tasks[rank]}"

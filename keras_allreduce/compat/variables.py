@@ -1,0 +1,81 @@
+"""Distributed variables that behave in two ways more as on one device.
+
+`float(optimizer.learning_rate)` and `int(optimizer.iterations)` work:
+TensorFlow's variables have `__float__` and `__int__`, its distributed ones
+have not. And what a metric is reset to is not read: TensorFlow sums each
+variable over all workers then, one by one, for a result that Keras drops.
+"""
+
+from typing import Any
+
+import tensorflow as tf
+
+# Whether `assign` is that of one replica, within an update of all.
+from tensorflow.python.distribute import values_util as _values_util
+
+# What a strategy makes of a variable. There is no public way to make them of
+# another class.
+from tensorflow.python.distribute.values import (
+    MirroredVariable,
+    SyncOnReadVariable,
+)
+
+
+class _Numbers:
+    """`float` and `int` of a variable with one number."""
+
+    numpy: Any
+
+    def __float__(self) -> float:
+        return float(self.numpy())
+
+    def __int__(self) -> int:
+        return int(self.numpy())
+
+
+class _NotReadAfterAssign(_Numbers):
+    """`assign` outside of a replica returns the variable, not its value."""
+
+    def assign(
+        self,
+        value: Any,
+        use_locking: bool = False,
+        name: str | None = None,
+        read_value: bool = True,
+    ) -> Any:
+        stock: Any = super()
+        if read_value and _is_cross_replica():
+            stock.assign(value, use_locking, name, read_value=False)
+            return self
+        return stock.assign(value, use_locking, name, read_value)
+
+
+def _is_cross_replica() -> bool:
+    if _values_util.in_replica_update_context():
+        return False
+    # Outside of its scope a variable enters it.
+    return not tf.distribute.has_strategy() or (
+        tf.distribute.in_cross_replica_context()
+    )
+
+
+# With their names, which `repr` shows.
+_OWN_CLASSES = {
+    stock: type(stock.__name__, (mixin, stock), {})
+    for stock, mixin in (
+        (MirroredVariable, _Numbers),
+        (SyncOnReadVariable, _NotReadAfterAssign),
+    )
+}
+
+
+def convert_in_place(variable: Any) -> Any:
+    """Makes a distributed variable behave so.
+
+    Args:
+        variable: What TensorFlow has made; others stay as they are.
+    """
+    own_class = _OWN_CLASSES.get(type(variable))
+    if own_class is not None:
+        variable.__class__ = own_class
+    return variable

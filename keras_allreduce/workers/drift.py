@@ -1,0 +1,155 @@
+"""Finds weights and optimizer state that differ between workers.
+
+Workers start from the chief's values and then make the same updates. What one
+of them sets alone, such as a learning rate or the weights of a file, makes
+another model of its own, which no error and no metric shows. So checksums are
+compared where a call of Keras and where an epoch of `fit` begins.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_allreduce.compat import distribute, keras_optimizers
+from keras_allreduce.workers.agreement import (
+    CALLS,
+    CALLS_REMEDY,
+    Agreement,
+    Statement,
+)
+from keras_allreduce.workers.checksum import checksum, combined
+from keras_allreduce.workers.cluster import Cluster
+
+_ALL = "weights and optimizer"
+_TRAINED = "trained weights and optimizer"
+
+_REMEDY = (
+    "Load or set them on all workers alike, or take the chief's with "
+    "`strategy.broadcast(model)` on all workers."
+)
+
+
+class Drift:
+    """Compares the variables of models between workers.
+
+    Args:
+        agreement: Compares what the workers do.
+        sum_over_workers: Sums an int32 tensor that each worker has.
+        cluster: The workers.
+    """
+
+    def __init__(
+        self,
+        agreement: Agreement,
+        sum_over_workers: Callable[[tf.Tensor, str], tf.Tensor],
+        cluster: Cluster,
+    ):
+        self._agreement = agreement
+        self._sum = sum_over_workers
+        self._is_chief = cluster.rank == 0
+
+    def compare(
+        self, call: str, model: keras.Model, *, has_trained: bool
+    ) -> None:
+        """Compares a model where a call or an epoch begins.
+
+        Args:
+            call: The call of Keras.
+            model: The model.
+            has_trained: Whether this call has already trained it. What a
+                layer has then changed without an optimizer may differ.
+
+        Raises:
+            WorkersDifferError: If a call or a variable differs.
+        """
+        variables = trained(model) if has_trained else all_of(model)
+        values = [_value(variable) for variable in variables]
+        checksums = [checksum(value) for value in values]
+        what = _TRAINED if has_trained else _ALL
+        found = self._agreement.state(
+            Statement({"call": call, what: combined(checksums)})
+        )
+        if len({each.facts.get("call") for each in found}) > 1:
+            self._agreement.raise_differences(CALLS, found, CALLS_REMEDY)
+        if len({each.facts.get(what) for each in found}) > 1:
+            found = self._agreement.state(
+                _statement(variables, values, checksums)
+            )
+        self._agreement.raise_differences(_ALL, found, _REMEDY)
+
+    def broadcast(self, model: keras.Model) -> None:
+        """Gives all workers the chief's variables, bit by bit."""
+        for variable in all_of(model):
+            value = np.asarray(_value(variable), order="C")
+            octets = value.reshape(-1).view(np.uint8)
+            words = np.zeros(-(-octets.size // 4), np.int32)
+            if self._is_chief:
+                words.view(np.uint8)[: octets.size] = octets
+            got = self._sum(tf.constant(words), "broadcast").numpy()
+            chosen = got.view(np.uint8)[: octets.size].view(value.dtype)
+            variable.assign(chosen.reshape(value.shape))
+
+
+def all_of(model: keras.Model) -> list[Any]:
+    """Weights and optimizer variables of a model that must be the same."""
+    return _same_everywhere(model, model.weights)
+
+
+def trained(model: keras.Model) -> list[Any]:
+    """Those that only an optimizer changes, and its own."""
+    return _same_everywhere(model, model.trainable_weights)
+
+
+def _same_everywhere(model: keras.Model, weights: Sequence[Any]) -> list[Any]:
+    optimizers = keras_optimizers.optimizers_of(model)
+    # Each replica adds up its own gradients.
+    own = {
+        id(variable)
+        for optimizer in optimizers
+        for variable in keras_optimizers.all_accumulators(optimizer)
+    }
+    candidates = [
+        *weights,
+        *(v for optimizer in optimizers for v in optimizer.variables),
+    ]
+    unique = {id(variable): variable for variable in candidates}
+    return [
+        variable
+        for key, variable in unique.items()
+        if key not in own
+        and not keras_optimizers.takes_gradient_as_value(variable)
+    ]
+
+
+def _value(variable: Any) -> np.ndarray:
+    return np.asarray(distribute.read_first(variable.value))
+
+
+def _statement(
+    variables: Sequence[Any],
+    values: Sequence[np.ndarray],
+    checksums: Sequence[str],
+) -> Statement:
+    facts, labels = {"number of variables": str(len(variables))}, {}
+    for index, (variable, value, digits) in enumerate(
+        zip(variables, values, checksums, strict=True)
+    ):
+        key = f"variable {index}"
+        labels[key] = repr(variable.path)
+        facts[key] = _shown(value)
+        if value.shape:
+            facts[key] += f" (checksum {digits})"
+    return Statement(facts, labels)
+
+
+def _shown(value: np.ndarray) -> str:
+    """The first numbers of an array."""
+    if not value.shape:
+        return str(value)
+    first = value.reshape(-1)[:3]
+    numbers = " ".join(f"{each:.6g}" for each in first.astype("float64"))
+    dots = " ..." if value.size > first.size else ""
+    return f"[{numbers}{dots}]"

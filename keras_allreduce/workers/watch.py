@@ -1,0 +1,40 @@
+"""Starts the watchdog of a strategy, and the store that fails with it."""
+
+from typing import Any
+
+from keras_allreduce.workers import exit_message
+from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.in_flight import InFlight
+from keras_allreduce.workers.lookout import Lookout
+from keras_allreduce.workers.store import NoStore, Store, store_of
+from keras_allreduce.workers.watchdog import Watchdog
+from keras_allreduce.workers.whereabouts import Whereabouts
+
+
+def watch(
+    cluster: Cluster,
+    owner: Any,
+    timeout_seconds: float,
+    in_flight: InFlight,
+    whereabouts: Whereabouts,
+) -> tuple[Watchdog, Store | NoStore]:
+    """Watches the other workers for as long as `owner` is there.
+
+    Args:
+        cluster: The workers.
+        owner: A strategy.
+        timeout_seconds: How long a worker waits for the others.
+        in_flight: Tracks the collectives.
+        whereabouts: Where in its script this worker is.
+
+    Returns:
+        The watchdog, and the store, whose readers fail when it gives up.
+    """
+    store = store_of(cluster, timeout_seconds, lambda: watchdog.failure())
+    lookout = None
+    if isinstance(store, Store):
+        lookout = Lookout(cluster, whereabouts, store.number)
+    watchdog = Watchdog(cluster, timeout_seconds, in_flight, lookout)
+    exit_message.install(watchdog)
+    watchdog.start(owner)
+    return watchdog, store

@@ -1,0 +1,263 @@
+"""What one of two workers does alone, case by case, in one pair of workers.
+
+Not a test. A case is a function of the strategy and of the number of this
+worker; it returns what the test looks at, or raises on both workers. Workers
+that have found out by comparison that they differ can go on.
+"""
+
+import random
+import traceback
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+import worker_cases
+
+CASES = {}
+keras.config.disable_traceback_filtering()
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def run(name, strategy):
+    """What a case returns or how it fails, ready for JSON."""
+    try:
+        found = CASES[name](strategy, worker_cases.worker_index())
+    except Exception as error:
+        traceback.print_exc()
+        found = {"error": f"{type(error).__name__}: {error}"}
+    keras.utils.clear_session(free_memory=False)
+    return keras.tree.map_structure(lambda v: np.asarray(v).tolist(), found)
+
+
+def made(strategy, **options):
+    keras.utils.set_random_seed(3)
+    with strategy.scope():
+        model = worker_cases.dense()
+        model.compile(keras.optimizers.SGD(0.05), "mse", **options)
+    return model
+
+
+def fit(model, x=worker_cases.X, y=worker_cases.TARGET, **options):
+    options = {"batch_size": 22, "shuffle": False, "verbose": 0} | options
+    return model.fit(x, y, **options)
+
+
+# What differs -------------------------------------------------------------
+
+
+@case
+def learning_rate_on_one(strategy, index):
+    schedule = keras.callbacks.LearningRateScheduler(lambda epoch: 0.01)
+    fit(made(strategy), callbacks=[schedule] if index else [])
+
+
+@case
+def learning_rate_in_a_later_epoch(strategy, index):
+    def later(epoch, rate):
+        return rate if epoch < 2 else 0.01
+
+    schedule = keras.callbacks.LearningRateScheduler(later)
+    fit(made(strategy), epochs=4, callbacks=[schedule] if index else [])
+
+
+@case
+def weights_of_the_chief_alone(strategy, index):
+    model = made(strategy)
+    if not index:
+        model.layers[-1].set_weights([np.ones([8, 1]), np.zeros([1])])
+    fit(model)
+
+
+@case
+def evaluate_other_weights(strategy, index):
+    model = made(strategy)
+    model.layers[0].bias.assign(np.full([8], float(index)))
+    model.evaluate(worker_cases.X, worker_cases.TARGET, verbose=0)
+
+
+@case
+def arrays_of_its_own(strategy, index):
+    mine = worker_cases.X[index::2]
+    made(strategy).predict(mine, batch_size=11, verbose=0)
+
+
+@case
+def other_number_of_samples(strategy, index):
+    samples = 62 + index
+    fit(made(strategy), worker_cases.X[:samples], worker_cases.TARGET[:samples])
+
+
+@case
+def evaluate_on_the_chief(strategy, index):
+    model = made(strategy)
+    x, y = worker_cases.X, worker_cases.TARGET
+    if index:
+        fit(model)
+    else:
+        model.evaluate(x, y, batch_size=22, verbose=0)
+
+
+@case
+def validation_on_the_chief(strategy, index):
+    data = None if index else (worker_cases.X, worker_cases.TARGET)
+    fit(made(strategy), epochs=2, validation_data=data)
+
+
+@case
+def early_stopping_on_the_chief(strategy, index):
+    model = made(strategy)
+    stop = keras.callbacks.EarlyStopping("loss", min_delta=99, patience=0)
+    fit(model, epochs=5, callbacks=[] if index else [stop])
+    # The chief goes on to its next call.
+    model.predict(worker_cases.X, verbose=0)
+
+
+@case
+def seed_of_its_own(strategy, index):
+    data = tf.data.Dataset.from_tensor_slices(
+        (worker_cases.X, worker_cases.TARGET)
+    )
+    made(strategy).fit(data.shuffle(66, seed=index).batch(22), verbose=0)
+
+
+# What is shared -----------------------------------------------------------
+
+
+@case
+def shuffle_without_a_seed(strategy, index):
+    tf.random.set_seed(None)
+    with strategy.scope():
+        model = keras.Sequential(
+            [
+                keras.Input([], dtype="int32"),
+                keras.layers.Embedding(46, 1, embeddings_initializer="zeros"),
+            ]
+        )
+        model.compile(keras.optimizers.SGD(8.0), loss=lambda y, p: p)
+    # Each weight ends as minus the number of times its sample was used: the
+    # loss is a mean over 8 samples, and over 6 in the last batch.
+    used = []
+    for _ in range(2):
+        model.fit(np.arange(46), np.zeros(46), batch_size=8, verbose=0)
+        used.append(-model.get_weights()[0].ravel())
+    first, second = used[0], used[1] - used[0]
+    return {"first": first, "orders differ": bool((first != second).any())}
+
+
+class Numbers(keras.utils.PyDataset):
+    """Batches of 4, each of one number."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return np.full([4], index), np.zeros([4])
+
+
+@case
+def shuffle_of_a_py_dataset(strategy, index):
+    random.seed(index)
+    tf.random.set_seed(None)
+    with strategy.scope():
+        model = keras.Sequential(
+            [
+                keras.Input([], dtype="int32"),
+                keras.layers.Embedding(12, 1, embeddings_initializer="zeros"),
+            ]
+        )
+        model.compile(keras.optimizers.SGD(1.0), loss=lambda y, p: p)
+    model.fit(Numbers(), epochs=3, shuffle=True, verbose=0)
+    return -model.get_weights()[0].ravel()
+
+
+@case
+def broadcast(strategy, index):
+    model = made(strategy)
+    model.set_weights([w + index for w in model.get_weights()])
+    model.optimizer.learning_rate = 0.01 * (1 + index)
+    strategy.broadcast(model)
+    fit(model)
+    rate = float(model.optimizer.learning_rate)
+    return {"rate": rate, "weights": model.get_weights()}
+
+
+class Logs(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.losses.append([logs["loss"], logs["mae"]])
+
+
+@case
+def logs_of_steps(strategy, index):
+    logs = Logs()
+    model = made(strategy, metrics=["mae"])
+    fit(model, batch_size=13, epochs=2, callbacks=[logs])
+    return logs.losses
+
+
+@case
+def logs_of_accumulating_steps(strategy, index):
+    logs = Logs()
+    model = made(strategy, metrics=["mae"])
+    model.optimizer = None
+    with strategy.scope():
+        optimizer = keras.optimizers.SGD(0.05, gradient_accumulation_steps=2)
+        model.compile(optimizer, "mse", metrics=["mae"])
+    fit(model, batch_size=16, epochs=2, callbacks=[logs])
+    return logs.losses
+
+
+@case
+def terminate_on_nan(strategy, index):
+    logs = Logs()
+    model = made(strategy, metrics=["mae"])
+    x = worker_cases.X.copy()
+    x[30] = np.nan  # In the part of one worker.
+    fit(
+        model,
+        x,
+        batch_size=16,
+        epochs=3,
+        callbacks=[keras.callbacks.TerminateOnNaN(), logs],
+    )
+    return len(logs.losses)
+
+
+@case
+def train_on_batch(strategy, index):
+    model = made(strategy, metrics=["mae"])
+    return [
+        model.train_on_batch(worker_cases.X[:33], worker_cases.TARGET[:33])
+        for _ in range(2)
+    ]
+
+
+@case
+def numbers(strategy, index):
+    model = made(strategy)
+    fit(model, epochs=2)
+    optimizer = model.optimizer
+    return [float(optimizer.learning_rate), int(optimizer.iterations)]
+
+
+@case
+def warnings_of_order(strategy, index):
+    tf.random.set_seed(None)
+    data = tf.data.Dataset.from_tensor_slices(
+        (worker_cases.X, worker_cases.TARGET)
+    )
+    with strategy.scope():
+        model = worker_cases.dense()
+        model.compile("sgd", "mse")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(data.shuffle(66).batch(22), verbose=0)
+    return [str(each.message) for each in caught]

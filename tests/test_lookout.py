@@ -1,0 +1,128 @@
+"""A worker that waits finds out that another waits elsewhere."""
+
+import pytest
+import tensorflow as tf
+
+from keras_allreduce.workers import lookout as lookout_module
+from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.lookout import Lookout
+from keras_allreduce.workers.place import OUTSIDE, STEP, Place
+
+
+class FakeStore:
+    """The store of the coordination service, in a dict."""
+
+    def __init__(self):
+        self.texts = {}
+
+    def publish_again(self, key, value):
+        self.texts[key] = value
+
+    def read_published(self, key, timeout_seconds):
+        if key not in self.texts:
+            raise tf.errors.DeadlineExceededError(None, None, key)
+        return self.texts[key]
+
+
+class FakeWhereabouts:
+    """Says what the test has set."""
+
+    def __init__(self):
+        self.here, self.seconds = Place(), 0.0
+
+    def place(self):
+        return self.here
+
+    def waits_seconds(self):
+        return self.seconds
+
+    def wait(self, where):
+        self.here, self.seconds = Place(waits_in=where), 1e9
+
+    def work(self):
+        self.here, self.seconds = Place(), 0.0
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """Whereabouts and lookout of two workers of one store."""
+    monkeypatch.setattr(lookout_module, "runtime", FakeStore())
+    tasks = tuple(f"/job:worker/replica:0/task:{rank}" for rank in range(2))
+    made = []
+    for rank in range(2):
+        cluster = Cluster(tasks, ("a:1", "b:1"), rank)
+        whereabouts = FakeWhereabouts()
+        made.append((whereabouts, Lookout(cluster, whereabouts, 0)))
+    return made
+
+
+def test_two_that_wait_at_different_places_both_find_out(pair):
+    (chief, of_chief), (other, of_other) = pair
+    chief.wait(STEP)
+    other.wait(OUTSIDE)
+    messages = [
+        [lookout.look() for lookout in (of_chief, of_other)] for _ in range(3)
+    ]
+    assert messages[0] == [None, None]
+    first, second = messages[2]
+    assert first == second
+    assert "worker 0 (a:1) waits in a step; worker 1 (b:1) waits" in first
+
+
+def test_one_that_waits_for_one_that_works_goes_on_waiting(pair):
+    (chief, of_chief), (_, of_other) = pair
+    chief.wait(STEP)
+    for _ in range(5):
+        assert of_chief.look() is None
+        assert of_other.look() is None
+
+
+def test_what_another_said_before_it_went_on_does_not_count(pair):
+    (chief, of_chief), (other, of_other) = pair
+    other.wait(OUTSIDE)
+    assert of_other.look() is None
+    assert of_other.look() is None
+    # It goes on, and its thread does not come to say so.
+    chief.wait(STEP)
+    for _ in range(5):
+        assert of_chief.look() is None
+
+
+def test_a_wait_that_is_new_forgets_what_was_read_in_the_last(pair):
+    (chief, of_chief), (other, of_other) = pair
+    chief.wait(STEP)
+    other.wait(OUTSIDE)
+    of_other.look()
+    assert of_chief.look() is None
+    of_other.look()
+    chief.work()
+    assert of_chief.look() is None
+    chief.wait(STEP)
+    chief.seconds = 0.0  # It began after the last look.
+    assert of_chief.look() is None
+
+
+def test_one_that_has_ended_is_missed_only_by_one_that_waits(pair):
+    (chief, of_chief), (_, of_other) = pair
+    of_other.say_goodbye(0.0)
+    assert of_chief.look() is None
+    assert of_chief.has_ended(1)
+    chief.wait(STEP)
+    assert "worker 1 (b:1) has ended its script" in of_chief.look()
+
+
+def test_a_goodbye_is_the_last_that_a_worker_says(pair):
+    (_, of_chief), (_, of_other) = pair
+    of_other.say_goodbye(0.0)
+    of_other.look()
+    assert of_chief.has_ended(1)
+
+
+def test_the_end_of_the_chief_is_known_after_its_store_is_gone(
+    pair, monkeypatch
+):
+    (_, of_chief), (_, of_other) = pair
+    of_chief.say_goodbye(0.0)
+    of_other.look()
+    monkeypatch.setattr(lookout_module, "runtime", FakeStore())
+    assert of_other.has_ended(0)

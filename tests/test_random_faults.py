@@ -1,0 +1,31 @@
+"""A few rounds of `benchmarks/random_faults.py`, which can run for hours."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from deadlines import DEADLINE_SECONDS
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "random_faults.py"
+
+
+def test_workers_end_as_they_should_whatever_goes_wrong():
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(SCRIPT),
+            "--faults",
+            "3",
+            "--kinds",
+            "kill",
+            "weights",
+            "garbage",
+            "--limit",
+            str(DEADLINE_SECONDS),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=4 * DEADLINE_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 of 3 rounds did not end as they should" in done.stdout
