@@ -106,7 +106,7 @@ def test_the_documents_tell_the_cost_of_every_algorithm(algorithm):
     text = DOCUMENT.read_text(encoding="utf-8")
     assert f"\n| `{algorithm}` | " in text.split("\n## ")[0]
     assert f"\n## {algorithm}\n" in text
-    which = "".join(row[0] for row in table_of("Which one"))
+    which = "".join(row[0] for row in table_of("Algorithm selection"))
     assert f"`{algorithm}`" in which
 
 
