@@ -9,7 +9,7 @@ import pytest
 # Writes 16 MiB a few times. Without keeping, each time every page is new.
 SCRIPT = """
 import ctypes, resource
-from keras_allreduce.memory import keep_freed
+from keras_allreduce.malloc import keep_freed
 kept = keep_freed()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p

@@ -53,7 +53,12 @@ class Replica:
         return self.share / self.num_replicas
 
     def next_call(self, kind: str) -> int:
-        """Number of the next thing of a kind that the step asks for."""
+        """Number of the next thing of a kind that the step asks for.
+
+        Outside of a step nothing is counted.
+        """
+        if self is NO_REPLICA:
+            return 0
         self.calls[kind] += 1
         return self.calls[kind] - 1
 

@@ -87,18 +87,27 @@ class Watchdog:
         self._thread = threading.Thread(
             target=self._run, name="keras_allreduce.watchdog", daemon=True
         )
+        # Publishing waits without end for a chief that does not answer, so
+        # the thread that would notice this must not do it.
+        self._lookout_thread = threading.Thread(
+            target=self._look_out, name="keras_allreduce.lookout", daemon=True
+        )
 
     def start(self, owner: Any) -> None:
         """Watches for as long as `owner`, a strategy, is there."""
         # Also runs at the end of the process, before TensorFlow is torn down.
         weakref.finalize(owner, self.stop)
         self._thread.start()
+        if self._lookout is not None:
+            self._lookout_thread.start()
 
     def stop(self) -> None:
         """Ends the watch; returns when its thread has ended."""
         self._stopped.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
+        if self._lookout_thread.is_alive():
+            self._lookout_thread.join(_PROBE_SECONDS)
 
     def failure(self) -> WorkerError | None:
         """An error with the message in `lost`, or `None`."""
@@ -123,6 +132,17 @@ class Watchdog:
             if self._look(self._due()) is not None:
                 return
 
+    def _look_out(self) -> None:
+        lookout = self._lookout
+        while lookout is not None and not self._stopped.wait(_LOOKOUT_SECONDS):
+            never = lookout.look()
+            with self._asking:
+                if never is not None and self.lost is None:
+                    self._kind = WorkersDifferError
+                    self._give_up(never)
+                if self.lost is not None:
+                    return
+
     def _due(self) -> list[int]:
         """The workers to ask now."""
         now = time.monotonic()
@@ -140,24 +160,12 @@ class Watchdog:
                 if self.lost is not None or self._stopped.is_set():
                     break
                 self._ask(rank)
-            if self.lost is None and self._lookout is not None:
-                never = self._lookout.look()
-                if never is not None:
-                    self._kind = WorkersDifferError
-                    self._give_up(never)
             if (
                 self.lost is None
                 and self._in_flight.waiting_seconds() >= self._timeout_seconds
             ):
                 self._kind = WorkerTimeoutError
-                self._give_up(
-                    "All workers must take part in every step within "
-                    f"timeout_seconds={self._timeout_seconds:g}. Received: no "
-                    "worker was lost, but at least one is somewhere else in "
-                    "its script: it has fewer batches, is slower than that, "
-                    "or does something else. Give all the same number of "
-                    "batches, or raise `timeout_seconds`."
-                )
+                self._give_up(_too_late(self._timeout_seconds))
             return self.lost
 
     def _ask(self, rank: int) -> None:
@@ -223,3 +231,13 @@ class Watchdog:
         runtime.abort_collectives(why)
         for each in self.on_loss:
             each()
+
+
+def _too_late(timeout_seconds: float) -> str:
+    return (
+        "All workers must take part in every step within "
+        f"timeout_seconds={timeout_seconds:g}. Received: no worker was lost, "
+        "but at least one is somewhere else in its script: it has fewer "
+        "batches, is slower than that, or does something else. Give all the "
+        "same number of batches, or raise `timeout_seconds`."
+    )
