@@ -194,21 +194,13 @@ class Watchdog:
             self._refusals[rank] = 0
 
     def _is_gone(self, rank: int) -> None:
-        if not self._has_ended(rank):
-            clock = time.strftime("%H:%M:%S")
-            self._lose(
-                rank,
-                f"is gone since {clock}, its port is closed: it was killed, "
-                "or failed.",
-            )
+        if self._lookout is None or not self._lookout.has_ended(rank):
+            self._lose(rank, _killed_or_failed())
         elif self._needs_all:
             self._lose(
                 rank,
                 "has ended its script, while this worker still needs it.",
             )
-
-    def _has_ended(self, rank: int) -> bool:
-        return self._lookout is not None and self._lookout.has_ended(rank)
 
     def say_goodbye(self, seconds: float) -> None:
         """Tells the others that the script of this worker ends as it should.
@@ -240,4 +232,11 @@ def _too_late(timeout_seconds: float) -> str:
         "but at least one is somewhere else in its script: it has fewer "
         "batches, is slower than that, or does something else. Give all the "
         "same number of batches, or raise `timeout_seconds`."
+    )
+
+
+def _killed_or_failed() -> str:
+    clock = time.strftime("%H:%M:%S")
+    return (
+        f"is gone since {clock}, its port is closed: it was killed, or failed."
     )
