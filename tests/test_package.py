@@ -131,7 +131,7 @@ def test_installing_it_installs_no_tensorflow(metadata):
     # tensorflow-cpu and nightlies would be overwritten; so would keras-nightly.
     requirements = metadata.get_all("Requires-Dist")
     always = [each for each in requirements if "extra ==" not in each]
-    assert sorted(always) == ["absl-py", "numpy"]
+    assert sorted(always) == ["absl-py", "numpy", "rich"]
     extra = [each for each in requirements if 'extra == "tensorflow"' in each]
     assert sorted(each.split(";")[0].strip() for each in extra) == [
         "keras>=3.10",
