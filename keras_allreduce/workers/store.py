@@ -5,6 +5,7 @@ The store is that of TensorFlow's coordination service. It ends with the chief.
 
 import functools
 import itertools
+import threading
 import time
 from collections.abc import Callable
 
@@ -86,10 +87,24 @@ class Store:
         return f"keras_allreduce/{self.number}/{name}/{rank}"
 
     def _publish(self, name: str, value: str) -> None:
-        try:
-            runtime.publish(self._key(name, self._cluster.rank), value)
-        except tf.errors.OpError as error:
-            raise self._failed(name, error) from error
+        # Without an end for a chief that does not answer, hence aside.
+        found: list[tf.errors.OpError] = []
+
+        def publish() -> None:
+            try:
+                runtime.publish(self._key(name, self._cluster.rank), value)
+            except tf.errors.OpError as error:
+                found.append(error)
+
+        thread = threading.Thread(target=publish, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_READ_SECONDS)
+            failure = self._failure()
+            if failure is not None and thread.is_alive():
+                raise failure
+        if found:
+            raise self._failed(name, found[0]) from found[0]
 
     def _read(self, name: str, rank: int, timeout_seconds: float) -> str:
         end = time.monotonic() + timeout_seconds
