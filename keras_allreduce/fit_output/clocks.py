@@ -15,7 +15,11 @@ import numpy as np
 import tensorflow as tf
 
 from keras_allreduce.compat import distribute
-from keras_allreduce.graph_order import free_running_clock
+from keras_allreduce.graph_order import (
+    free_running_clock,
+    keep_with_graph,
+    new_counter,
+)
 from keras_allreduce.reduce.observe import PackTensors
 
 ROWS = 1024
@@ -92,20 +96,14 @@ class GraphClocks:
                 after += [[], inputs[replica], writes[replica]]
             with tf.device(_host_of(device)):
                 self._take_times(after)
-        # The step's graph keeps its clocks alive: their variables must be
-        # there as long as the step can run.
-        tf.compat.v1.get_default_graph().add_to_collection(
-            "keras_allreduce_clocks", self
-        )
+        keep_with_graph(self)
 
     def _take_times(self, after: Sequence[Sequence[Any]]) -> None:
         with tf.init_scope():
             rows = distribute.ResourceVariable(
                 np.zeros([ROWS, len(after)]), trainable=False
             )
-            count = distribute.ResourceVariable(
-                np.int64(0), trainable=False, dtype=tf.int64
-            )
+            count = new_counter()
             now = free_running_clock(count)
         self._rows.append(rows)
         self._counts.append(count)
