@@ -15,6 +15,7 @@ import keras
 import mpi_jobs
 import pytest
 import tensorflow as tf
+import worker_cases
 
 import keras_allreduce
 
@@ -79,6 +80,15 @@ def _same_start():
     keras.utils.set_random_seed(7)
     yield
     keras.utils.clear_session(free_memory=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_folder(tmp_path_factory, worker_id):
+    own = tmp_path_factory.getbasetemp()
+    # That of a process of pytest-xdist is in that of the run.
+    shared = own if worker_id == "master" else own.parent
+    worker_cases.SHARED = shared / "one_device"
+    worker_cases.SHARED.mkdir(exist_ok=True)
 
 
 @pytest.fixture(scope="session")

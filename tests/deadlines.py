@@ -8,3 +8,8 @@ DEADLINE_SECONDS = 600
 
 PATIENCE_SECONDS = 8
 """When a worker that does not answer has failed, where a test freezes one."""
+
+
+def seconds_for(cases):
+    """Deadline of processes that train several cases, one after the other."""
+    return DEADLINE_SECONDS + 60 * len(cases)

@@ -17,8 +17,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import warm_python
 import workers
 from deadlines import DEADLINE_SECONDS
+
+FORKED_RANK = Path(__file__).parent / "forked_rank.py"
 
 # `mpirun` starts more processes than there are cores, and as root, and binds
 # none of them to a core.
@@ -153,6 +156,7 @@ def running(
     deadline_seconds=DEADLINE_SECONDS,
     num_workers=2,
     environment=None,
+    python=(sys.executable,),
 ):
     """Starts workers that call a function of `worker_script.py`.
 
@@ -162,13 +166,14 @@ def running(
         deadline_seconds: When processes that are still there are killed.
         num_workers: Number of workers.
         environment: Variables of all workers, besides those of this process.
+        python: What `mpirun` starts with the arguments of `python`.
 
     Yields:
         A `Job`. At the end of the block all its processes are gone.
     """
     command = [mpirun(), "-n", str(num_workers), "sh", "-c", _COMMAND]
     call = json.dumps([function, *arguments])
-    script = [sys.executable, str(workers.SCRIPT), call, "result"]
+    script = [*python, str(workers.SCRIPT), call, "result"]
     # They also end if the tests are killed before they kill them.
     script += [str(int(deadline_seconds) + 1)]
     without = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
@@ -203,12 +208,23 @@ def _end(process, ranks):
     process.wait()
 
 
+def forking():
+    """A `python` for `running` that has imported TensorFlow already.
+
+    Not where the subject is how `mpirun` deals with a process: its own child
+    is `forked_rank.py`, which only stands for it.
+    """
+    own = [sys.executable, "-S", "-E", str(FORKED_RANK)]
+    return [*own, warm_python.address()]
+
+
 def results(function, *arguments, **options):
-    """What the function returns on each worker; see `running`.
+    """What the function returns on each worker; see `running`, `forking`.
 
     Raises:
         RuntimeError: If a worker fails or is too slow, with its output.
     """
+    options["python"] = forking()
     with running(function, *arguments, **options) as job:
         code = job.wait()
         if code != 0:

@@ -9,6 +9,7 @@ from pathlib import Path
 import mpi_jobs
 import pytest
 import tensorflow as tf
+import warm_python
 
 import keras_allreduce
 from keras_allreduce.benchmark import __main__ as benchmark_main
@@ -533,7 +534,10 @@ def run(*command):
 
 
 def test_the_command_runs_by_itself():
-    ended = run("keras_allreduce.benchmark", *TINY, "--replicas", "3")
+    ended = warm_python.run(
+        ["-m", "keras_allreduce.benchmark", *TINY, "--replicas", "3"],
+        folder=REPOSITORY,
+    )
     assert ended.returncode == 0, ended.stderr
     assert "# 3 replicas: 1 worker(s) with 3 x host device" in ended.stdout
 

@@ -1,12 +1,10 @@
 """Bad input ends at the door: the rule, what was received, what to do."""
 
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import warm_python
 from conftest import DEVICES
 
 from keras_allreduce import AllReduceStrategy, BatchAllReduce, host_devices
@@ -274,9 +272,7 @@ class TestHostDevices:
             "tf.constant(1)\n"
             "keras_allreduce.host_devices(2)\n"
         )
-        result = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True
-        )
+        result = warm_python.run(["-c", script])
         assert result.returncode == 1
         assert result.stderr.strip().splitlines()[-1] == (
             "RuntimeError: Host devices must be made before TensorFlow is "
@@ -292,7 +288,5 @@ class TestHostDevices:
             "keras_allreduce.host_devices(3)\n"
             "print(len(tf.config.list_logical_devices('CPU')))\n"
         )
-        result = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True
-        )
+        result = warm_python.run(["-c", script])
         assert result.stdout.strip() == "4"

@@ -1,12 +1,12 @@
 """The documents speak of what is there, and their examples run."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 
 REPOSITORY = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -83,12 +83,7 @@ def test_an_example_in_a_page_runs(page):
     )
     assert blocks
     for block in blocks:
-        done = subprocess.run(
-            [sys.executable, "-c", block],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        )
+        done = warm_python.run(["-c", block])
         assert done.returncode == 0, done.stderr
 
 

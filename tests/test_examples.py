@@ -1,13 +1,11 @@
 """Every example runs and prints what it promises."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 
 REPOSITORY = Path(__file__).parent.parent
 EXAMPLES = REPOSITORY / "examples"
@@ -78,13 +76,7 @@ def test_an_example_prints_what_it_promises(name, tmp_path):
         package, command = NEEDS[name]
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{name} needs {package}: {command}")
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-    )
+    result = warm_python.run([str(EXAMPLES / name)], folder=tmp_path)
     assert result.returncode == 0, result.stderr
     rest = re.sub(r"\x1b\[\d+m", "", result.stdout)
     for expected in PRINTS[name]:

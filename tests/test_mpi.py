@@ -19,7 +19,7 @@ import test_multi_worker
 import test_wire
 import worker_cases
 import workers
-from deadlines import DEADLINE_SECONDS
+from deadlines import seconds_for
 
 pytestmark = pytest.mark.usefixtures("needs_mpirun")
 
@@ -32,17 +32,19 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "two_workers.py"
 @pytest.fixture(scope="module")
 def over_mpi(request):
     """Results of each of two workers, by case."""
+    names = workers.selected(request)
     return mpi_jobs.results(
-        "cases",
-        workers.selected(request),
-        deadline_seconds=2 * DEADLINE_SECONDS,
+        "cases", names, deadline_seconds=seconds_for(names)
     )
 
 
 @pytest.fixture(scope="module")
 def over_mpi_with_two_devices(request):
+    names = workers.selected(request)
     return mpi_jobs.results(
-        "cases_on_two_devices_each", workers.selected(request)
+        "cases_on_two_devices_each",
+        names,
+        deadline_seconds=seconds_for(names),
     )
 
 

@@ -10,9 +10,9 @@ import time
 
 import numpy as np
 import pytest
-import tensorflow as tf
 import worker_cases
 import workers
+from deadlines import seconds_for
 
 ON_TWO_DEVICES_EACH = [
     "last_batch_of_one_sample",
@@ -31,14 +31,19 @@ DIFFER_FROM_ONE_DEVICE = ["batch_normalization", "dropout"]
 @pytest.fixture(scope="module")
 def on_workers(request):
     """Results of each of two workers, by case."""
-    return workers.results("cases", workers.selected(request))
+    names = workers.selected(request)
+    return workers.results(
+        "cases", names, deadline_seconds=seconds_for(names)
+    )
 
 
 @pytest.fixture(scope="module")
 def on_workers_of_two_devices(request):
+    names = workers.selected(request)
     return workers.results(
         "cases_on_two_devices_each",
-        workers.selected(request),
+        names,
+        deadline_seconds=seconds_for(names),
     )
 
 
@@ -48,7 +53,7 @@ def agree(name, results):
     assert "error" not in first, first["error"]
     for other in others:
         assert other == first
-    expected = worker_cases.run(name, tf.distribute.get_strategy())
+    expected = worker_cases.on_one_device(name)
     for path, value, wanted in worker_cases.pairs(first, expected):
         assert np.isfinite(value)
         rtol = 0 if "weights" in path else 1e-5
@@ -117,7 +122,7 @@ def test_a_narrow_wire_trains_nearly_as_one_device(name, on_a_narrow_wire):
     first, *others = [result[name] for result in on_a_narrow_wire]
     assert "error" not in first, first["error"]
     assert all(other == first for other in others)
-    expected = worker_cases.run(name, tf.distribute.get_strategy())
+    expected = worker_cases.on_one_device(name)
     for got, wanted in zip(first["weights"], expected["weights"], strict=True):
         np.testing.assert_allclose(got, wanted, atol=5e-3)
     # Something did cross in fewer bits.
@@ -129,7 +134,7 @@ def agree_on_statistics(name, results):
     first, other = [result[name] for result in results]
     assert "error" not in first, first["error"]
     assert other == first
-    expected = worker_cases.run(name, tf.distribute.get_strategy())
+    expected = worker_cases.on_one_device(name)
     np.testing.assert_allclose(
         first["moving_mean"], expected["moving_mean"], rtol=1e-5
     )

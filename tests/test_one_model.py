@@ -1,13 +1,12 @@
 """What replicas gather on their own is that of one model afterwards."""
 
-import subprocess
-import sys
 import threading
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import warm_python
 from conftest import DEVICES
 from programs import Custom, Keeps, X, Y, dense, fit
 
@@ -142,12 +141,8 @@ print(strategy.all_reduce_stats())
 
 
 def test_a_deterministic_fit_shows_its_plan_and_takes_no_time():
-    done = subprocess.run(
-        [sys.executable, "-c", DETERMINISTIC],
-        capture_output=True,
-        check=True,
-        text=True,
-    )
+    done = warm_python.run(["-c", DETERMINISTIC])
+    assert done.returncode == 0, done.stderr
     assert "num_packs" in done.stdout
     assert done.stdout.splitlines()[-1] == "None"
 

@@ -28,6 +28,9 @@ WEIGHTS = RNG.uniform(0.1, 3, 66).astype("float32")
 
 CASES = {}
 
+# Folder of this run of the tests; conftest.py sets it.
+SHARED = Path()
+
 
 def wire_parts(worker):
     """What a worker sends in the tests of the wire: small and large.
@@ -58,6 +61,21 @@ def run(name, strategy):
     if callable(found):
         found = found()
     return keras.tree.map_structure(_plain, found)
+
+
+def on_one_device(name):
+    """What a case returns without a strategy.
+
+    The files that compare with it may run in different processes: the first
+    one that needs it leaves it for the others.
+    """
+    path = SHARED / f"{name}.json"
+    if not path.exists():
+        found = json.dumps(run(name, tf.distribute.get_strategy()))
+        own = path.with_suffix(f".{os.getpid()}")
+        own.write_text(found)
+        own.rename(path)
+    return json.loads(path.read_text())
 
 
 def pairs(got, expected):

@@ -6,10 +6,8 @@ returns as JSON.
 """
 
 import contextlib
-import functools
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -19,59 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import warm_python
 from deadlines import DEADLINE_SECONDS
 
 SCRIPT = Path(__file__).parent / "worker_script.py"
-SERVER = Path(__file__).parent / "worker_server.py"
-
-POLL_SECONDS = 0.02
-
-
-class Forked:
-    """A process that the server has forked, as `subprocess.Popen` has it.
-
-    Args:
-        pid: Its process id.
-        exit_code: Path where the server writes its exit code.
-    """
-
-    def __init__(self, pid, exit_code):
-        self.pid = pid
-        self._exit_code = exit_code
-        self.returncode = None
-
-    def poll(self):
-        if self.returncode is None and self._exit_code.exists():
-            self.returncode = int(self._exit_code.read_text())
-        return self.returncode
-
-    def wait(self, timeout=DEADLINE_SECONDS):
-        end = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > end:
-                raise subprocess.TimeoutExpired("worker", timeout)
-            time.sleep(POLL_SECONDS)
-        return self.returncode
-
-    def send_signal(self, number):
-        if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
-
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
-
-
-@functools.cache
-def server():
-    """The server of this process of pytest; ends with it."""
-    return subprocess.Popen(
-        [sys.executable, str(SERVER)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
-    )
 
 
 @dataclass(frozen=True)
@@ -80,7 +29,7 @@ class Worker:
 
     Attributes:
         index: Its number.
-        process: Its `subprocess.Popen`, or `Forked`.
+        process: Its `subprocess.Popen`, or `warm_python.Process`.
         folder: Where it leaves its result and its output.
         end: `time.monotonic()` at which it has to be gone.
     """
@@ -214,6 +163,8 @@ def _addresses(num_workers, network):
 
 
 def _start(folder, cluster, call, deadline_seconds, network, environment):
+    # There from the start, as a test may look at it any time.
+    (folder / "output").touch()
     argv = [
         json.dumps(call),
         str(folder / "result"),
@@ -228,7 +179,13 @@ def _start(folder, cluster, call, deadline_seconds, network, environment):
         **environment,
     }
     if network is None and environment["CUDA_VISIBLE_DEVICES"] == "-1":
-        return _fork(folder, argv, environment)
+        return warm_python.Process(
+            [str(SCRIPT), *argv],
+            folder=Path.cwd(),
+            environment=environment,
+            stdout=folder / "output",
+            stderr=folder / "output",
+        )
     command = [sys.executable, str(SCRIPT), *argv]
     if network is not None:
         command = network.command(cluster["task"]["index"], command)
@@ -239,19 +196,3 @@ def _start(folder, cluster, call, deadline_seconds, network, environment):
             stderr=subprocess.STDOUT,
             env=environment,
         )
-
-
-def _fork(folder, argv, environment):
-    exit_code = folder / "exit_code"
-    # There from the start, as a test may look at it any time.
-    (folder / "output").touch()
-    request = {
-        "argv": argv,
-        "environment": environment,
-        "output": str(folder / "output"),
-        "exit_code": str(exit_code),
-    }
-    process = server()
-    process.stdin.write(json.dumps(request) + "\n")
-    process.stdin.flush()
-    return Forked(int(process.stdout.readline()), exit_code)
