@@ -10,6 +10,7 @@ import mpi_jobs
 import pytest
 import tensorflow as tf
 import warm_python
+from deadlines import DEADLINE_SECONDS
 
 import keras_allreduce
 from keras_allreduce.benchmark import __main__ as benchmark_main
@@ -524,7 +525,7 @@ def run(*command):
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=DEADLINE_SECONDS,
         env={
             **os.environ,
             "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -577,7 +578,7 @@ def test_workers_of_mpirun_measure_grpc_mpi_and_a_plain_allreduce():
         env={**os.environ, **mpi_jobs.ENVIRONMENT},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=DEADLINE_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -38,7 +38,7 @@ def test_in_one_process_at_most_11_frames(monkeypatch):
 
 
 def test_between_workers_at_most_13_frames():
-    paths, _ = workers.results("paths_of_gradients", deadline_seconds=120)
+    paths, _ = workers.results("paths_of_gradients")
     # The longest is that of an exchange, the other one that of the ring.
     functions = {frame.split(":")[1] for path in paths for frame in path}
     assert {"all_gather", "_exchange"} < functions

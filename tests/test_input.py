@@ -1,6 +1,7 @@
 """How distributed data sets are iterated: what is made, read and freed."""
 
 import contextlib
+import functools
 import gc
 import os
 import threading
@@ -75,6 +76,12 @@ def off():
     return numbers(33, 16).with_options(options)
 
 
+def batched_model_data():
+    """Three batches for `small_model`."""
+    arrays = small_model.X, small_model.Y
+    return tf.data.Dataset.from_tensor_slices(arrays).batch(8)
+
+
 def of_generator():
     return tf.data.Dataset.from_generator(
         lambda: iter(np.arange(12).reshape(3, 4)),
@@ -107,12 +114,16 @@ DATA = {
 }
 
 
+@functools.cache
+def read_by_tensorflow(name, replicas):
+    return read(mirrored(replicas), distributed(DATA[name]))
+
+
 @pytest.mark.parametrize("replicas", REPLICAS)
 @pytest.mark.parametrize("name", DATA)
 def test_every_replica_reads_what_it_reads_from_tensorflow(name, replicas):
-    make = distributed(DATA[name])
-    ours = read(strategy(replicas), make)
-    assert ours == read(mirrored(replicas), make)
+    ours = read(strategy(replicas), distributed(DATA[name]))
+    assert ours == read_by_tensorflow(name, replicas)
 
 
 @pytest.mark.parametrize("replicas", REPLICAS)
@@ -254,9 +265,7 @@ def traced(monkeypatch):
 
 def test_an_epoch_makes_one_iterator_and_traces_nothing(made, traced):
     model = small_model.make_model(strategy())
-    data = tf.data.Dataset.from_tensor_slices(
-        (small_model.X, small_model.Y)
-    ).batch(8)
+    data = batched_model_data()
     model.fit(data, epochs=1, verbose=0)
     counts = []
 
@@ -341,6 +350,18 @@ def test_the_threads_of_a_collected_iterator_end():
     assert threads_of_process() <= before + 7  # those that free
 
 
+class Owner:
+    pass
+
+
+def owned(releaser, kind):
+    """An owner, and the handles of one `kind` that are freed with it."""
+    owner, handles = Owner(), Handles(lambda: [kind()], threading.RLock())
+    handles.make()
+    releaser.when_collected(owner, handles)
+    return owner, handles
+
+
 def test_freeing_waits_in_other_threads_than_this():
     begun, end = threading.Event(), threading.Event()
     names = []
@@ -351,14 +372,8 @@ def test_freeing_waits_in_other_threads_than_this():
             begun.set()
             end.wait(60)
 
-    class Owner:
-        pass
-
     releaser = Releaser()
-    owner = Owner()
-    handles = Handles(lambda: [Slow()], threading.RLock())
-    handles.make()
-    releaser.when_collected(owner, handles)
+    owner, handles = owned(releaser, Slow)
     del owner, handles
     assert begun.wait(60)
     assert releaser.pending == 1
@@ -380,15 +395,9 @@ def test_one_slow_iterator_does_not_keep_the_others():
         def __del__(self):
             done.set()
 
-    class Owner:
-        pass
-
     releaser = Releaser()
-    for item in (Slow, Quick):
-        owner = Owner()
-        handles = Handles(lambda item=item: [item()], threading.RLock())
-        handles.make()
-        releaser.when_collected(owner, handles)
+    for kind in (Slow, Quick):
+        owner, handles = owned(releaser, kind)
         del owner, handles
     assert done.wait(60)
     end.set()
@@ -401,14 +410,8 @@ def test_the_end_of_the_process_does_not_wait_for_long():
         def __del__(self):
             end.wait(60)
 
-    class Owner:
-        pass
-
     releaser = Releaser()
-    owner = Owner()
-    handles = Handles(lambda: [Slow()], threading.RLock())
-    handles.make()
-    releaser.when_collected(owner, handles)
+    _owner, handles = owned(releaser, Slow)
     releaser.free_all(timeout_seconds=0.01)
     assert releaser.pending == 1
     with pytest.raises(RuntimeError, match="until the process ends"):
@@ -418,9 +421,7 @@ def test_the_end_of_the_process_does_not_wait_for_long():
 
 def test_200_epochs_leave_nothing_behind():
     model = small_model.make_model(strategy())
-    data = tf.data.Dataset.from_tensor_slices(
-        (small_model.X, small_model.Y)
-    ).batch(8)
+    data = batched_model_data()
     fit = {"validation_data": data, "verbose": 0}
     model.fit(data, epochs=20, **fit)
     freed()
@@ -495,17 +496,14 @@ def as_on_gpus(monkeypatch):
 
 @pytest.mark.parametrize("name", DATA)
 def test_prefetched_parts_are_those_of_tensorflow(name, as_on_gpus):
-    make = distributed(DATA[name])
-    ours = read(strategy(), make)
+    ours = read(strategy(), distributed(DATA[name]))
     assert to_devices._functions
-    assert ours == read(mirrored(2), make)
+    assert ours == read_by_tensorflow(name, 2)
 
 
 def test_fit_with_prefetched_parts_traces_once(as_on_gpus, traced):
     model = small_model.make_model(strategy())
-    data = tf.data.Dataset.from_tensor_slices(
-        (small_model.X, small_model.Y)
-    ).batch(8)
+    data = batched_model_data()
     model.fit(data, epochs=1, verbose=0)
     counts = []
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from deadlines import DEADLINE_SECONDS
 
 import keras_allreduce
 from keras_allreduce.launch.options import environments, parse
@@ -82,7 +83,10 @@ def run_workers(tmp_path, code, *, per_worker=None):
         for added in each
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [
+            process.communicate(timeout=DEADLINE_SECONDS)[0]
+            for process in processes
+        ]
     finally:
         for process in processes:
             process.kill()

@@ -19,7 +19,7 @@ import test_multi_worker
 import test_wire
 import worker_cases
 import workers
-from deadlines import seconds_for
+from deadlines import DEADLINE_SECONDS, seconds_for
 
 pytestmark = pytest.mark.usefixtures("needs_mpirun")
 
@@ -33,9 +33,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "two_workers.py"
 def over_mpi(request):
     """Results of each of two workers, by case."""
     names = workers.selected(request)
-    return mpi_jobs.results(
-        "cases", names, deadline_seconds=seconds_for(names)
-    )
+    return mpi_jobs.results("cases", names, deadline_seconds=seconds_for(names))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +96,7 @@ def test_the_example_runs_under_mpirun_and_says_so():
         env={**os.environ, **mpi_jobs.ENVIRONMENT},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=DEADLINE_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -32,9 +32,7 @@ DIFFER_FROM_ONE_DEVICE = ["batch_normalization", "dropout"]
 def on_workers(request):
     """Results of each of two workers, by case."""
     names = workers.selected(request)
-    return workers.results(
-        "cases", names, deadline_seconds=seconds_for(names)
-    )
+    return workers.results("cases", names, deadline_seconds=seconds_for(names))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +90,7 @@ def test_backprop_does_not_wait_for_the_other_workers():
 
 
 def test_workers_sum_nothing_between_steps_but_all_metrics_at_once():
-    for found in workers.results("sums_between_steps", deadline_seconds=100):
+    for found in workers.results("sums_between_steps"):
         # Traced with the step: the number of samples. No step asks whether
         # anyone has data left.
         assert "reduce" not in found["first"]
@@ -180,9 +178,7 @@ def test_all_workers_are_told_whom_they_wait_for():
 def shown(tmp_path_factory):
     """What two workers say of what they send, and the chief's timeline."""
     path = tmp_path_factory.mktemp("timeline") / "timeline.json"
-    results = workers.results(
-        "show_what_is_sent", str(path), deadline_seconds=300
-    )
+    results = workers.results("show_what_is_sent", str(path))
     return results, json.loads(path.read_text())
 
 

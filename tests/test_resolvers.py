@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 import workers
+from deadlines import DEADLINE_SECONDS
 from absl import logging
 
 import keras_allreduce
@@ -54,9 +55,7 @@ def test_processes_of_a_launcher_train_as_workers(launcher):
         }
         for rank in range(2)
     ]
-    assert workers.results(
-        "describe", deadline_seconds=120, environment=environment
-    ) == [
+    assert workers.results("describe", environment=environment) == [
         {"resolver": "LauncherClusterResolver", "index": rank, "workers": 2}
         for rank in range(2)
     ]
@@ -80,7 +79,7 @@ def test_workers_under_mpirun_train_as_workers(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=DEADLINE_SECONDS,
         check=False,
     )
     assert said.returncode == 0, said.stdout + said.stderr
@@ -96,7 +95,7 @@ def mpi_path():
 ON_EACH_RANK = """
 import sys
 import keras_allreduce
-strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=120)
+strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=600)
 rank = strategy.cluster_resolver.task_id
 sys.stdout.write(f"rank {rank} of {strategy.extended.num_workers}\\n")
 """

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+from deadlines import DEADLINE_SECONDS
 
 # Every worker of the job. Without the file "died", worker 1 dies in the middle
 # of the third epoch.
@@ -16,7 +17,7 @@ import numpy as np
 
 import keras_allreduce
 
-strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=60)
+strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=600)
 folder = Path(sys.argv[1])
 died = folder / "died"
 index = strategy.cluster_resolver.task_id
@@ -54,7 +55,9 @@ def train(folder):
     script.write_text(TRAIN)
     command = [sys.executable, "-m", "keras_allreduce.launch", "--workers", "2"]
     command += ["--restarts", "1", str(script), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=DEADLINE_SECONDS
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     weights = []
     for index in range(2):
