@@ -19,7 +19,8 @@ demo: $(VENV)/.demo
 	@$(SHARED) $(BIN)/python examples/digits.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+		$(PYTEST_ARGS)
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto -m 'not slow' $(PYTEST_ARGS)

@@ -31,48 +31,59 @@ GPUS = (
 
 
 # They start processes, or train for seconds: not in `make test-fast`. All are
-# in `make test`.
-SLOW_FILES = {
-    "test_benchmark.py",
-    "test_custom_loop.py",
-    "test_docs.py",
-    "test_drift.py",
-    "test_drop_in.py",
-    "test_examples.py",
-    "test_explain.py",
-    "test_input.py",
-    "test_keras_assumptions.py",
-    "test_launch.py",
-    "test_malloc.py",
-    "test_migrating.py",
-    "test_mpi.py",
+# in `make test`. The longest come first: a long one that begins last has one
+# core work while the others are idle.
+SLOW_FILES = [
     "test_multi_worker.py",
-    "test_namespaces.py",
-    "test_notebook.py",
-    "test_on_gpus.py",
     "test_one_device.py",
-    "test_pack_independence.py",
-    "test_package.py",
+    "test_mpi.py",
+    "test_programs.py",
+    "test_drop_in.py",
+    "test_data_forms.py",
+    "test_worker_failures.py",
     "test_progress_bar.py",
+    "test_drift.py",
+    "test_examples.py",
+    "test_package.py",
+    "test_input.py",
+    "test_docs.py",
+    "test_benchmark.py",
+    "test_keras_assumptions.py",
+    "test_sharp_bits.py",
+    "test_timeline.py",
     "test_random_faults.py",
-    "test_randomness.py",
-    "test_reduce_in_strategy.py",
-    "test_rendezvous.py",
     "test_restart.py",
+    "test_notebook.py",
+    "test_migrating.py",
+    "test_namespaces.py",
+    "test_wire.py",
+    "test_randomness.py",
     "test_saving.py",
     "test_several_strategies.py",
-    "test_sharp_bits.py",
     "test_tensorboard.py",
-    "test_timeline.py",
-    "test_wire.py",
-    "test_worker_failures.py",
-}
+    "test_explain.py",
+    "test_pack_independence.py",
+    "test_custom_loop.py",
+    "test_launch.py",
+    "test_rendezvous.py",
+    "test_reduce_in_strategy.py",
+    "test_malloc.py",
+    "test_on_gpus.py",
+]
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name in SLOW_FILES:
             item.add_marker("slow")
+    place = {name: number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One more than cores: tests of workers wait for most of their time."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(autouse=True)

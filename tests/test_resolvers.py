@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 import workers
-from deadlines import DEADLINE_SECONDS
 from absl import logging
+from deadlines import DEADLINE_SECONDS
 
 import keras_allreduce
 from keras_allreduce.workers.resolvers import resolver_for
