@@ -31,7 +31,7 @@ TESTS = [
     "tests/test_sparse.py",
     "tests/test_update.py",
     "tests/test_versions.py",
-    "tests/test_rules.py",
+    "tests/test_keras_assumptions.py",
     "tests/test_multi_worker.py::"
     "test_workers_train_as_one_device_does[even_batches]",
 ]

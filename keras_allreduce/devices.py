@@ -148,9 +148,9 @@ def are_virtual(gpus: Sequence[str]) -> bool:
 
 
 def host_devices(count: int) -> list[str]:
-    """Makes `count` host devices, to try data parallelism on any machine.
+    """Creates host devices (logical CPU devices), to run replicas without GPUs.
 
-    They share the cores of the machine: what they show is right, not fast.
+    They share the cores of the machine: results are correct, not faster.
 
     Args:
         count: Number of host devices.
@@ -160,8 +160,8 @@ def host_devices(count: int) -> list[str]:
 
     Raises:
         ValueError: If `count` is not a positive integer.
-        RuntimeError: If TensorFlow has started with fewer; devices can only
-            be made before its first use.
+        RuntimeError: If TensorFlow has already started with fewer: devices
+            can only be created before its first use.
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(

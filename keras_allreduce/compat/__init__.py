@@ -1,8 +1,8 @@
 """Everything the package assumes about TensorFlow and Keras.
 
-In: objects of TensorFlow and Keras. Out: what no public API tells about them.
-Each private name is imported here alone, with its reason; each assumption
-about behaviour has a test that names it (`tests/test_keras_assumptions.py`).
+In: TensorFlow and Keras objects. Out: facts that have no public API. Private
+names are imported only here, each with its reason, and each assumption about
+behaviour has a test (`tests/test_keras_assumptions.py`).
 
     keras.py               what Keras's trainer, layers and losses do
     keras_optimizers.py    what Keras's optimizers do

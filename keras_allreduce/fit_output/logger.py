@@ -9,23 +9,23 @@ from keras_allreduce.fit_output.progress_bar import NEVER
 
 
 class AllReduceLogger(keras.callbacks.Callback):
-    """Puts the cost of the all-reduce into the logs of each epoch.
+    """Adds the cost of the all-reduce to the logs of each epoch.
 
-    Adds `all_reduce_ms`, `overlap` and `all_reduce_gbps` (see `ReduceStats`),
-    so that they show in History and in the callbacks after this one, such as
-    CSVLogger and TensorBoard: pass it first.
+    Adds `all_reduce_ms`, `overlap` and `all_reduce_gbps` (see `ReduceStats`)
+    for History and for the callbacks after this one, such as CSVLogger and
+    TensorBoard: pass it first.
 
     ```python
     model.fit(x, y, callbacks=[AllReduceLogger(), CSVLogger("log.csv")])
     ```
 
-    Under a `MultiWorkerAllReduceStrategy(measure_lateness=True)` also
-    `last_worker`, the number of the worker that comes last to a step, and
-    `lateness_ms`, how much later than the first. Pass it on all workers then.
+    Under a `MultiWorkerAllReduceStrategy(measure_lateness=True)` it also adds
+    the straggler: `last_worker`, the index of the slowest worker, and
+    `lateness_ms`, its delay behind the fastest. Pass it on all workers then.
 
     Raises:
         ValueError: If the model is trained without an `AllReduceStrategy`.
-        RuntimeError: If it is a model of tf_keras (Keras 2).
+        RuntimeError: If the model is a tf_keras (Keras 2) model.
     """
 
     def set_model(self, model: keras.Model) -> None:

@@ -17,18 +17,16 @@ from keras_allreduce.reduce.plan import bus_share
 
 @dataclass(frozen=True)
 class ReduceStats:
-    """Cost of the all-reduce, as means over steps.
+    """Cost of the all-reduce, averaged over steps.
 
     Definitions in `docs/fit_output.md`; they follow the logging data of
     PyTorch DistributedDataParallel and the PERFORMANCE.md of nccl-tests.
 
     Attributes:
-        steps: Number of steps the means are over. With none, every mean is
-            `nan`.
-        all_reduce_ms: Milliseconds per step in which at least one pack is
-            under way.
-        exposed_ms: The part of it after the last gradient was ready, when
-            there is no backprop left to hide behind.
+        steps: Number of measured steps. If 0, every mean is `nan`.
+        all_reduce_ms: Milliseconds per step with at least one pack in flight.
+        exposed_ms: The part of `all_reduce_ms` after the last gradient was
+            ready, which does not overlap with backprop.
         num_packs: Packs per step.
         nbytes: Bytes reduced per step, `None` if not known.
         num_replicas: Number of replicas.

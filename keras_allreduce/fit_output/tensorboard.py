@@ -22,21 +22,21 @@ _FROM_LOGGER = ("last_worker", "lateness_ms")
 class AllReduceTensorBoard(keras.callbacks.TensorBoard):
     """Keras's TensorBoard callback, with the cost of the all-reduce.
 
-    Takes the arguments of `keras.callbacks.TensorBoard` and writes what it
-    writes, and in groups of their own:
+    Takes the arguments of `keras.callbacks.TensorBoard` and adds two groups
+    of scalars to its output:
 
     - `epoch_all_reduce/`: `time_ms`, `exposed_ms`, `overlap` and
       `bandwidth_gbps` (see `ReduceStats`), as means over each epoch, and
       `last_worker` and `lateness_ms` if an `AllReduceLogger` before it has
       measured them;
     - `batch_all_reduce/`: the first four, as means over the steps since the
-      last ones, wherever Keras writes batches (`update_freq`).
+      previous write, whenever Keras writes batch scalars (`update_freq`).
 
     ```python
     model.fit(x, y, callbacks=[AllReduceTensorBoard("logs", update_freq=10)])
     ```
 
-    No other callback sees these numbers, nor do History and CSV files.
+    The scalars go to TensorBoard only, not to History or other callbacks.
 
     Raises:
         ValueError: If the model is trained without an `AllReduceStrategy`.

@@ -203,23 +203,23 @@ class AllReduceTimeline(keras.callbacks.Callback):
     Open the file in https://ui.perfetto.dev or chrome://tracing. It shows, for
     each replica, waiting for input, forward pass and backprop, waiting for
     the all-reduce, and the update; the packs in flight with their layers and
-    bytes; and steps and epochs. With several workers pass it on all; the
-    chief writes one file of all workers, on its clock.
+    bytes; and steps and epochs. With several workers, pass it on all of them:
+    the chief writes one file for all workers, on its clock.
 
     ```python
     model.fit(x, y, callbacks=[AllReduceTimeline("timeline.json")])
     ```
 
-    The train step is traced once more at the beginning, with three more times
-    taken on each replica, and once after it. Without this callback nothing is
-    added to a step.
+    The train step is retraced at the beginning, with three more timestamps on
+    each replica, and again at the end. Without this callback, steps have no
+    overhead.
 
     Args:
-        path: The file, JSON, compressed if it ends in `.gz`. If it ends in
-            `.xplane.pb`, in the format of TensorBoard's profile plugin.
-        steps: Number of the first step that is written, counted over the
-            epochs of this `fit`, and of the first one that is not. The very
-            first also pay for tracing.
+        path: Path of the JSON file; gzipped if it ends in `.gz`. With
+            `.xplane.pb`, the format is that of TensorBoard's profile plugin.
+        steps: Range of steps to record: the first, counted over the epochs of
+            this `fit`, and the first after it. The first steps of a `fit`
+            include tracing.
 
     Raises:
         ValueError: If `steps` is not a range of up to 1024 steps, or if the

@@ -36,25 +36,25 @@ _SUM = tf.distribute.ReduceOp.SUM
 
 
 class BatchAllReduce(Planner, tf.distribute.CrossDeviceOps):
-    """Sums gradients over replicas in packs that leave during backprop.
+    """All-reduces gradients in packs while backprop continues.
 
     Also works inside a stock strategy:
     `tf.distribute.MirroredStrategy(cross_device_ops=BatchAllReduce())`.
 
-    Whatever the algorithm, every gradient is reduced exactly once and all
-    replicas get bit for bit the same result.
+    With every algorithm, each gradient is reduced exactly once and the result
+    is bitwise identical on all replicas.
 
     Args:
         algorithm: `"nccl"` (GPUs), `"ring"` or `"shared_memory"` (host
-            devices of one process), or `"auto"`: NCCL on GPUs that have it,
-            shared memory elsewhere.
-        bytes_per_pack: Capacity of a pack in bytes; a larger gradient travels
-            alone. 0: chosen for the algorithm. A
-            `tf.distribute.experimental.CommunicationOptions` with a
-            `bytes_per_pack` passed with a call takes precedence.
-        sparse_as_dense: Turn `tf.IndexedSlices` into dense gradients first.
-            Faster where most rows are used, at the price of the memory of
-            the whole table.
+            devices of one process), or `"auto"`: NCCL on GPUs that support
+            it, shared memory otherwise.
+        bytes_per_pack: Capacity of a pack in bytes; a larger gradient gets a
+            pack of its own. 0: chosen for the algorithm. The `bytes_per_pack`
+            of a `tf.distribute.experimental.CommunicationOptions` passed with
+            a call takes precedence.
+        sparse_as_dense: Convert `tf.IndexedSlices` to dense gradients first.
+            Faster if most rows are used, but needs memory for the whole
+            table.
 
     Raises:
         ValueError: If an argument is not one of the above.

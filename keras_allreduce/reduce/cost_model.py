@@ -35,11 +35,11 @@ a step of one alone takes ("What a message costs" in RESULTS.md).
 
 @dataclass(frozen=True)
 class Link:
-    """How workers reach each other, for `strategy.explain`.
+    """Latency and bandwidth between workers, for `strategy.explain`.
 
-    `python -m keras_allreduce.benchmark` measures both: the time of a small
-    all-reduce between 2 workers is about alpha, and alpha + S / bandwidth
-    that of a large one of S bytes.
+    `python -m keras_allreduce.benchmark` measures both: between 2 workers, a
+    small all-reduce takes about alpha, and a large one of S bytes about
+    alpha + S / bandwidth.
 
     Attributes:
         alpha: Latency of a message in seconds, such as 50e-6.

@@ -1,8 +1,8 @@
 """The strategies: subclasses of TensorFlow's own.
 
-In: what Keras and users ask of a `tf.distribute.Strategy`. Out: TensorFlow's
-answer, except for gradients, steps of Keras and data sets, which go to
-`reduce`, `one_device` and `workers`.
+In: calls of Keras and users to a `tf.distribute.Strategy`. Out: TensorFlow's
+behaviour, except for gradients, Keras steps and datasets, which are handled by
+`reduce`, `one_device`, `workers` and `input`.
 
     one_machine.py     AllReduceStrategy               --+--> base.py
     multi_worker.py    MultiWorkerAllReduceStrategy    --+    extended.py

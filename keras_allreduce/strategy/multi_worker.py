@@ -27,45 +27,45 @@ _CommunicationOptions = tf.distribute.experimental.CommunicationOptions
 class MultiWorkerAllReduceStrategy(
     StrategyBase, tf.distribute.MultiWorkerMirroredStrategy
 ):
-    """Trains one model on the devices of several workers, all in step.
+    """Synchronous data-parallel training on the devices of several workers.
 
-    A drop-in replacement for `tf.distribute.MultiWorkerMirroredStrategy`,
-    configured as it is, that runs under `model.fit` of Keras 3. Every worker
-    runs the same script; each has its part of every batch.
+    A drop-in replacement for `tf.distribute.MultiWorkerMirroredStrategy` that
+    works with `model.fit` of Keras 3. Every worker runs the same script and
+    processes its part of each global batch.
 
     Args:
-        cluster_resolver: Where the workers are and which of them this is.
-            `None`: from the environment variable TF_CONFIG; without that,
-            see `LauncherClusterResolver`, if `mpirun`, `srun` or Kubernetes
-            has started several processes. Else there is one worker.
+        cluster_resolver: Addresses of the workers and the index of this one.
+            `None`: read from TF_CONFIG if it is set, else from `mpirun`,
+            `srun` or Kubernetes (see `LauncherClusterResolver`); otherwise
+            this process is the only worker.
         communication_options: A
             `tf.distribute.experimental.CommunicationOptions`; its
             `bytes_per_pack` and `timeout_seconds` override the arguments
             below.
-        bytes_per_pack: Capacity of a pack in bytes; 0: chosen for you.
-        timeout_seconds: How long a worker waits for the others before the
-            step ends in an error, in seconds; 20 if one does not answer.
+        bytes_per_pack: Capacity of a pack in bytes; 0: automatic.
+        timeout_seconds: Seconds a worker waits for the others before the step
+            fails; 20 for a worker that does not answer health checks.
         wire_dtype: `"bfloat16"` or `"float16"`: gradients of wider float
-            dtypes cross between workers in this one, at half the bytes of
-            float32, and are summed in their own. Rounds each worker's part:
-            to 8 bits (bfloat16) or 11 bits (float16, which overflows above
-            65504). `None`: every gradient crosses as it is.
+            dtypes are sent in this dtype, half the bytes of float32, and
+            summed in their own. Rounds what each worker sends to 8 bits
+            (bfloat16) or 11 bits (float16, which overflows above 65504).
+            `None`: gradients are sent without rounding.
         sparse_as_dense: See `BatchAllReduce`.
         weigh_samples: See `AllReduceStrategy`.
         fit_log: See `AllReduceStrategy`.
-        measure_lateness: Whether `worker_lateness` and `AllReduceLogger` tell
-            which worker the others wait for.
-        transport: What sums between workers without GPUs: `"grpc"`,
-            TensorFlow's ring; `"mpi"`, the MPI that has started the workers;
-            `"auto"`, MPI if that is what started them and mpi4py is
-            installed, else gRPC.
+        measure_lateness: Whether to measure stragglers, for
+            `worker_lateness` and `AllReduceLogger`.
+        transport: Transport between workers without GPUs: `"grpc"`,
+            TensorFlow's ring; `"mpi"`, the MPI that started the workers;
+            `"auto"`, MPI if it started them and mpi4py is installed, else
+            gRPC.
 
     Raises:
         ValueError: If an argument is not one of the above, or TF_CONFIG does
             not describe workers.
-        WorkerError: If a worker's port is not free, if a worker does not come
-            within `timeout_seconds`, or if workers differ in versions, options
-            or devices. A `RuntimeError`.
+        WorkerError: If a worker's port is in use, if a worker does not join
+            within `timeout_seconds`, or if the workers differ in versions,
+            options or devices. A `RuntimeError`.
     """
 
     def __init__(

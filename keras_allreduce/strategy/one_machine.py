@@ -14,12 +14,11 @@ from keras_allreduce.strategy.extended import ExtendedBase
 
 
 class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
-    """Trains one model on several devices of one machine, all in step.
+    """Synchronous data-parallel training on the devices of one machine.
 
-    A drop-in replacement for `tf.distribute.MirroredStrategy`: everything it
-    does, this does, with the same positional arguments. Gradients travel in
-    packs that leave while backprop goes on, and `model.fit` shows what they
-    cost.
+    A drop-in replacement for `tf.distribute.MirroredStrategy` with the same
+    positional arguments. Gradients are reduced in packs, which overlaps
+    communication with backprop, and `model.fit` shows the cost.
 
     ```python
     strategy = keras_allreduce.AllReduceStrategy()
@@ -31,28 +30,27 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
 
     Args:
         devices: Device names, such as `["/gpu:0", "/gpu:1"]`, or
-            `tf.config.LogicalDevice`s, all GPUs or all host devices;
-            `host_devices(n)` makes host devices to try it on any machine.
-            `None`: all GPUs, or all host devices without one.
-        cross_device_ops: A `tf.distribute.CrossDeviceOps` to use instead of
-            the `BatchAllReduce` that the next three arguments describe.
+            `tf.config.LogicalDevice`s: either all GPUs or all host devices
+            (logical CPU devices, see `host_devices`). `None`: all GPUs, or
+            all host devices on a machine without a GPU.
+        cross_device_ops: A `tf.distribute.CrossDeviceOps` that replaces the
+            `BatchAllReduce` configured by the next three arguments.
         algorithm: See `BatchAllReduce`.
         bytes_per_pack: See `BatchAllReduce`.
         sparse_as_dense: See `BatchAllReduce`.
-        weigh_samples: Whether losses that Keras does not reduce itself, those
-            of a custom step and of one value for all samples, are means over
-            samples (`True`), which are weighted by samples, or sums
-            (`False`). `None`: it is measured on a few samples.
-        fit_log: Whether the output of `model.fit` shows the plan and the cost
-            of the all-reduce.
+        weigh_samples: How to treat losses that Keras does not reduce: those
+            of a custom `train_step`, and loss functions that return a scalar.
+            `True`: as means over samples, weighted by the samples of each
+            replica; `False`: as sums; `None`: detected on a few samples.
+        fit_log: Whether `model.fit` prints the plan and the cost of the
+            all-reduce.
 
     Raises:
-        TypeError: If `devices` is no iterable of devices.
-        ValueError: If `devices` is empty, mixes GPUs and host devices, names
-            one twice or one that is not there; if `cross_device_ops` comes
-            with an argument that it makes useless; if an argument is not one
-            that `BatchAllReduce` takes; or if the Keras backend is not
-            TensorFlow.
+        TypeError: If `devices` is not an iterable of devices.
+        ValueError: If `devices` is empty, mixes GPUs and host devices, or has
+            duplicates or unknown devices; if `cross_device_ops` is combined
+            with an argument that it overrides; if `BatchAllReduce` rejects
+            an argument; or if the Keras backend is not TensorFlow.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Everything between the processes of one training job.
 
-In: TF_CONFIG and the packs of this worker. Out: sums over all workers, or one
-error that names the worker that failed.
+In: TF_CONFIG and the packs of this worker. Out: sums over all workers, or an
+error that names the failed worker.
 
     start     cluster.py --> rendezvous.py --> connect.py
     group     group.py: all of the below, of one strategy

@@ -26,21 +26,21 @@ _ALONE = "TF_CONFIG='{}' trains on this process alone."
 
 
 class LauncherClusterResolver(tf.distribute.cluster_resolver.ClusterResolver):
-    """Finds the workers that `mpirun`, `srun` or Kubernetes has started.
+    """Cluster resolver for workers started by `mpirun`, `srun` or Kubernetes.
 
-    `MultiWorkerAllReduceStrategy` uses it where there is no TF_CONFIG. Pass
-    it for another timeout, or to `tf.distribute.MultiWorkerMirroredStrategy`.
-    Rank and size come from the environment of the process. Each process tells
-    rank 0 its address and gets those of all; MASTER_ADDR and MASTER_PORT say
-    where rank 0 is, if nothing else does.
+    `MultiWorkerAllReduceStrategy` uses it if TF_CONFIG is not set. Create one
+    to change the timeout, or for `tf.distribute.MultiWorkerMirroredStrategy`.
+    Rank and size come from the environment. Each process sends its address to
+    rank 0 and receives those of all; MASTER_ADDR and MASTER_PORT locate rank
+    0 if the launcher does not.
 
     Args:
-        timeout_seconds: How long to wait for the other processes.
+        timeout_seconds: Seconds to wait for the other processes.
         leader: Host of rank 0; empty: as above.
 
     Raises:
-        ValueError: If the process was not started with others, or nothing
-            says on which host rank 0 is.
+        ValueError: If the process was not started as one of several, or the
+            host of rank 0 is unknown.
     """
 
     def __init__(self, timeout_seconds: float = 600.0, leader: str = ""):

@@ -1,6 +1,6 @@
 """MPI as the engine between hosts, with the interface of `collectives.py`.
 
-In: tensors of this worker, and a communicator of all. Out: sums and rows of
+In: tensors of this worker and a communicator. Out: sums and gathered rows of
 all workers.
 
     TensorFlow's threads                       the one thread that owns MPI
