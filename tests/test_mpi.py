@@ -23,6 +23,9 @@ from deadlines import DEADLINE_SECONDS, seconds_for
 
 pytestmark = pytest.mark.usefixtures("needs_mpirun")
 
+# Where the subject is what mpirun does with a process, it is its own child.
+PYTHON = [sys.executable]
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "two_workers.py"
 
 
@@ -147,6 +150,7 @@ def test_collectives_run_in_any_order(size):
 
 def ends(function, *arguments, **options):
     """Exit code and output of a job that has to end by itself, all of it."""
+    options = {"python": mpi_jobs.forking()} | options
     with mpi_jobs.running(function, *arguments, **options) as job:
         code = job.wait()
         assert code is not None, job.output
@@ -163,7 +167,7 @@ def all_gone(job, seconds=30):
 
 
 def test_a_killed_worker_ends_all_and_is_named_by_mpirun():
-    code, output = ends("fit_and_signal", "SIGKILL", 1, 600)
+    code, output = ends("fit_and_signal", "SIGKILL", 1, 600, python=PYTHON)
     assert code != 0
     assert "rank 1" in output
     assert "signal 9" in output
@@ -171,7 +175,7 @@ def test_a_killed_worker_ends_all_and_is_named_by_mpirun():
 
 @pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
 def test_a_frozen_worker_ends_all_in_an_error(index):
-    code, output = ends("fit_and_signal", "SIGSTOP", index, 600)
+    code, output = ends("fit_and_signal", "SIGSTOP", index, 600, python=PYTHON)
     assert code != 0
     stay = f"{test_multi_worker.STAY} worker {index} ("
     assert "UnavailableError" in output
@@ -200,7 +204,9 @@ def test_a_worker_that_leaves_before_the_others_is_named():
 
 
 def test_workers_that_differ_all_say_in_what():
-    with mpi_jobs.running("fit_what_differs", "shape") as job:
+    with mpi_jobs.running(
+        "fit_what_differs", "shape", python=mpi_jobs.forking()
+    ) as job:
         assert job.wait() not in (0, None), job.output
         for rank in job.ranks:
             assert "All workers must have the same models" in rank.output
