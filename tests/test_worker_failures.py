@@ -48,6 +48,12 @@ def test_workers_that_differ_all_say_in_what(what):
         assert f") has {of_other}" in last
 
 
+def test_workers_refuse_xla_which_cannot_compile_what_crosses():
+    for message in workers.results("fit_with_xla"):
+        assert "XLA cannot compile a step of several replicas" in message
+        assert "jit_compile=True, 2 replicas" in message
+
+
 @pytest.mark.parametrize("absent", [0, 1], ids=["chief", "other"])
 def test_a_worker_that_never_comes_is_named(absent):
     codes, outputs = ends("start_without", absent, 3, num_workers=2)

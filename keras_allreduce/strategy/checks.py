@@ -6,7 +6,6 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import versions
-from keras_allreduce.devices import is_gpu
 
 
 def check_backend() -> None:
@@ -35,7 +34,8 @@ def check_model(model: keras.Model, strategy: Any) -> None:
     Raises:
         ValueError: If the model or its optimizer was made outside the scope
             of the strategy, or if it is compiled with `jit_compile=True`
-            while the strategy runs on several host devices.
+            while the strategy has several replicas. On GPUs TensorFlow would
+            then sum gradients by its own ops.
     """
     optimizer = getattr(model, "optimizer", None)
     for what, variables in (
@@ -51,16 +51,12 @@ def check_model(model: keras.Model, strategy: Any) -> None:
                     "`with strategy.scope():` around both the making of the "
                     "model and `compile`."
                 )
-    devices = strategy.extended.worker_devices
-    if (
-        getattr(model, "jit_compile", False) is True
-        and len(devices) > 1
-        and not is_gpu(devices[0])
-    ):
+    replicas = strategy.num_replicas_in_sync
+    if getattr(model, "jit_compile", False) is True and replicas > 1:
         raise ValueError(
-            "XLA cannot compile a step that runs on several host devices. "
-            f"Received: jit_compile=True, devices={list(devices)}. Leave "
-            "`jit_compile` out of `compile`."
+            "XLA cannot compile a step of several replicas. Received: "
+            f"jit_compile=True, {replicas} replicas. Leave `jit_compile` out "
+            "of `compile`."
         )
 
 
