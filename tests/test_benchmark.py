@@ -14,6 +14,7 @@ from deadlines import DEADLINE_SECONDS
 
 import keras_allreduce
 from keras_allreduce.benchmark import __main__ as benchmark_main
+from keras_allreduce.benchmark import run as benchmark_run
 from keras_allreduce.benchmark.model import gradients_of
 from keras_allreduce.benchmark.options import (
     bytes_of,
@@ -592,6 +593,17 @@ def test_workers_of_mpirun_measure_grpc_mpi_and_a_plain_allreduce():
     plans = [row["plan"] for row in found["rows"]]
     assert "between 2 workers over gRPC" in plans[0]
     assert "between 2 workers over MPI" in plans[1]
+
+
+def test_gpus_of_workers_are_measured_by_the_name_of_nccl(monkeypatch):
+    monkeypatch.setattr(benchmark_run, "workers_in", lambda: 2)
+    monkeypatch.setattr(benchmark_run, "_has_gpus", lambda: True)
+    monkeypatch.setattr(benchmark_run, "has_nccl", lambda: True)
+    monkeypatch.setattr(
+        benchmark_run, "MultiWorkerAllReduceStrategy", lambda **given: given
+    )
+    made = benchmark_run.strategies_for(options("--max-bytes", "1M"))
+    assert made == {"nccl": {"fit_log": False}}
 
 
 def test_an_algorithm_between_workers_is_refused(monkeypatch, capsys):

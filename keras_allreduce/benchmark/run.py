@@ -27,6 +27,7 @@ from keras_allreduce.benchmark.timed_loop import (
     TimedLoop,
     WrongSumError,
 )
+from keras_allreduce.compat.distribute import has_nccl
 from keras_allreduce.devices import host_devices, is_gpu
 from keras_allreduce.environment import HOST_DEVICES
 from keras_allreduce.reduce.algorithms import runnable
@@ -63,7 +64,10 @@ def strategies_for(options: BenchmarkOptions) -> dict[str, Any]:
 
 
 def _strategies_between_workers(options: BenchmarkOptions) -> dict[str, Any]:
-    """By transport: the one that is chosen, or all that there are here."""
+    """By transport: the one that is chosen, or all that there are here.
+
+    GPUs have one, NCCL, whatever carries the rest.
+    """
     if options.algorithm not in ("auto", "all"):
         raise ValueError(
             "Between workers there is one algorithm. Received: "
@@ -72,6 +76,8 @@ def _strategies_between_workers(options: BenchmarkOptions) -> dict[str, Any]:
     if options.replicas is not None:
         _check_devices_of_launcher(options.replicas)
         host_devices(options.replicas)
+    if _has_gpus() and has_nccl():
+        return {"nccl": MultiWorkerAllReduceStrategy(fit_log=False)}
     chosen = choose_transport("auto", os.environ)
     compares = options.algorithm == "all" and chosen == MPI
     return {
