@@ -6,7 +6,6 @@ start; `-k` runs there only the cases that it selects.
 """
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -225,29 +224,9 @@ def test_the_timeline_names_the_worker_that_is_waited_for(shown):
     assert waits.count((0, "wait for worker 1", True)) >= 3
 
 
-def end_of_the_other(signal, index, timeout_seconds):
-    """Sends one of two workers a signal.
-
-    Returns:
-        Exit code of the other, and its output.
-    """
-    with workers.running(
-        "fit_and_signal", signal, index, timeout_seconds
-    ) as pair:
-        other = pair[1 - index]
-        while "is gone" not in other.output and other.process.poll() is None:
-            time.sleep(0.05)
-        start = time.monotonic()
-        code = other.wait()
-        seconds = time.monotonic() - start
-        print(f"{signal} to worker {index}: {seconds:.1f} s, exit code {code}")
-        print(other.output[-3000:])
-        return code, other.output
-
-
 @pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
 def test_a_killed_worker_ends_the_other_in_an_error(index):
-    code, output = end_of_the_other("SIGKILL", index, 600)
+    code, output = workers.end_of_the_other("SIGKILL", index)
     assert code not in (0, None), output
     assert f"keras_allreduce: {STAY} worker {index} (127.0.0.1:" in output
     assert "its port is closed" in output.splitlines()[-1]
@@ -255,7 +234,7 @@ def test_a_killed_worker_ends_the_other_in_an_error(index):
 
 @pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
 def test_a_frozen_worker_ends_the_other_in_an_error(index):
-    code, output = end_of_the_other("SIGSTOP", index, 600)
+    code, output = workers.end_of_the_other("SIGSTOP", index)
     assert code not in (0, None), output
     assert f"aborted by: {STAY} worker {index} (127.0.0.1:" in output
     assert "it is frozen" in output.splitlines()[-1]

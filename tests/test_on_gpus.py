@@ -6,7 +6,9 @@ can be:
     NCCL_MULTI_RANK_GPU_ENABLE=1 pytest tests/test_on_gpus.py
 """
 
+import functools
 import os
+import time
 
 import keras
 import numpy as np
@@ -56,9 +58,23 @@ def agree(got, expected):
         )
 
 
+@functools.cache
 def on_one_gpu(name):
     keras.utils.clear_session(free_memory=False)  # The same names again.
     return worker_cases.run(name, tf.distribute.get_strategy())
+
+
+@pytest.fixture(autouse=True)
+def _without_xla(monkeypatch):
+    """Without a strategy Keras compiles with XLA, which rounds otherwise."""
+    # Keras compares the methods of a model with those of this class.
+    owner = next(c for c in keras.Model.__mro__ if "compile" in vars(c))
+    stock = owner.compile
+
+    def compile_model(self, *args, **kwargs):
+        return stock(self, *args, **{"jit_compile": False} | kwargs)
+
+    monkeypatch.setattr(owner, "compile", compile_model)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -183,19 +199,21 @@ def test_this_tensorflow_has_nccl():
     assert distribute.has_nccl()
 
 
+# Two workers with a GPU each, or with one that they share.
+ON_GPUS = [
+    {
+        "CUDA_VISIBLE_DEVICES": str(index % max(NUM_PHYSICAL, 1)),
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    }
+    for index in range(2)
+]
+
+
 @pytest.fixture(scope="module")
 def on_workers(request):
     """Results of each of two workers with a GPU, by case."""
     return workers.results(
-        "cases",
-        workers.selected(request),
-        environment=[
-            {
-                "CUDA_VISIBLE_DEVICES": str(index % NUM_PHYSICAL),
-                "TF_FORCE_GPU_ALLOW_GROWTH": "true",
-            }
-            for index in range(2)
-        ],
+        "cases", workers.selected(request), environment=ON_GPUS
     )
 
 
@@ -206,3 +224,47 @@ def test_workers_with_a_gpu_each_train_as_one_does(name, on_workers):
     assert "error" not in first, first["error"]
     assert other.get("weights") == first.get("weights")
     agree(first, on_one_gpu(name))
+
+
+LOST = "All workers must stay until training ends. Received: worker"
+
+
+@needs_nccl
+class TestFailuresOfWorkers:
+    @pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
+    def test_a_killed_worker_ends_the_other_in_an_error(self, index):
+        code, output = workers.end_of_the_other("SIGKILL", index, ON_GPUS)
+        assert code not in (0, None), output
+        assert f"{LOST} {index} (127.0.0.1:" in output.splitlines()[-1]
+
+    def test_a_frozen_worker_ends_the_other_in_an_error(self):
+        code, output = workers.end_of_the_other("SIGSTOP", 1, ON_GPUS)
+        assert code not in (0, None), output
+        assert f"{LOST} 1 (127.0.0.1:" in output
+        assert "it is frozen" in output.splitlines()[-1]
+
+    def test_a_gpu_without_memory_ends_both_in_an_error(self):
+        with workers.running(
+            "fit_and_run_out_of_memory", 1, environment=ON_GPUS
+        ) as (chief, other):
+            while (
+                "is out of memory" not in chief.output
+                and chief.process.poll() is None
+            ):
+                time.sleep(0.05)
+            code, output = workers.end_of(chief, "worker 1 without memory")
+            assert code not in (0, None), output
+            assert other.wait() == 1, other.output
+            assert "OOM when allocating tensor" in other.output
+        assert f"{LOST} 1 (127.0.0.1:" in output.splitlines()[-1]
+
+    def test_workers_with_other_models_say_so(self):
+        with workers.running(
+            "fit_what_differs", "shape", environment=ON_GPUS
+        ) as pair:
+            for worker in pair:
+                code, output = workers.end_of(worker, "another model")
+                assert code == 1, output
+                last = output.strip().splitlines()[-1]
+                assert "has float32 [8, 5]" in last
+                assert "has float32 [8, 7]" in last

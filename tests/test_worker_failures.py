@@ -54,6 +54,14 @@ def test_workers_refuse_xla_which_cannot_compile_what_crosses():
         assert "jit_compile=True, 2 replicas" in message
 
 
+def test_a_worker_without_memory_ends_the_other_in_an_error():
+    codes, (chief, other) = ends("fit_and_run_out_of_memory", 1)
+    assert codes == [1, 1]
+    assert "OOM when allocating tensor" in other
+    last = chief.strip().splitlines()[-1]
+    assert "Received: worker 1 (127.0.0.1:" in last, chief
+
+
 @pytest.mark.parametrize("absent", [0, 1], ids=["chief", "other"])
 def test_a_worker_that_never_comes_is_named(absent):
     codes, outputs = ends("start_without", absent, 3, num_workers=2)

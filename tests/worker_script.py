@@ -365,6 +365,47 @@ def fit_and_signal(name, index, timeout_seconds):
     _fit(timeout_seconds, Signal(), batch_size=4, epochs=1000)
 
 
+def fit_and_run_out_of_memory(index):
+    """Trains until a step of worker `index` asks for 4 TiB of its device."""
+    import keras
+    import tensorflow as tf
+    import worker_cases
+
+    import keras_allreduce
+
+    class Hungry(keras.layers.Layer):
+        def build(self, input_shape):
+            self.elements = self.add_weight(
+                shape=(), initializer="ones", dtype="int64", trainable=False
+            )
+
+        def call(self, inputs):
+            shape = tf.reshape(self.elements.value, [1])
+            return inputs + tf.reduce_sum(tf.fill(shape, 0.0))
+
+    class Grow(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 5 and worker_cases.worker_index() == index:
+                self.model.layers[0].elements.assign(2**40)
+            elif batch == 5:
+                print("the other worker is out of memory", flush=True)
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=DEADLINE_SECONDS
+    )
+    with strategy.scope():
+        layers = [Hungry(), keras.layers.Dense(1)]
+        model = keras.Sequential([keras.Input([6]), *layers])
+        model.compile("sgd", "mse")
+    model.fit(
+        worker_cases.X,
+        worker_cases.TARGET,
+        batch_size=4,
+        verbose=0,
+        callbacks=[Grow()],
+    )
+
+
 def fit_with_xla():
     """What training with `jit_compile=True` says."""
     import worker_cases

@@ -155,6 +155,41 @@ def results(function, *arguments, **options):
         return [worker.result for worker in workers]
 
 
+def end_of_the_other(signal_name, index, environment=None):
+    """Sends one of two workers a signal in the middle of an epoch.
+
+    Prints how long the other takes to end, and what it says.
+
+    Returns:
+        Exit code of the other, and its output.
+    """
+    with running(
+        "fit_and_signal",
+        signal_name,
+        index,
+        DEADLINE_SECONDS,
+        environment=environment,
+    ) as pair:
+        other = pair[1 - index]
+        while "is gone" not in other.output and other.process.poll() is None:
+            time.sleep(0.05)
+        return end_of(other, f"{signal_name} to worker {index}")
+
+
+def end_of(worker, event):
+    """Prints how long a worker takes to end after an event.
+
+    Returns:
+        Its exit code and its output.
+    """
+    start = time.monotonic()
+    code = worker.wait()
+    seconds = time.monotonic() - start
+    print(f"{event}: {seconds:.1f} s, exit code {code}")
+    print(worker.output[-3000:])
+    return code, worker.output
+
+
 def _addresses(num_workers, network):
     if network is None:
         return [f"127.0.0.1:{port}" for port in free_ports(num_workers)]
