@@ -3,6 +3,8 @@
     python benchmarks/fit_wall_time.py                      (15 minutes)
     python benchmarks/fit_wall_time.py --replicas 2 --data arrays --rounds 1
         --lengths 0.5 --epochs 10 --no-workers              (2 minutes)
+    python benchmarks/fit_wall_time.py --gpus --replicas 1 --data arrays
+        --rounds 2 --lengths 0.5 --epochs 10
 
 A small CNN trains on 43 batches of 32 samples, with 10 batches to validate on,
 under no strategy, two variants of MirroredStrategy and AllReduceStrategy. Each
@@ -19,13 +21,15 @@ Epochs of 5 seconds or more run at the same time under all strategies, as they
 only sleep.
 
 Last, two workers of one device each on loopback, against one process of two:
-the same gap.
+the same gap. Not with --gpus, where each of --replicas is a GPU, or a part of
+one, and the gaps are those of the first number.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import statistics
 import sys
@@ -59,14 +63,14 @@ SLEEPS_MOST = 5.0
 # In the process of a rival ---------------------------------------------------
 
 
-def strategy(name: str, replicas: int) -> Any:
+def strategy(name: str, replicas: int, on_gpus: bool) -> Any:
     import tensorflow as tf
 
     import keras_allreduce
 
     if name == WORKERS:
         return keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=300)
-    devices = command_line.devices(1 if name == ALONE else replicas)
+    devices = command_line.devices(1 if name == ALONE else replicas, on_gpus)
     if name == ALONE:
         return tf.distribute.get_strategy()
     if name == MIRRORED:
@@ -93,6 +97,7 @@ def compiled() -> Any:
         "adam",
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
+        jit_compile=False,  # On a GPU Keras would, but under no strategy.
     )
     return model
 
@@ -167,8 +172,8 @@ def watch(pause_seconds: float) -> Any:
 class Trainer:
     """A model under one strategy; its methods are what a rival is asked."""
 
-    def __init__(self, name: str, replicas: int):
-        with strategy(name, replicas).scope():
+    def __init__(self, name: str, replicas: int, on_gpus: bool):
+        with strategy(name, replicas, on_gpus).scope():
             self._model = compiled()
         self._held_out = samples(VALIDATION_BATCHES)
 
@@ -223,10 +228,16 @@ def serve(**options: Any) -> None:
 
 
 def started(
-    stack: contextlib.ExitStack, name: str, replicas: int, **environment: str
+    stack: contextlib.ExitStack,
+    name: str,
+    replicas: int,
+    on_gpus: bool = False,
+    **environment: str,
 ) -> rivals.Rival:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    options = json.dumps({"name": name, "replicas": replicas})
+    options = json.dumps(
+        {"name": name, "replicas": replicas, "on_gpus": on_gpus}
+    )
     command = [sys.executable, __file__, "--serve", options]
     return stack.enter_context(
         rivals.Rival(name, command, Path(folder) / "log", environment)
@@ -241,12 +252,17 @@ def at_once(entries: Sequence[rivals.Rival], **request: Any) -> list[Any]:
 def print_wall(replicas: int, args: argparse.Namespace) -> None:
     """One table: what is outside the steps, by kind of data."""
     with contextlib.ExitStack() as stack:
-        entries = {name: started(stack, name, replicas) for name in STRATEGIES}
+        entries = {
+            name: started(stack, name, replicas, args.gpus)
+            for name in args.strategies
+        }
         for kind in args.data:
             for entry in entries.values():
                 entry.ask(ask="fit", kind=kind)
         rows: dict[str, dict[str, list[float]]] = {}
-        for _ in range(args.rounds):
+        for number in range(args.rounds):
+            if number and time.monotonic() > args.end:
+                break
             for kind in args.data:
                 for name, entry in entries.items():
                     rows.setdefault(f"fit, {kind} (s)", {}).setdefault(
@@ -258,27 +274,33 @@ def print_wall(replicas: int, args: argparse.Namespace) -> None:
                         name, []
                     ).append(entry.ask(ask=ask))
     print(f"\n{replicas} replicas\n\n| outside the steps | ", end="")
-    print(" | ".join(STRATEGIES), "| ours to none |")
-    print("|---" * (len(STRATEGIES) + 2) + "|")
+    print(" | ".join(args.strategies), "| ours to none |")
+    print("|---" * (len(args.strategies) + 2) + "|")
     for row, seconds in rows.items():
         pairs = list(zip(seconds[OURS], seconds[ALONE], strict=True))
         if "fit" in row:
             against = f"{statistics.median(a / b for a, b in pairs):.2f} x"
         else:
             against = f"{statistics.median(a - b for a, b in pairs):+.0f} ms"
-        cells = [f"{statistics.median(seconds[n]):.3g}" for n in STRATEGIES]
+        cells = [f"{statistics.median(seconds[n]):.3g}" for n in seconds]
         print(f"| {row} | {' | '.join(cells)} | {against} |", flush=True)
 
 
 def print_gaps(args: argparse.Namespace) -> None:
     """One table: gaps between epochs, by their length."""
+    replicas = args.replicas[0] if args.gpus else 2
     print(
-        "\n2 replicas\n\n| gap between epochs, median / worst (ms) | ", end=""
+        f"\n{replicas} replicas\n\n"
+        "| gap between epochs, median / worst (ms) | ",
+        end="",
     )
-    print(" | ".join(STRATEGIES), "|")
-    print("|---" * (len(STRATEGIES) + 1) + "|")
+    print(" | ".join(args.strategies), "|")
+    print("|---" * (len(args.strategies) + 1) + "|")
     with contextlib.ExitStack() as stack:
-        entries = [started(stack, name, 2) for name in STRATEGIES]
+        entries = [
+            started(stack, name, replicas, args.gpus)
+            for name in args.strategies
+        ]
         for entry in entries:
             entry.ask(ask="gaps", seconds=0.0, epochs=1)
         for seconds, epochs in zip(args.lengths, args.epochs, strict=True):
@@ -347,14 +369,33 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", choices=DATA, default=DATA)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="after which no further round begins",
+    )
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        choices=STRATEGIES,
+        default=STRATEGIES,
+        help="with those of one device and of this package",
+    )
+    parser.add_argument(
         "--lengths", type=float, nargs="*", default=[0.5, 5, 60]
     )
     parser.add_argument("--epochs", type=int, nargs="*", default=[50, 12, 3])
     parser.add_argument(
         "--workers", action=argparse.BooleanOptionalAction, default=True
     )
+    parser.add_argument(
+        "--gpus", action="store_true", help="instead of host devices"
+    )
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.end = time.monotonic() + args.seconds
+    if not {ALONE, OURS} <= set(args.strategies):
+        parser.error(f"--strategies must have {ALONE!r} and {OURS!r}.")
     if len(args.lengths) != len(args.epochs):
         parser.error(
             "--epochs has a number for each of --lengths. Received: "
@@ -368,12 +409,14 @@ def main() -> None:
     if args.serve:
         serve(**args.serve)
         return
-    print(command_line.environment("tensorflow", "keras"))
+    # So that the rivals go too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print(command_line.environment("tensorflow", "keras"), flush=True)
     for replicas in args.replicas:
         print_wall(replicas, args)
     if args.lengths:
         print_gaps(args)
-    if args.workers:
+    if args.workers and not args.gpus:
         print_workers(args.rounds)
 
 

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-SEQUENCE, VOCABULARY = 64, 8000
+SEQUENCE, LONG_SEQUENCE, VOCABULARY = 64, 256, 8000
 WORDS, EMBEDDED_WORDS = 32, 50_000
 
 
@@ -21,6 +21,7 @@ class Setup:
         ids_below: Samples are ids from 0 up to this; 0: floats.
         labels: Labels are numbers from 0 up to this.
         labels_shape: Shape of the labels of one sample.
+        ids_dtype: NumPy's name of the dtype of ids.
     """
 
     make: Callable[[], keras.Model]
@@ -28,6 +29,7 @@ class Setup:
     ids_below: int = 0
     labels: int = 10
     labels_shape: tuple[int, ...] = ()
+    ids_dtype: str = "int32"
 
 
 def mlp() -> keras.Model:
@@ -83,6 +85,16 @@ def resnet50() -> keras.Model:
     )
 
 
+def resnet50_photos() -> keras.Model:
+    """ResNet-50 on 224 x 224 photos of bytes: 25.6 M parameters."""
+    photos = keras.Input([224, 224, 3], dtype="uint8")
+    scaled = keras.layers.Rescaling(1 / 127.5, -1)(photos)
+    network = keras.applications.ResNet50(
+        weights=None, input_tensor=scaled, classifier_activation=None
+    )
+    return keras.Model(photos, network.output)
+
+
 class Positions(keras.layers.Layer):
     """Adds a trained vector to each place of a sequence."""
 
@@ -95,21 +107,31 @@ class Positions(keras.layers.Layer):
         return sequence + self.positions
 
 
-def transformer() -> keras.Model:
-    """4 causal blocks of width 256 that predict the next of 8000 tokens."""
-    tokens = keras.Input([SEQUENCE], dtype="int32")
-    x = Positions()(keras.layers.Embedding(VOCABULARY, 256)(tokens))
-    for _ in range(4):
+def causal_transformer(sequence: int, width: int, blocks: int) -> keras.Model:
+    """Causal blocks, with heads of 64, that predict the next of 8000 tokens."""
+    tokens = keras.Input([sequence], dtype="int32")
+    x = Positions()(keras.layers.Embedding(VOCABULARY, width)(tokens))
+    for _ in range(blocks):
         y = keras.layers.LayerNormalization()(x)
-        y = keras.layers.MultiHeadAttention(num_heads=4, key_dim=64)(
+        y = keras.layers.MultiHeadAttention(num_heads=width // 64, key_dim=64)(
             y, y, use_causal_mask=True
         )
         x = keras.layers.Add()([x, y])
         y = keras.layers.LayerNormalization()(x)
-        y = keras.layers.Dense(1024, "gelu")(y)
-        x = keras.layers.Add()([x, keras.layers.Dense(256)(y)])
+        y = keras.layers.Dense(4 * width, "gelu")(y)
+        x = keras.layers.Add()([x, keras.layers.Dense(width)(y)])
     x = keras.layers.LayerNormalization()(x)
     return keras.Model(tokens, keras.layers.Dense(VOCABULARY)(x))
+
+
+def transformer() -> keras.Model:
+    """4 blocks of width 256 on 64 tokens."""
+    return causal_transformer(SEQUENCE, width=256, blocks=4)
+
+
+def transformer_base() -> keras.Model:
+    """12 blocks of width 768 on 256 tokens: 97 M parameters."""
+    return causal_transformer(LONG_SEQUENCE, width=768, blocks=12)
 
 
 def embedding() -> keras.Model:
@@ -133,6 +155,16 @@ MODELS = {
         transformer, (SEQUENCE,), VOCABULARY, VOCABULARY, (SEQUENCE,)
     ),
     "embedding": Setup(embedding, (WORDS,), ids_below=EMBEDDED_WORDS),
+    "resnet50_photos": Setup(
+        resnet50_photos, (224, 224, 3), 256, labels=1000, ids_dtype="uint8"
+    ),
+    "transformer_base": Setup(
+        transformer_base,
+        (LONG_SEQUENCE,),
+        VOCABULARY,
+        VOCABULARY,
+        (LONG_SEQUENCE,),
+    ),
 }
 
 
@@ -140,18 +172,24 @@ def batch(setup: Setup, size: int) -> tuple[np.ndarray, np.ndarray]:
     """`size` samples and their labels, always the same ones."""
     rng = np.random.default_rng(0)
     if setup.ids_below:
-        x = rng.integers(0, setup.ids_below, (size, *setup.shape), "int32")
+        shape = (size, *setup.shape)
+        x = rng.integers(0, setup.ids_below, shape, setup.ids_dtype)
     else:
         x = rng.normal(size=(size, *setup.shape)).astype("float32")
     return x, rng.integers(0, setup.labels, (size, *setup.labels_shape))
 
 
 def compiled(setup: Setup) -> keras.Model:
-    """The model, made and compiled where the caller is: in a scope."""
+    """The model, made and compiled where the caller is: in a scope.
+
+    Without XLA everywhere: on a GPU Keras would compile with it, but only
+    under no strategy.
+    """
     model = setup.make()
     model.compile(
         keras.optimizers.SGD(0.01),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
     )
     return model
 

@@ -1,6 +1,7 @@
 """Whole steps of `model.fit` under each strategy, interleaved in one run.
 
-    python benchmarks/whole_fit.py --replicas 1 2 4 [--gpus]
+    python benchmarks/whole_fit.py --replicas 1 2 4
+    python benchmarks/whole_fit.py --gpus --replicas 1
 
 Each strategy trains each model in a process of its own, and the processes
 take turns: every round gives each of them one call of `fit`, verbose=1 with
@@ -9,6 +10,8 @@ Ratios are taken within a round, and below 1 is faster. The transformer counts
 tokens, the others samples.
 
 "no strategy" trains the same global batch on one device that has all cores.
+No model is compiled with XLA, which Keras would use on a GPU under no strategy.
+On GPUs all are trained in mixed_bfloat16, and batches are made in advance.
 "best stock" is the variant of MirroredStrategy that was fastest for that
 model in that run. "no clocks" is AllReduceStrategy without clocks and fit
 output, for what those cost. A strategy that fails has the first line of its
@@ -16,9 +19,11 @@ error in the table.
 
 Before that, all start from the same weights and train one step on the same
 batch; its time, from the call of `fit`, is the first step, with tracing. The
-weights must then agree with those of "no strategy". Where a model has
-BatchNormalization, whose statistics are those of each replica's own part,
-they must agree with those of MirroredStrategy. The peak is the most memory
+weights must then agree with those of "no strategy": each to rounding, or in
+mixed_bfloat16 the update as a whole, as there rounding can be all there is to
+the update of a tensor. Where a model has BatchNormalization, whose statistics
+are those of each replica's own part, they must agree with those of
+MirroredStrategy. The peak is the most memory
 that the process had in use, with TensorFlow itself; on GPUs, the most that a
 replica had of its GPU.
 """
@@ -36,6 +41,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +70,7 @@ NEED_GPUS = ["NcclAllReduce", "AllReduceStrategy nccl"]
 
 @dataclass(frozen=True)
 class Size:
-    """What fits a model: a turn of some seconds on two cores."""
+    """What fits a model: a turn of some seconds on two cores or a GPU."""
 
     batch: int
     steps: int
@@ -78,11 +84,18 @@ MODELS = {
     "transformer": Size(16, 15),
     "embedding": Size(256, 45),
 }
+GPU_MODELS = {
+    "resnet50_photos": Size(128, 35),
+    "transformer_base": Size(32, 35),
+}
+GPU_POLICY = "mixed_bfloat16"
 
 # How far weights may be apart: a part of the largest update of the tensor, and
 # what rounding comes to where the update is tiny.
 TOLERANCE = 1e-2
 ATOL = 2e-8
+# Of the norm of the update of all tensors, in mixed_bfloat16.
+TOLERANCE_OF_BFLOAT16 = 0.2
 
 
 # In the process of a rival ---------------------------------------------------
@@ -146,8 +159,29 @@ class Trainer:
         self._on_gpus = on_gpus
         self._devices: list[str] = []
 
+    def make(self) -> None:
+        """Makes the model and its data."""
+        import keras
+        import models
+        import tensorflow as tf
+
+        if self._on_gpus:
+            keras.config.set_dtype_policy(GPU_POLICY)
+        if self._strategy != ALONE:
+            self._devices = command_line.devices(self._replicas, self._on_gpus)
+        elif self._on_gpus:
+            self._devices = command_line.devices(1, on_gpus=True)
+        setup = models.MODELS[self._model_name]
+        with strategies()[self._strategy](self._devices).scope():
+            self._model = models.compiled(setup)
+        x, y = models.batch(setup, self._batch_size)
+        self._labels = y.size
+        self._data = models.endless((x, y), self._batch_size)
+        if self._on_gpus:
+            self._data = self._data.prefetch(tf.data.AUTOTUNE)
+
     def start(self, initial: str, after: str) -> dict[str, Any]:
-        """Makes the model and trains its first step.
+        """Trains the first step.
 
         Args:
             initial: File of weights to start from. Made if it is not there.
@@ -158,20 +192,10 @@ class Trainer:
             the weights how a batch was split.
         """
         import keras
-        import models
 
-        if self._strategy != ALONE:
-            self._devices = command_line.devices(self._replicas, self._on_gpus)
-        elif self._on_gpus:
-            self._devices = command_line.devices(1, on_gpus=True)
-        setup = models.MODELS[self._model_name]
-        with strategies()[self._strategy](self._devices).scope():
-            self._model = models.compiled(setup)
         if not Path(initial).exists():
             np.savez(initial, *self._model.get_weights())
         self._model.set_weights(read_weights(initial))
-        x, y = models.batch(setup, self._batch_size)
-        self._data = models.endless((x, y), self._batch_size)
         seconds = self._fit(1)[0]
         np.savez(after, *self._model.get_weights())
         is_split_seen = any(
@@ -180,7 +204,7 @@ class Trainer:
         )
         return {
             "first_step_seconds": seconds,
-            "labels_per_step": y.size,
+            "labels_per_step": self._labels,
             "is_split_seen": is_split_seen,
         }
 
@@ -285,8 +309,17 @@ def reference(entries: dict[str, Entry]) -> str:
     return names[0] if names else ""
 
 
-def check_agree(entries: dict[str, Entry], initial: Path) -> str:
+def check_agree(
+    entries: dict[str, Entry],
+    initial: Path,
+    difference_of: Callable[[Path, Path, Path], float],
+) -> str:
     """Gives an error to each entry whose first step came out differently.
+
+    Args:
+        entries: The rivals, by strategy.
+        initial: File of the weights before the step.
+        difference_of: `update_difference` or `difference_of_all`.
 
     Returns:
         A line that tells how well they agree.
@@ -299,7 +332,7 @@ def check_agree(entries: dict[str, Entry], initial: Path) -> str:
         seen = entry.started.get("is_split_seen")
         if entry.error or (name == ALONE and seen):
             continue
-        difference = update_difference(
+        difference = difference_of(
             entry.after, entries[expected_of].after, initial
         )
         if not difference <= 1:
@@ -321,6 +354,16 @@ def update_difference(got: Path, expected: Path, initial: Path) -> float:
     return float(np.max(differences))
 
 
+def difference_of_all(got: Path, expected: Path, initial: Path) -> float:
+    """Norm of the difference, as a multiple of what is tolerated."""
+    files = [read_weights(file) for file in (got, expected, initial)]
+    difference = update = 0.0
+    for one, other, before in zip(*files, strict=True):
+        difference += float(np.sum(np.square(one - other)))
+        update += float(np.sum(np.square(other - before)))
+    return float(np.sqrt(difference / update)) / TOLERANCE_OF_BFLOAT16
+
+
 def measure(
     model: str, replicas: int, size: Size, args: argparse.Namespace
 ) -> tuple[dict[str, Entry], str]:
@@ -329,7 +372,6 @@ def measure(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         initial = folder / "initial.npz"
         entries = {}
-        # One after the other: a first step has the machine to itself.
         for number, name in enumerate(args.strategies):
             options = {
                 "strategy": name,
@@ -345,16 +387,23 @@ def measure(
                 {} if args.gpus else {"CUDA_VISIBLE_DEVICES": "-1"},
             )
             after = folder / f"after-{number}.npz"
-            entry = Entry(stack.enter_context(rival), after)
-            entry.started = (
-                entry.ask(ask="start", initial=str(initial), after=str(after))
-                or {}
-            )
-            entries[name] = entry
-        agreement = check_agree(entries, initial)
+            entries[name] = Entry(stack.enter_context(rival), after)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda each: each.ask(ask="make"), entries.values()))
+        # One after the other: a first step has the machine to itself.
+        for entry in entries.values():
+            request = {"initial": str(initial), "after": str(entry.after)}
+            entry.started = entry.ask(ask="start", **request) or {}
+        agreement = check_agree(
+            entries,
+            initial,
+            difference_of_all if args.gpus else update_difference,
+        )
         for entry in entries.values():
             entry.ask(ask="fit", steps=SKIPPED_STEPS + 1)
         for number in range(args.rounds):
+            if number and time.monotonic() > args.end:
+                break
             # Every other round goes backwards, against a drift within rounds.
             for name in args.strategies[:: -1 if number % 2 else 1]:
                 seconds = entries[name].ask(ask="fit", steps=size.steps)
@@ -387,13 +436,14 @@ def row(model: str, name: str, entries: dict[str, Entry]) -> str:
     entry = entries[name]
     if entry.error:
         error = textwrap.shorten(entry.error.replace("|", "\\|"), 150)
-        return f"| {model} | {name} | {error} | | | | | |"
+        return f"| {model} | {name} | {error} | | | | | | |"
     low, median, high = np.percentile(entry.seconds, [25, 50, 75])
     cells = [
         model,
         name,
         f"{median * 1e3:.2f} ({low * 1e3:.2f}-{high * 1e3:.2f})",
         f"{entry.started['labels_per_step'] / median:.0f}",
+        ratio(entry, entries.get(ALONE)),
         ratio(entry, entries.get(MIRRORED)),
         ratio(entry, entries.get(best_stock(entries))),
         f"{entry.started['first_step_seconds']:.1f}",
@@ -419,7 +469,8 @@ def environment(args: argparse.Namespace, sizes: dict[str, Size]) -> str:
         for model, size in sizes.items()
     )
     return (
-        f"{command_line.environment(*versions)}, {args.rounds} rounds; "
+        f"{command_line.environment(*versions)}, "
+        f"{GPU_POLICY if args.gpus else 'float32'}, {args.rounds} rounds; "
         f"global batch and timed steps of a round: {each}"
     )
 
@@ -432,6 +483,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--replicas", type=int, nargs="+", default=[2])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="after which no further round begins",
+    )
+    parser.add_argument(
         "--steps",
         type=int,
         help=f"per turn, with {SKIPPED_STEPS} that are not timed; default: "
@@ -441,7 +498,10 @@ def arguments() -> argparse.Namespace:
         "--batch-size", type=int, help="default: as fits the model"
     )
     parser.add_argument(
-        "--models", nargs="+", choices=list(MODELS), default=list(MODELS)
+        "--models",
+        nargs="+",
+        choices=[*MODELS, *GPU_MODELS],
+        help="default: those that fit the devices",
     )
     parser.add_argument(
         "--strategies",
@@ -456,6 +516,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.steps is not None:
         command_line.check_steps(parser, args.steps, SKIPPED_STEPS)
+    args.end = time.monotonic() + args.seconds
+    args.models = args.models or list(GPU_MODELS if args.gpus else MODELS)
     args.strategies = args.strategies or [
         name for name in STRATEGIES if args.gpus or name not in NEED_GPUS
     ]
@@ -469,10 +531,11 @@ def main() -> None:
         return
     # So that the rivals go too. `Entry.ask` would take a SystemExit for theirs.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    known = MODELS | GPU_MODELS
     sizes = {
         model: Size(
-            args.batch_size or MODELS[model].batch,
-            args.steps or MODELS[model].steps,
+            args.batch_size or known[model].batch,
+            args.steps or known[model].steps,
         )
         for model in args.models
     }
@@ -481,8 +544,9 @@ def main() -> None:
         print(
             f"\n{replicas} replicas:\n\n"
             "| model | strategy | ms/step (p25-p75) | samples or tokens/s "
-            "| vs MirroredStrategy | vs best stock | first step s | peak MiB |"
-            "\n|---|---|---|---|---|---|---|---|",
+            "| vs no strategy | vs MirroredStrategy | vs best stock "
+            "| first step s | peak MiB |"
+            f"\n{'|---' * 9}|",
             flush=True,
         )
         agreements = {}
