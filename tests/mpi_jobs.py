@@ -127,9 +127,7 @@ class Job:
 
     def wait(self):
         """Exit code of `mpirun`, or `None` if it did not end in time."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(max(0, self.end - time.monotonic()))
-        return self.process.returncode
+        return workers.exit_code(self.process, self.end)
 
     @property
     def output(self):

@@ -19,7 +19,7 @@ import test_multi_worker
 import test_wire
 import worker_cases
 import workers
-from deadlines import DEADLINE_SECONDS, seconds_for
+from deadlines import DEADLINE_SECONDS
 
 pytestmark = pytest.mark.usefixtures("needs_mpirun")
 
@@ -35,17 +35,13 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "two_workers.py"
 @pytest.fixture(scope="module")
 def over_mpi(request):
     """Results of each of two workers, by case."""
-    names = workers.selected(request)
-    return mpi_jobs.results("cases", names, deadline_seconds=seconds_for(names))
+    return test_multi_worker.of_cases(mpi_jobs.results, "cases", request)
 
 
 @pytest.fixture(scope="module")
 def over_mpi_with_two_devices(request):
-    names = workers.selected(request)
-    return mpi_jobs.results(
-        "cases_on_two_devices_each",
-        names,
-        deadline_seconds=seconds_for(names),
+    return test_multi_worker.of_cases(
+        mpi_jobs.results, "cases_on_two_devices_each", request
     )
 
 

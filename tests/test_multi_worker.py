@@ -27,21 +27,21 @@ ON_TWO_DEVICES_EACH = [
 DIFFER_FROM_ONE_DEVICE = ["batch_normalization", "dropout"]
 
 
+def of_cases(run, function, request):
+    """What `run` returns for the cases that are selected."""
+    names = workers.selected(request)
+    return run(function, names, deadline_seconds=seconds_for(names))
+
+
 @pytest.fixture(scope="module")
 def on_workers(request):
     """Results of each of two workers, by case."""
-    names = workers.selected(request)
-    return workers.results("cases", names, deadline_seconds=seconds_for(names))
+    return of_cases(workers.results, "cases", request)
 
 
 @pytest.fixture(scope="module")
 def on_workers_of_two_devices(request):
-    names = workers.selected(request)
-    return workers.results(
-        "cases_on_two_devices_each",
-        names,
-        deadline_seconds=seconds_for(names),
-    )
+    return of_cases(workers.results, "cases_on_two_devices_each", request)
 
 
 def agree(name, results):

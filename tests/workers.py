@@ -41,9 +41,7 @@ class Worker:
 
     def wait(self):
         """Its exit code, or `None` if it did not end by itself in time."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(max(0, self.end - time.monotonic()))
-        return self.process.returncode
+        return exit_code(self.process, self.end)
 
     @property
     def output(self):
@@ -55,6 +53,13 @@ class Worker:
         """What its function returned, or `None` if it did not."""
         path = self.folder / "result"
         return json.loads(path.read_text()) if path.exists() else None
+
+
+def exit_code(process, end):
+    """Of a process, or `None` if it has not ended at `time.monotonic()` end."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(0, end - time.monotonic()))
+    return process.returncode
 
 
 def selected(request):
