@@ -117,24 +117,26 @@ def address():
     """Path of the socket of this process's server, which ends with it."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = Path(folder, "socket")
-    _keep.append(
-        subprocess.Popen(
-            [sys.executable, str(SERVER), str(path)],
-            # The server ends when this end is closed.
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "CUDA_VISIBLE_DEVICES": "-1",
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-            },
+    path, said = Path(folder, "socket"), Path(folder, "said")
+    with said.open("w") as file:
+        _keep.append(
+            subprocess.Popen(
+                [sys.executable, str(SERVER), str(path)],
+                # The server ends when this end is closed.
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=file,
+                env={
+                    **os.environ,
+                    "CUDA_VISIBLE_DEVICES": "-1",
+                    "TF_CPP_MIN_LOG_LEVEL": "3",
+                },
+            )
         )
-    )
     end = time.monotonic() + DEADLINE_SECONDS
     while not path.exists():
-        assert _keep[-1].poll() is None, "The server ended."
-        assert time.monotonic() < end, "The server has not started."
+        assert _keep[-1].poll() is None, said.read_text()
+        assert time.monotonic() < end, said.read_text()
         time.sleep(0.05)
     return str(path)
 
