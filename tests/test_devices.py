@@ -273,6 +273,7 @@ class TestHostDevices:
         with pytest.raises(RuntimeError, match=r"has already started with 5"):
             host_devices(6)
 
+    @pytest.mark.slow
     def test_after_tensorflow_has_started_it_says_what_to_do(self):
         script = (
             "import keras_allreduce, tensorflow as tf\n"
@@ -287,6 +288,7 @@ class TestHostDevices:
             "already started with 1. Call it right after the imports."
         )
 
+    @pytest.mark.slow
     def test_two_calls_before_tensorflow_starts_give_the_larger(self):
         script = (
             "import keras_allreduce, tensorflow as tf\n"
