@@ -1,5 +1,8 @@
 """A worker that waits finds out that another waits elsewhere."""
 
+from collections import Counter
+from concurrent import futures
+
 import pytest
 import tensorflow as tf
 
@@ -14,11 +17,18 @@ class FakeStore:
 
     def __init__(self):
         self.texts = {}
+        self.reads = Counter()
+        self.is_reachable = True
 
     def publish_again(self, key, value):
-        self.texts[key] = value
+        written = futures.Future()
+        if self.is_reachable:
+            self.texts[key] = value
+            written.set_result(None)
+        return written
 
     def read_published(self, key, timeout_seconds):
+        self.reads[key] += 1
         if key not in self.texts:
             raise tf.errors.DeadlineExceededError(None, None, key)
         return self.texts[key]
@@ -44,16 +54,28 @@ class FakeWhereabouts:
 
 
 @pytest.fixture
-def pair(monkeypatch):
-    """Whereabouts and lookout of two workers of one store."""
-    monkeypatch.setattr(lookout_module, "runtime", FakeStore())
-    tasks = tuple(f"/job:worker/replica:0/task:{rank}" for rank in range(2))
+def store(monkeypatch):
+    fake = FakeStore()
+    monkeypatch.setattr(lookout_module, "runtime", fake)
+    return fake
+
+
+def workers(size):
+    """Whereabouts and lookout of each worker."""
+    tasks = tuple(f"/job:worker/replica:0/task:{rank}" for rank in range(size))
+    addresses = tuple(f"{'abcdefgh'[rank]}:1" for rank in range(size))
     made = []
-    for rank in range(2):
-        cluster = Cluster(tasks, ("a:1", "b:1"), rank)
+    for rank in range(size):
         whereabouts = FakeWhereabouts()
+        cluster = Cluster(tasks, addresses, rank)
         made.append((whereabouts, Lookout(cluster, whereabouts, 0)))
     return made
+
+
+@pytest.fixture
+def pair(store):
+    """Whereabouts and lookout of two workers of one store."""
+    return workers(2)
 
 
 def test_two_that_wait_at_different_places_both_find_out(pair):
@@ -126,3 +148,44 @@ def test_the_end_of_the_chief_is_known_after_its_store_is_gone(
     of_other.look()
     monkeypatch.setattr(lookout_module, "runtime", FakeStore())
     assert of_other.has_ended(0)
+
+
+def test_the_chief_finds_one_of_many_that_waits_elsewhere(store):
+    many = workers(6)
+    for rank, (whereabouts, _) in enumerate(many):
+        whereabouts.wait(OUTSIDE if rank == 4 else STEP)
+    said = [[lookout.look() for _, lookout in many] for _ in range(3)][-1]
+    assert "worker 0 (a:1) waits in a step; worker 4 (e:1) waits" in said[0]
+    assert "worker 0 (a:1) waits in a step; worker 4 (e:1) waits" in said[4]
+
+
+def test_a_worker_but_the_chief_reads_two_others_in_a_tick(store):
+    many = workers(6)
+    for whereabouts, _ in many:
+        whereabouts.wait(STEP)
+    for _, lookout in many[1:]:
+        store.reads.clear()
+        for _ in range(4):
+            lookout.look()
+        assert store.reads["keras_allreduce/0/place/0"] == 4
+        # Each of the other four once.
+        assert store.reads.total() == 8
+        assert set(store.reads.values()) == {4, 1}
+
+
+def test_one_that_has_ended_is_found_while_the_chief_works(store):
+    (_, of_chief), (_, of_second), (third, of_third) = workers(3)
+    of_chief.look()
+    of_second.say_goodbye(0.0)
+    third.wait(STEP)
+    assert "worker 1 (b:1) has ended its script" in of_third.look()
+
+
+def test_a_chief_that_cannot_be_reached_holds_up_no_look(store, monkeypatch):
+    monkeypatch.setattr(lookout_module, "_WRITE_SECONDS", 0.01)
+    _, (other, of_other) = workers(2)
+    store.is_reachable = False
+    other.wait(STEP)
+    for _ in range(3):
+        assert of_other.look() is None
+    of_other.say_goodbye(0.01)

@@ -1,6 +1,8 @@
 """Private names of TensorFlow's runtime: coordination service and peers."""
 
 import contextlib
+import threading
+from concurrent.futures import Future
 
 import tensorflow as tf
 
@@ -68,19 +70,47 @@ def has_store() -> bool:
     return config is not None and bool(config.service_type)
 
 
-def publish(key: str, value: str) -> None:
+def publish(key: str, value: str) -> "Future[None]":
     """Writes into the store that all workers can read.
 
-    The store belongs to TensorFlow's coordination service.
+    The store belongs to TensorFlow's coordination service. Writing has no time
+    limit, and does not end if the link to the chief is cut; hence in a thread
+    of its own, which does not keep the process.
+
+    Args:
+        key: Under which nothing has been written, or all of it deleted.
+        value: Any text.
+
+    Returns:
+        Is done when the value is there; its exception is a `tf.errors.OpError`.
     """
-    _context.context().set_config_key_value(key, value)
+    return _aside(key, value, delete_first=False)
 
 
-def publish_again(key: str, value: str) -> None:
+def publish_again(key: str, value: str) -> "Future[None]":
     """Writes what may have been written before. Readers wait in between."""
-    with contextlib.suppress(tf.errors.NotFoundError):
-        _context.context().delete_config_key_value(key)
-    publish(key, value)
+    return _aside(key, value, delete_first=True)
+
+
+def _aside(key: str, value: str, *, delete_first: bool) -> "Future[None]":
+    written: Future[None] = Future()
+
+    def write() -> None:
+        context = _context.context()
+        try:
+            if delete_first:
+                with contextlib.suppress(tf.errors.NotFoundError):
+                    context.delete_config_key_value(key)
+            context.set_config_key_value(key, value)
+        except tf.errors.OpError as error:
+            written.set_exception(error)
+        else:
+            written.set_result(None)
+
+    threading.Thread(
+        target=write, name="keras_allreduce.publish", daemon=True
+    ).start()
+    return written
 
 
 def read_published(key: str, timeout_seconds: float) -> str:

@@ -97,10 +97,13 @@ def explain(error: BaseException | None) -> str | None:
         return None
     if "ollective" not in error.message:
         return None
+    # Where another worker has noticed it first, its error has come here. That
+    # worker may have ended since, which is not the cause.
+    told = re.search(r"All workers must [^\n\\\"]*", error.message)
+    if told:
+        return told.group()
     for watchdog in list(_watchdogs):
         lost = watchdog.ask_until_sure()
         if lost is not None:
             return lost
-    # Another worker has noticed it first, and its error has come here.
-    told = re.search(r"All workers must [^\n\\\"]*", error.message)
-    return told.group() if told else None
+    return None

@@ -10,11 +10,17 @@ changes, and while it waits; a worker that waits reads where the others are.
       3      reads beat 2: they never meet
 
 Two beats, both read while this worker waits, show that the other waited too.
+
+In a tick the chief reads where all are, and another worker where the chief and
+one more is. That finds every pair: of two workers at different places, one is
+not where the chief is.
 """
 
 import contextlib
+import itertools
 import threading
 import time
+from concurrent import futures
 from dataclasses import replace
 
 import tensorflow as tf
@@ -24,7 +30,9 @@ from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.place import Place, never_meet
 from keras_allreduce.workers.whereabouts import Whereabouts
 
-_READ_SECONDS = 0.5
+# The chief, which reads many, has the store in its own process.
+_READ_SECONDS, _CHIEF_READ_SECONDS = 0.5, 0.1
+_WRITE_SECONDS = 1.0
 
 _REMEDY = (
     "All workers must make the same calls, and stop in the same step. What a "
@@ -44,10 +52,13 @@ class Lookout:
 
     def __init__(self, cluster: Cluster, whereabouts: Whereabouts, number: int):
         self._cluster = cluster
+        # The others, one after the other.
+        self._in_turn = itertools.cycle(cluster.others[1:] or [0])
         self._whereabouts = whereabouts
         self._number = number
         self._published: Place | None = None
         self._publishing = threading.Lock()
+        self._written: futures.Future[None] | None = None
         self._said_goodbye = False
         self._beat = 0
         self._ended: set[int] = set()
@@ -90,8 +101,8 @@ class Lookout:
         """
         with self._publishing:
             self._said_goodbye = True
-        self._write(replace(self._whereabouts.place(), ended=True))
         end = time.monotonic() + seconds
+        self._write(replace(self._whereabouts.place(), ended=True), seconds)
         while not self._cluster.rank and time.monotonic() < end:
             places = [self._read(rank) for rank in self._cluster.others]
             if all(p is None or p.ended or p.saw_chief_end for p in places):
@@ -99,7 +110,7 @@ class Lookout:
             time.sleep(0.1)
 
     def _compare(self, own: Place) -> str | None:
-        for rank in self._cluster.others:
+        for rank in self._read_in_this_tick():
             before, other = self._seen.get(rank), self._read(rank)
             if other is None:
                 continue
@@ -112,6 +123,11 @@ class Lookout:
             if never_meet(own, other):
                 return self._message({self._cluster.rank: own, rank: other})
         return None
+
+    def _read_in_this_tick(self) -> list[int]:
+        if self._cluster.rank == 0:
+            return self._cluster.others
+        return sorted({0, next(self._in_turn)})
 
     def _message(self, places: dict[int, Place]) -> str:
         where = "; ".join(
@@ -128,22 +144,28 @@ class Lookout:
 
     def _publish(self, place: Place) -> None:
         with self._publishing:
-            if not self._said_goodbye:
-                self._write(place)
-        self._published = place
+            if not self._said_goodbye and self._write(place, _WRITE_SECONDS):
+                self._published = place
 
-    def _write(self, place: Place) -> None:
+    def _write(self, place: Place, seconds: float) -> bool:
+        """Whether the place is there; not if the chief does not answer."""
+        end = time.monotonic() + seconds
+        if self._written and futures.wait([self._written], seconds).not_done:
+            return False
         self._beat += 1
-        with contextlib.suppress(tf.errors.OpError):
-            runtime.publish_again(
-                self._key(self._cluster.rank),
-                replace(place, beat=self._beat).to_json(),
-            )
+        self._written = runtime.publish_again(
+            self._key(self._cluster.rank),
+            replace(place, beat=self._beat).to_json(),
+        )
+        left = max(0, end - time.monotonic())
+        return bool(futures.wait([self._written], left).done)
 
     def _read(self, rank: int) -> Place | None:
+        is_chief = self._cluster.rank == 0
+        seconds = _CHIEF_READ_SECONDS if is_chief else _READ_SECONDS
         with contextlib.suppress(tf.errors.OpError):
             place = Place.from_json(
-                runtime.read_published(self._key(rank), _READ_SECONDS)
+                runtime.read_published(self._key(rank), seconds)
             )
             if place.ended:
                 self._ended.add(rank)

@@ -1,18 +1,27 @@
 """Publishes what a worker is about to do, and reads what the others do.
 
 The store is that of TensorFlow's coordination service. It ends with the chief.
+
+    worker 1, 2, ...        chief
+    publish own    ------>  read each
+    read all       <------  publish all
+
+So every worker but the chief reads once, however many workers there are.
 """
 
+import contextlib
 import functools
 import itertools
-import threading
+import json
 import time
 from collections.abc import Callable
+from concurrent import futures
 
 import tensorflow as tf
 from absl import logging
 
 from keras_allreduce.compat import runtime
+from keras_allreduce.workers import errors
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.errors import (
     WorkerError,
@@ -22,8 +31,10 @@ from keras_allreduce.workers.errors import (
 
 _numbers = itertools.count()
 
-_READ_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 _GRACE_SECONDS = 10.0
+
+_ALL = "all"
 
 
 class Store:
@@ -65,77 +76,120 @@ class Store:
                 time.
             WorkerLostError: If it has failed.
         """
+        if self._cluster.rank == 0:
+            return self._gather(name, value)
         self._publish(name, value)
-        return [
-            value
-            if rank == self._cluster.rank
-            else self._read(name, rank, self._timeout_seconds)
-            for rank in range(len(self._cluster.tasks))
-        ]
+        try:
+            packed = self._read(name, _ALL, self._timeout_seconds)
+        except WorkerTimeoutError:
+            raise self._too_late(self._missing(name)) from None
+        return _unpacked(packed)
+
+    def _gather(self, name: str, value: str) -> list[str]:
+        """Reads the texts of all workers, on the chief, and publishes them."""
+        end = time.monotonic() + self._timeout_seconds
+        try:
+            others = [
+                self._read(name, rank, end - time.monotonic())
+                for rank in self._cluster.others
+            ]
+        except WorkerError as error:
+            # The others learn the reason, not that the chief has ended.
+            with contextlib.suppress(WorkerError):
+                self._publish(name, _packed_error(error), _ALL)
+            raise
+        texts = [value, *others]
+        self._publish(name, _packed(texts), _ALL)
+        return texts
 
     def let_all_read(self, name: str) -> None:
         """Keeps the chief, with which the store ends, until all have read."""
-        self._publish(f"{name} has been read", "")
-        if self._cluster.rank == 0:
+        read = f"{name} has been read"
+        if self._cluster.rank:
+            self._publish(read, "")
+            return
+        end = time.monotonic() + _GRACE_SECONDS
+        with contextlib.suppress(WorkerError):
             for rank in self._cluster.others:
-                try:
-                    self._read(f"{name} has been read", rank, _GRACE_SECONDS)
-                except WorkerError:
-                    return
+                self._read(read, rank, end - time.monotonic())
 
-    def _key(self, name: str, rank: int) -> str:
-        return f"keras_allreduce/{self.number}/{name}/{rank}"
+    def _key(self, name: str, of: int | str) -> str:
+        return f"keras_allreduce/{self.number}/{name}/{of}"
 
-    def _publish(self, name: str, value: str) -> None:
-        # Without an end for a chief that does not answer, hence aside.
-        found: list[tf.errors.OpError] = []
-
-        def publish() -> None:
-            try:
-                runtime.publish(self._key(name, self._cluster.rank), value)
-            except tf.errors.OpError as error:
-                found.append(error)
-
-        thread = threading.Thread(target=publish, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(_READ_SECONDS)
+    def _publish(
+        self, name: str, value: str, of: int | str | None = None
+    ) -> None:
+        """Returns when the value of this worker, or of all, is there."""
+        key = self._key(name, self._cluster.rank if of is None else of)
+        written = runtime.publish(key, value)
+        while not futures.wait([written], _POLL_SECONDS).done:
             failure = self._failure()
-            if failure is not None and thread.is_alive():
+            if failure is not None:
                 raise failure
-        if found:
-            raise self._failed(name, found[0]) from found[0]
+        error = written.exception()
+        if isinstance(error, tf.errors.OpError):
+            raise self._lost(name, error) from error
 
-    def _read(self, name: str, rank: int, timeout_seconds: float) -> str:
+    def _read(self, name: str, of: int | str, timeout_seconds: float) -> str:
+        """Waits for the value of a worker, or of all."""
         end = time.monotonic() + timeout_seconds
         while True:
-            left = end - time.monotonic()
+            left = max(end - time.monotonic(), 0)
             try:
                 return runtime.read_published(
-                    self._key(name, rank), min(_READ_SECONDS, max(left, 0))
+                    self._key(name, of), min(_POLL_SECONDS, left)
                 )
             except tf.errors.DeadlineExceededError:
                 failure = self._failure()
                 if failure is not None:
                     raise failure from None
-                if left <= 0:
-                    raise WorkerTimeoutError(
-                        "All workers must make the same models and steps, "
-                        f"within timeout_seconds={timeout_seconds:g} of each "
-                        "other. Received: nothing from "
-                        f"{self._cluster.name(rank)}. Run the same script on "
-                        "all workers; look at that worker's log."
-                    ) from None
+                if not left:
+                    raise self._too_late(0 if of == _ALL else int(of)) from None
             except tf.errors.OpError as error:
-                raise self._failed(name, error) from error
+                raise self._lost(name, error) from error
 
-    def _failed(self, name: str, error: tf.errors.OpError) -> WorkerError:
+    def _missing(self, name: str) -> int:
+        """The first worker that has not published; else the chief."""
+        for rank in self._cluster.others[1:]:
+            try:
+                runtime.read_published(self._key(name, rank), _POLL_SECONDS)
+            except tf.errors.OpError:
+                return rank
+        return 0
+
+    def _too_late(self, rank: int) -> WorkerTimeoutError:
+        return WorkerTimeoutError(
+            "All workers must make the same models and steps, within "
+            f"timeout_seconds={self._timeout_seconds:g} of each other. "
+            f"Received: nothing from {self._cluster.name(rank)}. Run the same "
+            "script on all workers; look at that worker's log."
+        )
+
+    def _lost(self, name: str, error: tf.errors.OpError) -> WorkerError:
         return self._failure() or WorkerLostError(
             "All workers must stay while they compare what they do. "
             f"Received: {self._cluster.name(0)} is not there to compare the "
             f"{name} ({error.message.splitlines()[0]}). Look at its log, then "
             "start all workers again."
         )
+
+
+def _packed(texts: list[str]) -> str:
+    """The texts of all workers as one, each different one once."""
+    unlike = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    return json.dumps([list(unlike), [unlike[text] for text in texts]])
+
+
+def _packed_error(error: WorkerError) -> str:
+    return json.dumps([type(error).__name__, str(error)])
+
+
+def _unpacked(packed: str) -> list[str]:
+    """Inverse of `_packed`; raises what `_packed_error` has made of."""
+    unlike, numbers = json.loads(packed)
+    if isinstance(unlike, str):
+        raise getattr(errors, unlike)(numbers)
+    return [unlike[number] for number in numbers]
 
 
 class NoStore:

@@ -87,27 +87,18 @@ class Watchdog:
         self._thread = threading.Thread(
             target=self._run, name="keras_allreduce.watchdog", daemon=True
         )
-        # Publishing waits without end for a chief that does not answer, so
-        # the thread that would notice this must not do it.
-        self._lookout_thread = threading.Thread(
-            target=self._look_out, name="keras_allreduce.lookout", daemon=True
-        )
 
     def start(self, owner: Any) -> None:
         """Watches for as long as `owner`, a strategy, is there."""
         # Also runs at the end of the process, before TensorFlow is torn down.
         weakref.finalize(owner, self.stop)
         self._thread.start()
-        if self._lookout is not None:
-            self._lookout_thread.start()
 
     def stop(self) -> None:
         """Ends the watch; returns when its thread has ended."""
         self._stopped.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
-        if self._lookout_thread.is_alive():
-            self._lookout_thread.join(_PROBE_SECONDS)
 
     def failure(self) -> WorkerError | None:
         """An error with the message in `lost`, or `None`."""
@@ -129,19 +120,17 @@ class Watchdog:
             if any(0 < n < _REFUSALS for n in self._refusals.values())
             else _LOOKOUT_SECONDS
         ):
-            if self._look(self._due()) is not None:
+            if self._look(self._due()) or self._look_out():
                 return
 
-    def _look_out(self) -> None:
-        lookout = self._lookout
-        while lookout is not None and not self._stopped.wait(_LOOKOUT_SECONDS):
-            never = lookout.look()
-            with self._asking:
-                if never is not None and self.lost is None:
-                    self._kind = WorkersDifferError
-                    self._give_up(never)
-                if self.lost is not None:
-                    return
+    def _look_out(self) -> str | None:
+        """Gives up if this worker waits in vain; returns why, if so."""
+        never = self._lookout.look() if self._lookout else None
+        with self._asking:
+            if never and self.lost is None and not self._stopped.is_set():
+                self._kind = WorkersDifferError
+                self._give_up(never)
+            return self.lost
 
     def _due(self) -> list[int]:
         """The workers to ask now."""
