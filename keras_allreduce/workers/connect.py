@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,10 +102,13 @@ def _connecting(cluster: Cluster, timeout_seconds: float) -> Iterator[None]:
     this = cluster.name(cluster.rank)
     remedy = "Look for the worker whose log ends first, and start all again."
     # TensorFlow has the same limit, but not wherever it waits.
+    began = time.monotonic()
+    limit_seconds = timeout_seconds + _LATER_THAN_TENSORFLOW_SECONDS
     limit = limited(
-        timeout_seconds + _LATER_THAN_TENSORFLOW_SECONDS,
+        limit_seconds,
         "keras_allreduce: All workers must stay while they connect. Received: "
-        f"{this} still waits for one that is lost. {remedy}",
+        f"{this} still waits after {limit_seconds:g} s, for one that is lost. "
+        f"{remedy}",
     )
     try:
         with limit:
@@ -112,5 +116,6 @@ def _connecting(cluster: Cluster, timeout_seconds: float) -> Iterator[None]:
     except tf.errors.OpError as error:
         raise WorkerStartError(
             "All workers must stay while they connect. Received: "
-            f"{error.message.splitlines()[0]}, in {this}. {remedy}"
+            f"{error.message.splitlines()[0]}, in {this}, after "
+            f"{time.monotonic() - began:.0f} s. {remedy}"
         ) from error

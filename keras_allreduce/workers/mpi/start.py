@@ -77,11 +77,13 @@ def host_of_rank_0(timeout_seconds: float) -> str:
 def _connecting(
     this: str, timeout_seconds: float
 ) -> contextlib.AbstractContextManager[None]:
+    limit_seconds = timeout_seconds + _LATER_THAN_TENSORFLOW_SECONDS
     return limited(
-        timeout_seconds + _LATER_THAN_TENSORFLOW_SECONDS,
+        limit_seconds,
         "keras_allreduce: All workers must stay while they connect. Received: "
-        f"{this} still waits in MPI_Init for one that is lost. Look for the "
-        "worker whose log ends first, and start all again.",
+        f"{this} still waits in MPI_Init after {limit_seconds:g} s, for one "
+        "that is lost. Look for the worker whose log ends first, and start all "
+        "again.",
     )
 
 
