@@ -111,6 +111,11 @@ def test_sigterm_ends_a_worker_and_the_other_says_so(index):
     assert f"Received: worker {index} (127.0.0.1:" in last, outputs[1 - index]
 
 
+def test_a_sigterm_while_tensorflow_connects_ends_the_worker():
+    codes, _ = ends("fit_with_a_sigterm_while_connecting", 1)
+    assert codes == [1, -signal.SIGTERM]
+
+
 def test_handlers_of_sigterm_are_the_scripts():
     results = workers.results("hear_sigterm")
     assert results == 2 * [

@@ -644,6 +644,25 @@ def make_a_variable_after_a_failure():
     return found
 
 
+def fit_with_a_sigterm_while_connecting(index):
+    """Worker `index` gets it while TensorFlow still catches signals."""
+    import worker_cases
+
+    from keras_allreduce.workers import connect
+
+    start = connect._connecting
+
+    @contextlib.contextmanager
+    def connecting(*arguments):
+        with start(*arguments):
+            yield
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if worker_cases.worker_index() == index:
+        connect._connecting = connecting
+    fit_until_ended(DEADLINE_SECONDS)
+
+
 def hear_sigterm():
     """Who hears a SIGTERM: handlers from before and after the strategy."""
     import multiprocessing

@@ -21,6 +21,9 @@ from tensorflow.python.framework.config import (
     is_op_determinism_enabled as _is_op_determinism_enabled,
 )
 
+# Where TensorFlow's preemption notifier publishes the worker.
+_PREEMPTION_KEY = "TF_DEFAULT_PREEMPTION_NOTICE_KEY"
+
 
 def has_clock() -> bool:
     """Whether ops can take the time: not under `enable_op_determinism()`."""
@@ -121,6 +124,21 @@ def read_published(key: str, timeout_seconds: float) -> str:
     """
     milliseconds = max(1, int(timeout_seconds * 1000))
     return str(_context.context().get_config_key_value(key, milliseconds))
+
+
+def was_preempted(task: str, timeout_seconds: float) -> bool:
+    """Whether TensorFlow has heard a SIGTERM in a worker.
+
+    It publishes one within a second of hearing it.
+
+    Args:
+        task: Name of the worker, such as `"/job:worker/replica:0/task:1"`.
+        timeout_seconds: How long to wait for an answer.
+    """
+    with contextlib.suppress(tf.errors.OpError):
+        heard = read_published(_PREEMPTION_KEY, timeout_seconds)
+        return heard == task.replace("/replica:0", "")
+    return False
 
 
 def check_peer(task: str, timeout_seconds: float) -> None:

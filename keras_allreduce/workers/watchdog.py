@@ -7,6 +7,8 @@ compiles, saves or stands in a debugger does answer; one that was killed or
 frozen, or whose network is cut, does not.
 """
 
+import os
+import signal
 import threading
 import time
 import weakref
@@ -32,6 +34,10 @@ FROZEN_SECONDS = 20.0
 _INTERVAL_SECONDS = 2.0
 _LOOKOUT_SECONDS = 1.0
 _PROBE_SECONDS = 2.0
+
+# TensorFlow publishes a SIGTERM within a second.
+_HEARS_SECONDS = 10.0
+_ANSWER_SECONDS = 0.5
 
 # A closed port is asked again so often, in case only one connection broke.
 _REFUSALS = 3
@@ -115,6 +121,8 @@ class Watchdog:
         return self.lost
 
     def _run(self) -> None:
+        hears = self._lookout is not None  # There is a store.
+        hear_until = time.monotonic() + _HEARS_SECONDS if hears else 0
         while not self._stopped.wait(
             _RETRY_SECONDS
             if any(0 < n < _REFUSALS for n in self._refusals.values())
@@ -122,6 +130,8 @@ class Watchdog:
         ):
             if self._look(self._due()) or self._look_out():
                 return
+            if time.monotonic() < hear_until and _repeat_sigterm(self._cluster):
+                hear_until = 0
 
     def _look_out(self) -> str | None:
         """Gives up if this worker waits in vain; returns why, if so."""
@@ -212,6 +222,21 @@ class Watchdog:
         runtime.abort_collectives(why)
         for each in self.on_loss:
             each()
+
+
+def _repeat_sigterm(cluster: Cluster) -> bool:
+    """Repeats a SIGTERM that came while TensorFlow connected the workers.
+
+    TensorFlow has heard that one, and the script has not: see `signals.py`.
+
+    Returns:
+        Whether there was one.
+    """
+    own = cluster.tasks[cluster.rank]
+    if not runtime.was_preempted(own, _ANSWER_SECONDS):
+        return False
+    os.kill(os.getpid(), signal.SIGTERM)
+    return True
 
 
 def _too_late(timeout_seconds: float) -> str:
