@@ -5,14 +5,19 @@ worker; it returns what the test looks at, or raises on both workers. Workers
 that have found out by comparison that they differ can go on.
 """
 
+import os
 import random
+import tempfile
 import traceback
 import warnings
+from collections import Counter
 
 import keras
 import numpy as np
 import tensorflow as tf
 import worker_cases
+
+from keras_allreduce.compat import runtime
 
 CASES = {}
 keras.config.disable_traceback_filtering()
@@ -63,6 +68,16 @@ def learning_rate_in_a_later_epoch(strategy, index):
 
     schedule = keras.callbacks.LearningRateScheduler(later)
     fit(made(strategy), epochs=4, callbacks=[schedule] if index else [])
+
+
+@case
+def weights_in_the_last_step(strategy, index):
+    class Set(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if index and batch == 2:
+                self.model.layers[-1].bias.assign([1.0])
+
+    fit(made(strategy), callbacks=[Set()])
 
 
 @case
@@ -261,3 +276,123 @@ def warnings_of_order(strategy, index):
         warnings.simplefilter("always")
         model.fit(data.shuffle(66).batch(22), verbose=0)
     return [str(each.message) for each in caught]
+
+
+@case
+def warnings_of_generators(strategy, index):
+    def batches(first):
+        for number in range(first, first + 6):
+            rows = slice(number, number + 6)
+            yield worker_cases.X[rows], worker_cases.TARGET[rows]
+
+    said = []
+    for first in (0, index):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made(strategy).fit(batches(first), steps_per_epoch=3, verbose=0)
+        said.append([str(each.message) for each in caught])
+    return said
+
+
+class Files(keras.callbacks.Callback):
+    """Notes the learning rate, and the files that are there, by epoch."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.seen = folder, []
+
+    def on_epoch_end(self, epoch, logs=None):
+        rate = float(self.model.optimizer.learning_rate)
+        self.seen.append([rate, sorted(os.listdir(self.folder))])
+
+
+def decided(model, folder, **options):
+    """What callbacks decide on the validation, which gets worse and better."""
+    files = Files(folder)
+    history = fit(
+        model,
+        epochs=12,
+        callbacks=[
+            keras.callbacks.ModelCheckpoint(
+                os.path.join(folder, "{epoch}.weights.h5"),
+                monitor="val_loss",
+                save_best_only=True,
+                save_weights_only=True,
+            ),
+            keras.callbacks.ReduceLROnPlateau(
+                "val_mae", factor=0.5, patience=1, min_delta=0.02
+            ),
+            keras.callbacks.EarlyStopping(
+                "val_loss", patience=3, min_delta=0.02
+            ),
+            files,
+        ],
+        **options,
+    )
+    return {"history": history.history, "seen": files.seen}
+
+
+@case
+def decisions_on_validation(strategy, index):
+    """Parts of 3 and 2 samples, and a last batch of one."""
+    x, y = worker_cases.X[:16], worker_cases.TARGET[:16] + 0.3
+    with tempfile.TemporaryDirectory() as folder:
+        return decided(
+            made(strategy, metrics=["mae"]),
+            folder,
+            validation_data=(x, y),
+            validation_batch_size=5,
+        )
+
+
+@case
+def decisions_on_validation_of_parts(strategy, index):
+    """Each worker has its own batches, and one has fewer than the other."""
+    first = 4 * index
+    data = tf.data.Dataset.from_tensor_slices(
+        (worker_cases.X[first : 13 + first], worker_cases.TARGET[:13] + 0.3)
+    ).batch(3 + index)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.OFF
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return decided(
+            made(strategy, metrics=["mae"]),
+            folder,
+            validation_data=data.filter(lambda *_: True).with_options(options),
+        )
+
+
+@case
+def store_operations(strategy, index):
+    """How often this worker publishes or reads, in an epoch of `fit`."""
+    counts = Counter()
+    stock = {
+        name: getattr(runtime, name) for name in ("publish", "read_published")
+    }
+
+    def counted(name):
+        def call(key, *arguments):
+            result = stock[name](key, *arguments)
+            if "/place/" not in key:  # Another thread reads where others are.
+                counts[name] += 1
+            return result
+
+        return call
+
+    model = made(strategy)
+    fit(model)
+    found = []
+    try:
+        for name in stock:
+            setattr(runtime, name, counted(name))
+        for epochs in (1, 5):
+            counts.clear()
+            fit(model, epochs=epochs)
+            found.append(counts.total())
+    finally:
+        for name, function in stock.items():
+            setattr(runtime, name, function)
+    once, five = found
+    return {"in an epoch": (five - once) / 4, "in a fit": once}

@@ -17,6 +17,11 @@ ERRORS = {
         "weights and optimizer",
         "/learning_rate': worker 0 (",
     ),
+    "weights_in_the_last_step": (
+        "weights and optimizer",
+        "/bias': worker 0 (",
+        "has [1]",
+    ),
     "weights_of_the_chief_alone": (
         "weights and optimizer",
         "kernel': worker 0 (",
@@ -65,6 +70,10 @@ SHARED = [
     "train_on_batch",
     "numbers",
     "warnings_of_order",
+    "warnings_of_generators",
+    "store_operations",
+    "decisions_on_validation",
+    "decisions_on_validation_of_parts",
 ]
 
 
@@ -142,6 +151,43 @@ def test_variables_of_workers_are_numbers(found):
 def test_an_order_that_cannot_be_known_is_warned_of(found):
     warnings = shared(found, "warnings_of_order")
     assert sum("shuffles without a seed" in each for each in warnings) == 1
+
+
+def test_a_worker_asks_the_store_twice_in_an_epoch(found):
+    asked = shared(found, "store_operations")
+    # At most once to publish, and once to read.
+    assert asked["in an epoch"] <= 2
+    # The call, its first epoch and its end.
+    assert asked["in a fit"] <= 6
+
+
+def test_generators_that_begin_with_other_batches_are_warned_of(found):
+    counts = [
+        sum("first batch is not the same" in each for each in said)
+        for said in shared(found, "warnings_of_generators")
+    ]
+    assert counts == [0, 1]
+
+
+def test_callbacks_decide_on_validation_as_on_one_device(found):
+    decided = shared(found, "decisions_on_validation")
+    alone = on_one_device("decisions_on_validation")
+    assert decided["seen"] == alone["seen"]
+    for name, values in alone["history"].items():
+        np.testing.assert_allclose(
+            decided["history"][name], values, rtol=1e-4, err_msg=name
+        )
+    # Each of the three has decided.
+    rates, files = zip(*decided["seen"], strict=True)
+    assert len(set(rates)) > 1
+    assert 0 < len(files[-1]) < len(files) < 12
+
+
+def test_callbacks_decide_alike_on_validation_of_uneven_parts(found):
+    decided = shared(found, "decisions_on_validation_of_parts")
+    rates, files = zip(*decided["seen"], strict=True)
+    assert len(set(rates)) > 1
+    assert 0 < len(files[-1]) < len(files) < 12
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])

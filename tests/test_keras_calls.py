@@ -24,7 +24,7 @@ class SpyStrategy(tf.distribute.MirroredStrategy):
     def __init__(self):
         super().__init__(DEVICES[:2], tf.distribute.ReductionToOneDevice())
         self.calls, self.epochs, self.shuffled, self.arrays = [], [], [], []
-        self.iterators = []
+        self.iterators, self.ended = [], []
 
     def experimental_distribute_dataset(self, dataset, options=None):
         call = keras_calls.current_call()
@@ -33,12 +33,15 @@ class SpyStrategy(tf.distribute.MirroredStrategy):
         self.shuffled.append(keras_calls.shuffled_arrays(iterator))
         self.arrays.append(keras_calls.arrays(iterator))
         self.iterators.append(weakref.ref(iterator))
-        assert keras_calls.on_epochs(iterator, self.begin_epoch)
+        assert keras_calls.on_epochs(iterator, self.begin_epoch, self.end_epoch)
         return super().experimental_distribute_dataset(dataset, options)
 
     def begin_epoch(self):
         call = keras_calls.current_call()
         self.epochs.append((str(call), call.is_first_epoch))
+
+    def end_epoch(self):
+        self.ended.append(str(keras_calls.current_call()))
 
     def reduce(self, reduce_op, value, axis):
         if keras.tree.is_nested(value):
@@ -85,6 +88,18 @@ def test_every_epoch_begins_also_where_an_iterator_goes_on(under_spy):
     assert [name for name, _ in strategy.epochs] == [
         f"fit, epoch {number} of 3" for number in (1, 2, 3)
     ]
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("steps", [None, 2])
+def test_every_epoch_ends_after_its_last_batch(steps, under_spy):
+    strategy, model = under_spy
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
+    if steps is None:
+        data = data.filter(lambda *_: True)  # Its length is not known.
+    model.fit(data, steps_per_epoch=steps, epochs=2, verbose=0)
+    ends = [each for each in strategy.ended if "epoch" in each]
+    assert ends == ["fit, epoch 1 of 2", "fit, epoch 2 of 2"]
 
 
 def test_no_call_is_found_outside_of_one():
@@ -152,3 +167,22 @@ def test_the_path_of_a_variable_is_known_while_it_is_made():
         keras.layers.Dense(3, name="named").build([None, 2])
     assert paths == ["named/kernel", "named/bias"]
     assert keras_calls.path_of_new_variable() is None
+
+
+def test_the_first_batch_of_a_generator_is_the_one_that_is_read(under_spy):
+    strategy, model = under_spy
+    firsts = []
+
+    def distribute(dataset, options=None):
+        iterator = keras_calls.current_call().epoch_iterator
+        firsts.append(keras_calls.first_batch(iterator))
+        return type(strategy).experimental_distribute_dataset(
+            strategy, dataset, options
+        )
+
+    strategy.experimental_distribute_dataset = distribute
+    batches = ((X[first : first + 4], Y[:4]) for first in range(4))
+    model.fit(batches, steps_per_epoch=2, verbose=0)
+    model.evaluate(X, Y, verbose=0)
+    np.testing.assert_array_equal(firsts[0][0], X[:4])
+    assert firsts[-1] is None

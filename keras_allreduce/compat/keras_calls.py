@@ -91,14 +91,17 @@ def current_call() -> KerasCall | None:
     return KerasCall(" in ".join(names), model, epoch, is_first, epoch_iterator)
 
 
-def on_epochs(epoch_iterator: Any, begin: Callable[[], None]) -> bool:
-    """Calls `begin` whenever an epoch begins, until the call of Keras ends.
+def on_epochs(
+    epoch_iterator: Any, begin: Callable[[], None], end: Callable[[], None]
+) -> bool:
+    """Calls `begin` and `end` with each epoch, until the call of Keras ends.
 
     Not for the batch that Keras takes first only to see its shapes.
 
     Args:
         epoch_iterator: See `KerasCall`.
         begin: Called before the first batch of the epoch is read.
+        end: Called after the last batch, unless training was stopped.
 
     Returns:
         Whether this Keras tells when an epoch begins.
@@ -115,7 +118,13 @@ def on_epochs(epoch_iterator: Any, begin: Callable[[], None]) -> bool:
             begin()
         own_class.on_epoch_begin(owner())
 
+    def on_epoch_end() -> None:
+        if not _asks_for_shapes():
+            end()
+        own_class.on_epoch_end(owner())
+
     vars(adapter)["on_epoch_begin"] = on_epoch_begin
+    vars(adapter)["on_epoch_end"] = on_epoch_end
     return True
 
 
@@ -126,6 +135,16 @@ def arrays(epoch_iterator: Any) -> list[Any] | None:
         return None
     leaves = keras.tree.flatten(getattr(adapter, "_inputs", None))
     return [leaf for leaf in leaves if leaf is not None]
+
+
+def first_batch(epoch_iterator: Any) -> Any:
+    """The first batch of a Python generator; `None` of all other data.
+
+    Keras has taken it to see its shapes, and gives it out again.
+    """
+    adapter = getattr(epoch_iterator, "data_adapter", None)
+    batches = getattr(adapter, "_first_batches", None)
+    return batches[0] if batches else None
 
 
 @dataclass(frozen=True)

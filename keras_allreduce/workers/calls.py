@@ -2,6 +2,7 @@
 
 fit, evaluate, predict      call, steps, data; the seed of a shuffle
 |-- every epoch             call, epoch, weights, optimizer (drift.py)
+|-- end of the last epoch   the same
 """
 
 import random
@@ -77,16 +78,15 @@ class Calls:
             _STEPS: data_facts.steps_of_epochs(*steps),
             **data_facts.facts(iterator, dataset),
         }
-        offer = f"{secrets.randbits(31)} {data_facts.state_of_random()}"
-        found = self._agreement.state(Statement(facts, offer=offer))
+        statement = Statement(facts, offer=_offer(iterator))
+        found = self._agreement.state(statement)
         self._agreement.raise_differences(CALLS, found, _remedy(found))
         seed = int(found[0].offer.split()[0])
-        seeds = None
-        if keras_calls.shuffles_in_python(iterator) and _differ(found):
-            seeds = random.Random(seed)
-        keras_calls.on_epochs(
-            iterator, partial(self._begin_epoch, number, seeds)
-        )
+        if _differ(found, 2):
+            data_facts.warn_of_first_batches()
+        seeds = _seeds(iterator, found, seed)
+        begin = partial(self._begin_epoch, number, seeds)
+        keras_calls.on_epochs(iterator, begin, self._end_epoch)
         return seed if self._agreement.is_shared else None
 
     def _begin_epoch(self, number: int, seeds: random.Random | None) -> None:
@@ -108,6 +108,15 @@ class Calls:
         has_trained = call.epoch is not None and not call.is_first_epoch
         self.drift.compare(str(call), call.model, has_trained=has_trained)
 
+    def _end_epoch(self) -> None:
+        call = keras_calls.current_call()
+        if call is None or call.is_nested or call.epoch is None:
+            return
+        number, last = call.epoch
+        if number == last:
+            # What is compared nowhere else is what the script saves.
+            self.drift.compare(f"{call} (end)", call.model, has_trained=True)
+
 
 def _remedy(found: Sequence[Statement]) -> str:
     """What to do if the statements differ, by the first that does."""
@@ -120,6 +129,22 @@ def _remedy(found: Sequence[Statement]) -> str:
     return data_facts.REMEDY
 
 
-def _differ(found: Sequence[Statement]) -> bool:
-    """Whether the states of Python's `random` in the offers differ."""
-    return len({each.offer.split()[1] for each in found}) > 1
+def _offer(iterator: Any) -> str:
+    """Words that may differ: a seed, and checksums to compare."""
+    state = data_facts.state_of_random()
+    first_batch = data_facts.checksum_of_first_batch(iterator)
+    return f"{secrets.randbits(31)} {state} {first_batch}"
+
+
+def _seeds(
+    iterator: Any, found: Sequence[Statement], seed: int
+) -> random.Random | None:
+    """Seeds for Python's `random`, if Keras shuffles by it and it differs."""
+    if keras_calls.shuffles_in_python(iterator) and _differ(found, 1):
+        return random.Random(seed)
+    return None
+
+
+def _differ(found: Sequence[Statement], place: int) -> bool:
+    """Whether the words at a place of the offers differ."""
+    return len({each.offer.split()[place] for each in found}) > 1

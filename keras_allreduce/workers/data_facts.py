@@ -9,6 +9,7 @@ import random
 import warnings
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -70,6 +71,23 @@ def facts(epoch_iterator: Any, dataset: Any) -> dict[str, str]:
     return {}
 
 
+def checksum_of_first_batch(epoch_iterator: Any) -> str:
+    """A checksum of the first batch of a generator; of other data, of none."""
+    leaves = keras.tree.flatten(keras_calls.first_batch(epoch_iterator))
+    return combined(
+        sampled_checksum(leaf if hasattr(leaf, "shape") else np.asarray(leaf))
+        for leaf in leaves
+    )
+
+
+def warn_of_first_batches() -> None:
+    """Warns that generators of the workers begin with different batches."""
+    _warn_of_order(
+        "comes from a generator, whose first batch is not the same on all "
+        "workers"
+    )
+
+
 def sampled_checksum(array: Any) -> str:
     """A checksum of the shape, the dtype and up to 64 rows of an array.
 
@@ -103,7 +121,7 @@ def _warn_of_order(why: str) -> None:
         "are trained twice and others never. Received: a data set that "
         f"{why}. Pass `seed=` to `shuffle`, call "
         "`keras.utils.set_random_seed` with the same number on all workers "
-        "before you make the data set, or divide the data yourself and set "
+        "before you make the data, or divide the data yourself and set "
         "`AutoShardPolicy.OFF`.",
         stacklevel=2,
     )
