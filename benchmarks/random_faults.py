@@ -2,21 +2,24 @@
 
     python benchmarks/random_faults.py --faults 200
 
-Each round starts all workers anew on loopback and lets one fault happen to one
-of them, at a time drawn from the whole run: from the start of the processes to
-the last step. After a round
+Each round starts all workers anew on loopback, forked from a process that has
+imported TensorFlow, and lets one fault happen to one of them, at a time drawn
+from the whole run: from the start of the processes to the last step. After a
+round
 
-- no worker still runs: those that are left end by themselves within the limit;
-- no process is left, not even a helper of a worker;
+- no worker still runs, and no process is left, not even a helper of a worker;
 - a worker that ended well has, bit for bit, the weights of a run without a
   fault;
-- a worker that failed, and was not the victim, says why in a line that begins
-  with the rule ("All workers must ...").
+- a worker that failed, and was not the victim, says why in its last line,
+  which has the rule ("All workers must ...") and names a worker;
+- it did so within `--margin` seconds (5), plus what that line says it has
+  waited for. How long its process then takes to end depends on how busy the
+  machine is; the table has both.
 
     fault        what happens to one worker
     kill         SIGKILL
     term         SIGTERM
-    freeze       SIGSTOP
+    freeze       SIGSTOP, and SIGCONT when the others have ended
     exception    a callback raises
     early stop   a callback stops training in the middle of an epoch
     wrong call   a callback evaluates
@@ -26,25 +29,35 @@ the last step. After a round
     none         nothing
 
 The exit code is 1 if a round did not end so. `--seed` repeats a run, but for
-how fast the machine is.
+how fast the machine is; `--outputs` keeps what the workers of such a round
+wrote.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
+import re
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+import warm_python
+
+from keras_allreduce.launch.job import free_ports
 
 SIGNALS = {
     "kill": signal.SIGKILL,
@@ -54,9 +67,13 @@ SIGNALS = {
 CALLBACKS = ["exception", "early stop", "wrong call", "weights", "rate"]
 KINDS = [*SIGNALS, *CALLBACKS, "garbage", "none"]
 
-EPOCHS, STEPS = 40, 6
-TIMEOUT_SECONDS = 60
+EPOCHS, STEPS = 12, 6
 RULE = "All workers must"
+POLL_SECONDS = 0.02
+AS_WITHOUT = "as without a fault"
+
+# What a message says that its worker has waited for.
+SAYS = re.compile(r"timeout_seconds=(\d+)|(?:for|after) (\d+) s\b")
 
 
 @dataclass(frozen=True)
@@ -83,46 +100,94 @@ class End:
 
     Attributes:
         code: Its exit code; `None` if it had to be killed.
-        seconds: From the start of the round.
+        at: When, in seconds since the epoch.
+        said: When it wrote its last line.
         output: What it wrote.
         weights: Its weights in hexadecimal digits; `None` if it failed.
+        began: When it made its strategy.
     """
 
     code: int | None
-    seconds: float
+    at: float
+    said: float
     output: str
     weights: str | None
+    began: float
+
+    @property
+    def last_line(self) -> str:
+        """The last line that it wrote."""
+        return ["", *self.output.strip().splitlines()][-1]
+
+
+@dataclass(frozen=True)
+class Round:
+    """How all workers ended.
+
+    Attributes:
+        began: When the processes were started, in seconds since the epoch.
+        happened: When the fault did; `None` if it did not.
+        ends: The end of each worker.
+        left: Numbers of those that have left a process behind.
+    """
+
+    began: float
+    happened: float | None
+    ends: list[End]
+    left: list[int]
+
+    @property
+    def seconds(self) -> float:
+        """How long it took until the last worker had ended."""
+        return max(end.at for end in self.ends) - self.began
+
+    def lateness(self, rank: int) -> tuple[float, float]:
+        """From the fault to the last line of a worker, and to its end.
+
+        Returns:
+            Seconds, less those that the line says.
+        """
+        end = self.ends[rank]
+        says = [
+            int(each)
+            for found in SAYS.findall(end.last_line)
+            for each in found
+            if each
+        ]
+        since = max(self.happened or self.began, end.began)
+        since += max(says, default=0)
+        return end.said - since, end.at - since
 
 
 # The workers -----------------------------------------------------------------
 
 
-def train(fault: Fault, result: Path) -> None:
-    """What each worker runs."""
+def train(fault: Fault, timeout_seconds: float, rank: int) -> None:
+    """What each worker runs, in a folder of the round."""
     import keras
     import numpy as np
 
     import keras_allreduce
 
+    Path(f"began{rank}").touch()
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=TIMEOUT_SECONDS
+        timeout_seconds=timeout_seconds
     )
     rng = np.random.default_rng(0)
     x = rng.normal(size=(STEPS * 16, 6)).astype("float32")
     y = rng.normal(size=(STEPS * 16, 1)).astype("float32")
     keras.utils.set_random_seed(1)
     with strategy.scope():
-        layers = [keras.layers.Dense(16, "tanh"), keras.layers.Dense(1)]
-        model = keras.Sequential([keras.Input([6]), *layers])
-        model.compile(keras.optimizers.Adam(0.01), "mse")
+        model = keras.Sequential([keras.Input([6]), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
     callbacks = []
-    if strategy.cluster_resolver.task_id == fault.rank:
+    if rank == fault.rank:
         callbacks = [callback_of(fault, keras, x, y)]
     model.fit(
         x, y, batch_size=16, epochs=EPOCHS, verbose=0, callbacks=callbacks
     )
     weights = b"".join(w.tobytes() for w in model.get_weights())
-    result.write_text(weights.hex())
+    Path(f"weights{rank}").write_text(weights.hex())
 
 
 def callback_of(fault: Fault, keras: Any, x: Any, y: Any) -> Any:
@@ -134,8 +199,9 @@ def callback_of(fault: Fault, keras: Any, x: Any, y: Any) -> Any:
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             self.steps += 1
-            if self.steps != step + 1:
+            if self.steps != step + 1 or fault.kind not in CALLBACKS:
                 return
+            Path("happened").touch()
             if fault.kind == "exception":
                 raise ValueError("the fault")
             if fault.kind == "early stop":
@@ -154,93 +220,90 @@ def callback_of(fault: Fault, keras: Any, x: Any, y: Any) -> Any:
 # One round -------------------------------------------------------------------
 
 
-def run_round(fault: Fault, num: int, run_seconds: float, limit: float):
+def run_round(fault: Fault, run_seconds: float, options: argparse.Namespace):
     """Starts workers, makes the fault happen, and waits for all.
 
     Args:
         fault: The fault.
-        num: Number of workers.
         run_seconds: How long a run takes.
-        limit: Seconds after which a worker hangs.
+        options: The command line.
 
     Returns:
-        The `End` of each worker, and numbers of those whose processes are
-        left.
+        A `Round`.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        addresses = [f"127.0.0.1:{port}" for port in free_ports(num)]
-        began = time.monotonic()
-        workers = [start(fault, rank, addresses, folder) for rank in range(num)]
-        happened = threading.Event()
-        stack.callback(happened.set)
-        threading.Thread(
+        addresses = [f"127.0.0.1:{p}" for p in free_ports(options.workers)]
+        began = time.time()
+        workers = [
+            start(fault, rank, addresses, folder, options)
+            for rank in range(options.workers)
+        ]
+        over = threading.Event()
+        outside = threading.Thread(
             target=happen,
-            args=[fault, workers, addresses, began, run_seconds, happened],
-            daemon=True,
-        ).start()
-        ends = wait_for(workers, folder, fault, began, limit)
+            args=[fault, workers, addresses, run_seconds, folder, over],
+        )
+        outside.start()
+        try:
+            ends = wait_for(workers, folder, fault, began + options.limit)
+        finally:
+            over.set()
+            outside.join()
+            for worker in workers:
+                worker.kill()
+        happened = time_of(folder / "happened")
         left = [
             rank for rank, worker in enumerate(workers) if is_left(worker.pid)
         ]
-    return ends, left
-
-
-def free_ports(num: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(num)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    return Round(began, happened, ends, left)
 
 
 def start(
-    fault: Fault, rank: int, addresses: list[str], folder: Path
-) -> subprocess.Popen:
+    fault: Fault,
+    rank: int,
+    addresses: list[str],
+    folder: Path,
+    options: argparse.Namespace,
+) -> warm_python.Process:
     config = {
         "cluster": {"worker": addresses},
         "task": {"type": "worker", "index": rank},
     }
-    fault_text = json.dumps([fault.kind, fault.rank, fault.part])
-    with open(folder / f"output{rank}", "wb") as output:
-        return subprocess.Popen(
-            [
-                sys.executable,
-                __file__,
-                "--worker",
-                fault_text,
-                str(folder / f"weights{rank}"),
-            ],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={
-                **os.environ,
-                "TF_CONFIG": json.dumps(config),
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-                "CUDA_VISIBLE_DEVICES": "-1",
-            },
-        )
+    output = folder / f"output{rank}"
+    output.touch()
+    facts = [fault.kind, fault.rank, fault.part]
+    order = [facts, options.timeout, rank, options.limit]
+    return warm_python.Process(
+        [str(Path(__file__).resolve()), "--worker", json.dumps(order)],
+        folder=folder,
+        environment={
+            **os.environ,
+            "TF_CONFIG": json.dumps(config),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "CUDA_VISIBLE_DEVICES": "-1",
+        },
+        stdout=output,
+        stderr=output,
+    )
 
 
 def happen(
     fault: Fault,
-    workers: list[subprocess.Popen],
+    workers: list[warm_python.Process],
     addresses: list[str],
-    began: float,
     run_seconds: float,
-    happened: threading.Event,
+    folder: Path,
+    over: threading.Event,
 ) -> None:
     """Makes what comes from outside happen."""
     if fault.kind in SIGNALS:
-        happened.wait(began + fault.part * run_seconds - time.monotonic())
-        if workers[fault.rank].poll() is None:
-            workers[fault.rank].send_signal(SIGNALS[fault.kind])
+        over.wait(fault.part * run_seconds)
+        (folder / "happened").touch()
+        workers[fault.rank].send_signal(SIGNALS[fault.kind])
     port = int(addresses[fault.rank].split(":")[1])
     noise = random.Random(fault.part)
-    while fault.kind == "garbage" and not happened.wait(0.05):
+    while fault.kind == "garbage" and not over.wait(0.05):
         with (
             contextlib.suppress(OSError),
             socket.create_connection(("127.0.0.1", port), 1) as connection,
@@ -249,36 +312,43 @@ def happen(
 
 
 def wait_for(
-    workers: list[subprocess.Popen],
+    workers: list[warm_python.Process],
     folder: Path,
     fault: Fault,
-    began: float,
-    limit: float,
+    until: float,
 ) -> list[End]:
-    """Waits for all, for a frozen one until the others have ended."""
-    frozen = [fault.rank] if fault.kind == "freeze" else []
+    """Waits for all; a frozen one goes on when the others have ended."""
     ends: dict[int, End] = {}
-    for rank in sorted(range(len(workers)), key=lambda rank: rank in frozen):
-        worker, code = workers[rank], None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if rank in frozen:
-                # It would go on; nobody ends it but this.
-                worker.wait(0.1)
-            else:
-                worker.wait(max(0.1, began + limit - time.monotonic()))
-            code = worker.returncode
-        seconds = time.monotonic() - began
-        if worker.poll() is None:
-            worker.kill()
-            worker.wait()
-        result = folder / f"weights{rank}"
-        ends[rank] = End(
-            code,
-            seconds,
-            (folder / f"output{rank}").read_text(errors="replace"),
-            result.read_text() if result.exists() else None,
-        )
+    while len(ends) < len(workers):
+        for rank, worker in enumerate(workers):
+            if rank in ends:
+                continue
+            code, now = worker.poll(), time.time()
+            if code is None and now < until:
+                continue
+            output = folder / f"output{rank}"
+            ends[rank] = End(
+                code,
+                now,
+                output.stat().st_mtime,
+                output.read_text(errors="replace"),
+                text_of(folder / f"weights{rank}"),
+                time_of(folder / f"began{rank}") or now,
+            )
+            others = [r for r in range(len(workers)) if r != fault.rank]
+            if fault.kind == "freeze" and set(others) <= ends.keys():
+                workers[fault.rank].send_signal(signal.SIGCONT)
+        time.sleep(POLL_SECONDS)
     return [ends[rank] for rank in range(len(workers))]
+
+
+def text_of(path: Path) -> str | None:
+    return path.read_text() if path.exists() else None
+
+
+def time_of(path: Path) -> float | None:
+    """When a worker, or this process, has made the file."""
+    return path.stat().st_mtime if path.exists() else None
 
 
 def is_left(group: int) -> bool:
@@ -289,71 +359,136 @@ def is_left(group: int) -> bool:
             os.killpg(group, 0)
         except ProcessLookupError:
             return False
-        time.sleep(0.1)
+        time.sleep(POLL_SECONDS)
     os.killpg(group, signal.SIGKILL)
     return True
 
 
-def problems(fault: Fault, ends: list[End], left: list[int], right: str):
+def survivors(fault: Fault, found: Round) -> list[int]:
+    """The workers that have failed because of what happened to another."""
+    is_victim = fault.kind in ("kill", "term", "freeze", "exception")
+    return [
+        rank
+        for rank, end in enumerate(found.ends)
+        if end.code and not (is_victim and rank == fault.rank)
+    ]
+
+
+def problems(
+    fault: Fault, found: Round, right: str, margin_seconds: float
+) -> Iterator[str]:
     """Yields what is wrong with the end of a round."""
-    for rank in left:
+    for rank in found.left:
         yield f"worker {rank} has left a process behind"
-    for rank, end in enumerate(ends):
-        is_victim = rank == fault.rank and fault.kind in [*SIGNALS, *CALLBACKS]
-        if end.code is None and not (is_victim and fault.kind == "freeze"):
+    for rank, end in enumerate(found.ends):
+        if end.code is None:
             yield f"worker {rank} hangs"
         elif end.code == 0 and end.weights != right:
             yield f"worker {rank} has wrong weights"
-        elif end.code != 0 and fault.kind in ("none", "garbage"):
-            yield f"worker {rank} has failed:\n{end.output[-3000:]}"
-        elif end.code and not is_victim and RULE not in end.output:
-            yield f"worker {rank} does not say why:\n{end.output[-3000:]}"
+        elif end.code and fault.kind in ("none", "garbage"):
+            yield f"worker {rank} has failed: {end.last_line}"
+    for rank in survivors(fault, found):
+        line, (said, ended) = found.ends[rank].last_line, found.lateness(rank)
+        if RULE not in line or not re.search(r"\bworker \d", line):
+            yield f"worker {rank} does not say why: {line}"
+        if said > margin_seconds:
+            yield (
+                f"worker {rank} said why after {said:.1f} s, and ended after "
+                f"{ended:.1f} s: {line}"
+            )
 
 
 # The command -----------------------------------------------------------------
 
 
 def main() -> int:
-    arguments = parse()
-    if arguments.worker:
-        fault, path = arguments.worker
-        train(Fault(*json.loads(fault)), Path(path))
-        return 0
-    draw = random.Random(arguments.seed)
+    options = parse()
     none = Fault("none", 0, 0.0)
-    ends, _ = run_round(none, arguments.workers, 0.0, arguments.limit)
-    right, run_seconds = ends[0].weights, max(end.seconds for end in ends)
+    # The first takes longer than all others.
+    rounds = [run_round(none, 0.0, options) for _ in range(2)]
+    ends = rounds[-1].ends
+    right = ends[0].weights
     if right is None or any(end.weights != right for end in ends):
         print("A run without a fault must end well.", ends[0].output[-3000:])
         return 1
+    run_seconds = rounds[-1].seconds
     print(f"a run takes {run_seconds:.1f} s", flush=True)
-    seconds: dict[str, list[float]] = {}
+    outcomes: dict[str, list[str]] = {kind: [] for kind in options.kinds}
+    seconds: dict[str, list[tuple[float, float]]] = {k: [] for k in outcomes}
     failed = 0
-    for number in range(arguments.faults):
-        # Each kind as often as any other.
-        fault = Fault(
-            arguments.kinds[number % len(arguments.kinds)],
-            draw.randrange(arguments.workers),
-            draw.random(),
-        )
-        ends, left = run_round(
-            fault, arguments.workers, run_seconds, arguments.limit
-        )
-        seconds.setdefault(fault.kind, []).append(
-            max(end.seconds for end in ends)
-        )
-        found = list(problems(fault, ends, left, right))
-        failed += bool(found)
-        codes = [end.code for end in ends]
-        print(f"{number + 1}: {fault}: exit codes {codes}", *found, sep="\n  ")
-        sys.stdout.flush()
-    for kind, each in seconds.items():
-        print(
-            f"{kind}: {len(each)} rounds, median {statistics.median(each):.1f}"
-            f" s, longest {max(each):.1f} s"
-        )
-    print(f"{failed} of {arguments.faults} rounds did not end as they should")
+    # Ctrl+C, or SIGTERM, ends it after some of the rounds.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        for number, fault in enumerate(faults(options), 1):
+            found = run_round(fault, run_seconds, options)
+            if outcome(found) == AS_WITHOUT:
+                # The machine may have been busier before.
+                run_seconds = min(run_seconds, found.seconds)
+            wrong = list(problems(fault, found, right, options.margin))
+            failed += bool(wrong)
+            if wrong and options.outputs:
+                keep(options.outputs / f"{options.seed}-{number}", found)
+            times = [found.lateness(r) for r in survivors(fault, found)]
+            seconds[fault.kind] += times
+            outcomes[fault.kind].append(outcome(found))
+            after = "".join(f", {said:.1f}/{end:.1f} s" for said, end in times)
+            print(f"{number}: {fault}: {outcome(found)}{after}")
+            for each in wrong:
+                print(f"    {each}")
+            sys.stdout.flush()
+    table(outcomes, seconds)
+    rounds = sum(map(len, outcomes.values()))
+    print(f"{failed} of {rounds} rounds did not end as they should")
     return 1 if failed else 0
+
+
+def faults(options: argparse.Namespace) -> Iterator[Fault]:
+    """Draws the faults, each kind as often as any other."""
+    draw = random.Random(options.seed)
+    kinds = itertools.islice(itertools.cycle(options.kinds), options.faults)
+    for kind in kinds:
+        yield Fault(kind, draw.randrange(options.workers), draw.random())
+
+
+def outcome(found: Round) -> str:
+    """How the workers of a round ended, in two or three words."""
+    codes = [end.code for end in found.ends]
+    if not any(codes):
+        return AS_WITHOUT
+    return "ended in errors" if all(codes) else f"exit codes {codes}"
+
+
+def keep(folder: Path, found: Round) -> None:
+    """Keeps what the workers wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank, end in enumerate(found.ends):
+        (folder / str(rank)).write_text(end.output)
+
+
+def table(
+    outcomes: dict[str, list[str]],
+    seconds: dict[str, list[tuple[float, float]]],
+) -> None:
+    """Prints what happened, by kind of fault.
+
+    Args:
+        outcomes: How the rounds ended.
+        seconds: `Round.lateness` of the workers that have failed.
+    """
+    print(
+        "| fault | rounds | as without a fault | why is said after, s "
+        "| ended after, s |\n|---|---|---|---|---|"
+    )
+    for kind, each in outcomes.items():
+        times = zip(*seconds[kind], strict=True) if seconds[kind] else ((), ())
+        columns = [kind, len(each), each.count(AS_WITHOUT), *map(spread, times)]
+        print(f"| {' | '.join(map(str, columns))} |")
+
+
+def spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    return f"{statistics.median(values):.1f} (up to {max(values):.1f})"
 
 
 def parse() -> argparse.Namespace:
@@ -368,11 +503,31 @@ def parse() -> argparse.Namespace:
         "--kinds", nargs="+", choices=KINDS, default=KINDS, help="of faults"
     )
     parser.add_argument(
+        "--timeout", type=float, default=20, help="timeout_seconds"
+    )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=5,
+        help="seconds to the message, besides what it says",
+    )
+    parser.add_argument(
         "--limit", type=float, default=180, help="seconds of a round"
     )
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--outputs", type=Path, help="folder for outputs")
     return parser.parse_args()
 
 
+def work(order: str) -> None:
+    """Runs as a worker."""
+    fault, timeout_seconds, rank, limit = json.loads(order)
+    # It also ends if this script is killed before it kills it.
+    signal.alarm(int(limit) + 5)
+    train(Fault(*fault), timeout_seconds, rank)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2])
+    else:
+        sys.exit(main())
