@@ -30,7 +30,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import statistics
 import sys
 import tempfile
@@ -45,6 +44,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import command_line
 import numpy as np
 import rivals
+
+from keras_allreduce.launch.job import free_ports
 
 ALONE = "no strategy"
 MIRRORED = "MirroredStrategy"
@@ -317,15 +318,6 @@ def print_gaps(args: argparse.Namespace) -> None:
                 f"| {epochs} epochs of {seconds:g} s | {' | '.join(cells)} |",
                 flush=True,
             )
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [
-            stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            for _ in range(count)
-        ]
-        return [each.getsockname()[1] for each in sockets]
 
 
 def print_workers(rounds: int) -> None:

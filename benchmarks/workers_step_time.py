@@ -37,7 +37,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -60,6 +59,8 @@ from worker_jobs import (
     read_answer,
 )
 
+from keras_allreduce.launch.job import free_ports
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import mpi_jobs
 import namespaces
@@ -73,16 +74,6 @@ ATOL, ATOL_BFLOAT16 = 1e-7, 1e-4
 
 MODELS = ["mlp", "deep_narrow", "cnn", "wide"]
 LINKS = ["loopback", "1gbit", "10gbit"]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def command_of(job: Job) -> list[str]:
