@@ -58,6 +58,8 @@ SLOW_FILES = [
     "test_namespaces.py",
     "test_wire.py",
     "test_randomness.py",
+    "test_ray.py",
+    "test_slurm.py",
     "test_saving.py",
     "test_several_strategies.py",
     "test_tensorboard.py",
