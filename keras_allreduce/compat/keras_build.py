@@ -4,87 +4,63 @@ Only under a strategy does Keras call the model, its metrics and its losses on
 the shapes of a first batch, to make all variables. On one device the first
 step makes them. A custom `train_step` need not call the model, nor take the
 batch apart as Keras does, and on one device it trains.
+
+Keras enters the scope of the strategy for it, which is where a strategy takes
+part; nothing of Keras is replaced.
 """
 
 import contextlib
-import functools
-import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
-_thread = threading.local()
-_state = {"installed": False}
+from keras_allreduce.compat.frames import calling_frames
 
 _NAME = "_maybe_symbolic_build"
 
-
-def is_looking_at_shapes() -> bool:
-    """Whether Keras takes a batch in this thread only to see its shapes."""
-    return getattr(_thread, "looking", False)
+# The method of the strategy, that of a subclass, and Keras's.
+_FRAMES = 3
 
 
-def install(
-    is_ours: Callable[[Any], bool], prepare: Callable[[Any, Any], None]
-) -> None:
-    """Replaces the look at a first batch, once, for some strategies.
+def first_batch() -> tuple[keras.Model, Any] | None:
+    """The model that Keras is about to build, and the batch for it.
 
-    A failure there is left to the first step, which fails on one device too if
-    it is the program's. So is a data set without a batch.
+    To be called where a strategy is asked for its scope, or to reduce.
 
-    Args:
-        is_ours: Whether the models of a strategy are concerned.
-        prepare: Called with the model and the batch that Keras looks at.
+    Returns:
+        Nothing if it is not Keras that asks, to build a model.
     """
-    if _state["installed"]:
-        return
-    _state["installed"] = True
-    original = getattr(keras.Model, _NAME, None)
-    if original is None:
-        warnings.warn(
-            f"keras_allreduce expects Model.{_NAME} in Keras. Received: Keras "
-            f"{keras.__version__}, which has none, so models that Keras cannot "
-            "build by itself may fail. Use a version of Keras that "
-            "keras_allreduce was tested with.",
-            stacklevel=3,
-        )
-        return
-
-    @functools.wraps(original)
-    def look(model: Any, *args: Any, **kwargs: Any) -> None:
-        if not is_ours(model.distribute_strategy):
-            original(model, *args, **kwargs)
-            return
-        with _looking(model, prepare):
-            original(model, *args, **kwargs)
-
-    setattr(keras.Model, _NAME, look)
+    for frame in calling_frames(_FRAMES):
+        model = frame.f_locals.get("self")
+        if frame.f_code.co_name == _NAME and isinstance(model, keras.Model):
+            return model, frame.f_locals.get("data_batch")
+    return None
 
 
 @contextlib.contextmanager
-def _looking(model: Any, prepare: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Keras looks at a first batch in the block; failures end the block."""
-    build = model._symbolic_build
+def built_or_left(
+    scope: Any, prepare: Callable[[Any, Any], None], model: Any, batch: Any
+) -> Iterator[None]:
+    """Keras builds a model in the block, which a failure only ends.
 
-    def build_prepared(iterator: Any = None, data_batch: Any = None) -> None:
-        prepare(model, data_batch)
-        build(iterator=iterator, data_batch=data_batch)
+    It is left to the first step, which fails on one device too if it is the
+    program's fault.
 
-    vars(model)["_symbolic_build"] = build_prepared
-    _thread.looking = True
+    Args:
+        scope: The scope of the strategy, entered in the block.
+        prepare: Called with the next two first.
+        model: The model.
+        batch: The batch that Keras looks at.
+    """
     try:
-        yield
-    except StopIteration:
-        pass  # No batch: Keras's epoch says so.
+        with scope:
+            prepare(model, batch)
+            yield
     except Exception as error:
         if _is_our_own(error):
             raise
-    finally:
-        _thread.looking = False
-        del vars(model)["_symbolic_build"]
 
 
 def _is_our_own(error: BaseException | None) -> bool:

@@ -11,7 +11,7 @@ reads.
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -125,7 +125,18 @@ class Iteration:
         self._queue_up(weakref.ref(handles))
         iterator = self._iterator_of(handles)
         RELEASER.when_collected(iterator, handles)
+        if keras_asks_for_shapes():
+            return self._or_without_data(iterator)
         return iterator
+
+    def _or_without_data(self, iterator: Any) -> Iterator[Any]:
+        """Yields the batches; an example if there is none."""
+        try:
+            yield next(iterator)
+        except StopIteration:
+            spec = getattr(self._dataset(), "element_spec", None)
+            example = datasets.example(spec, batch_size=1)
+            yield () if example is None else example
 
     def _iterator_of(self, handles: Handles) -> Any:
         return iterators.LateIterator(

@@ -36,7 +36,6 @@ class StrategyBase(tf.distribute.Strategy):
         self.step_log = StepLog()
         self._meter = Meter(self.step_log)
         self._fit_log = bool(fit_log)
-        keras_build.install(_is_ours, _prepare)
         if fit_log:
             keras_hook.install()
 
@@ -62,6 +61,14 @@ class StrategyBase(tf.distribute.Strategy):
         """The steps that the fit output shows; `None` if `fit_log=False`."""
         return self.step_log if self._fit_log else None
 
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Makes this the strategy of the block, as TensorFlow's does."""
+        scope: contextlib.AbstractContextManager[Any] = super().scope()
+        built = keras_build.first_batch()
+        if built is None:
+            return scope
+        return keras_build.built_or_left(scope, _prepare, *built)
+
     def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
         """Reduces `value` across replicas, as `tf.distribute.Strategy` does.
 
@@ -73,7 +80,7 @@ class StrategyBase(tf.distribute.Strategy):
         Returns:
             A tensor, or a structure of tensors like `value`.
         """
-        if axis is None and keras_build.is_looking_at_shapes():
+        if axis is None and keras_build.first_batch() is not None:
             return keras.tree.map_structure(
                 lambda leaf: self.experimental_local_results(leaf)[0], value
             )
@@ -186,10 +193,6 @@ class StrategyBase(tf.distribute.Strategy):
                 must enter the block, and the chief writes.
         """
         return recording(self, path)
-
-
-def _is_ours(strategy: Any) -> bool:
-    return isinstance(strategy, StrategyBase)
 
 
 def _prepare(model: keras.Model, batch: Any) -> None:
