@@ -63,7 +63,8 @@ def train(name: str, strategy: str, replicas: int, on_gpus: bool) -> Outcome:
                     result = chosen.train()
         except Exception as error:
             return Outcome(error=describe(error))
-    warned = any("replica" in str(each.message) for each in caught)
+    texts = [str(each.message) for each in caught]
+    warned = any("replica" in t or "weigh_samples" in t for t in texts)
     return replace(result, warned=warned)
 
 

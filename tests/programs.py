@@ -7,6 +7,7 @@ as on one device. Batches of 13 samples and a last one of 1.
 import keras
 import numpy as np
 import tensorflow as tf
+from feature_models import Adversaries
 from keras import ops
 
 RNG = np.random.default_rng(0)
@@ -48,7 +49,16 @@ def fit(model, x=X, y=Y, loss="mse", optimizer=None, **arguments):
     if not isinstance(x, tf.data.Dataset):
         of_fit = {"y": y, "batch_size": 13} | of_fit
     history = model.fit(x, shuffle=False, verbose=0, **of_fit).history
-    return {"weights": model.get_weights(), "history": history}
+    return {"weights": weights_of_all_replicas(model), "history": history}
+
+
+def weights_of_all_replicas(model):
+    """The weights of a model, which all replicas must have alike."""
+    for weight in model.weights:
+        first, *others = getattr(weight.value, "values", [weight.value])
+        for other in others:
+            np.testing.assert_array_equal(other, first, err_msg=weight.path)
+    return model.get_weights()
 
 
 def dense(*layers):
@@ -173,6 +183,26 @@ def added_vector():
 def added_loss_of_an_object():
     distance = keras.losses.MeanSquaredError()
     return fit(dense(Adds(lambda x: distance(x, x / 2))))
+
+
+class Compiled(keras.layers.Layer):
+    """XLA compiles what each replica does in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(8, "tanh")
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    @tf.function(jit_compile=True)
+    def call(self, x):
+        return self.dense(x)
+
+
+@program
+def layer_that_xla_compiles():
+    return fit(dense(Compiled()))
 
 
 @program
@@ -391,59 +421,27 @@ def steps_that_are_tf_functions():
     return fit(Functions(), optimizer=sgd(0.1, clipnorm=0.1))
 
 
-class Adversaries(keras.Model):
-    """No `call`, no targets, two optimizers in a dict."""
+class ShownAdversaries(Adversaries):
+    """No `call`, no targets, two optimizers in a dict, and metrics."""
 
     def __init__(self):
         super().__init__()
-        self.generator = keras.Sequential(
-            [keras.Input([3]), keras.layers.Dense(6)]
-        )
-        self.critic = keras.Sequential(
-            [
-                keras.Input([6]),
-                keras.layers.Dense(8, "relu"),
-                keras.layers.Dense(1),
-            ]
-        )
-        self.shown = [keras.metrics.Mean(name=name) for name in "gc"]
-
-    def compile(self):
-        super().compile()
-        self.own = {"generator": sgd(0.1), "critic": sgd(0.1, clipnorm=0.2)}
+        names = ("critic", "generator")
+        self.shown = {name: keras.metrics.Mean(name=name) for name in names}
 
     @property
     def metrics(self):
-        return self.shown
-
-    def update(self, name, loss_of):
-        weights = getattr(self, name).trainable_weights
-        with tf.GradientTape() as tape:
-            loss = loss_of()
-        gradients = tape.gradient(loss, weights)
-        self.own[name].apply_gradients(zip(gradients, weights, strict=True))
-        return loss
+        return list(self.shown.values())
 
     def train_step(self, x):
-        entropy = keras.losses.BinaryCrossentropy(from_logits=True)
-        code, ones = x[:, :3] / 2, tf.ones([tf.shape(x)[0], 1])
-        both = tf.concat([self.generator(code), x], axis=0)
-        labels = tf.concat([ones, 0 * ones], axis=0)
-        losses = (
-            self.update("critic", lambda: entropy(labels, self.critic(both))),
-            self.update(
-                "generator",
-                lambda: entropy(0 * ones, self.critic(self.generator(code))),
-            ),
-        )
-        for metric, loss in zip(self.shown, losses, strict=True):
-            metric.update_state(loss)
-        return {metric.name: metric.result() for metric in self.shown}
+        for name, loss in super().train_step(x).items():
+            self.shown[name].update_state(loss)
+        return {name: metric.result() for name, metric in self.shown.items()}
 
 
 @program
 def adversaries():
-    model = Adversaries()
+    model = ShownAdversaries()
     model.compile()
     history = model.fit(X, batch_size=13, shuffle=False, verbose=0).history
     return {"weights": model.get_weights(), "history": history}
@@ -480,6 +478,208 @@ class Keeps(Custom):
 @program
 def state_that_a_step_keeps():
     return fit(Keeps())
+
+
+# State that layers and steps keep ---------------------------------------------
+
+
+class Counts(keras.layers.Layer):
+    """Counts samples and steps, and keeps an average and a sum."""
+
+    def __init__(self):
+        super().__init__()
+        arguments = {"initializer": "zeros", "trainable": False}
+        self.samples = self.add_weight(dtype="int32", **arguments)
+        self.steps = self.add_weight(dtype="int32", **arguments)
+        self.seen = self.add_weight(**arguments)
+        self.average = self.add_weight(shape=[6], **arguments)
+        self.total = self.add_weight(shape=[6], **arguments)
+
+    def call(self, x, training=None):
+        if training:
+            size = ops.shape(x)[0]
+            self.samples.assign_add(size)
+            self.steps.assign(self.steps + 1)
+            self.seen.assign_add(ops.cast(size, "float32"))
+            self.average.assign(0.9 * self.average + 0.1 * ops.mean(x, axis=0))
+            self.total.assign(self.total + ops.sum(x, axis=0))
+        return x
+
+
+@program
+def state_that_a_layer_keeps():
+    return fit(dense(Counts()), epochs=2)
+
+
+@program
+def state_that_a_layer_keeps_in_a_custom_step():
+    model = Custom()
+    model.hidden = keras.Sequential([Counts(), model.hidden])
+    return fit(model, epochs=2)
+
+
+class KeepsVariables(Custom):
+    """Keeps state in TensorFlow's variables, which Keras does not track."""
+
+    def __init__(self):
+        super().__init__()
+        self.samples = tf.Variable(0, trainable=False)
+        self.sums = tf.Variable(tf.zeros([6]), trainable=False)
+
+    def train_step(self, data):
+        self.samples.assign_add(tf.shape(data[0])[0])
+        added = tf.reduce_sum(data[0], axis=0)
+        tf.cond(
+            tf.reduce_sum(added) > -1e9,
+            lambda: self.sums.assign_add(added),
+            lambda: self.sums.assign_add(0 * added),
+        )
+        return super().train_step(data)
+
+
+@program
+def state_in_variables_of_tensorflow():
+    model = KeepsVariables()
+    found = fit(model)
+    return found | {"kept": [model.samples.numpy(), model.sums.numpy()]}
+
+
+# Updates without a tape, or without `Optimizer.apply` -------------------------
+
+
+class ByHand(keras.Sequential):
+    """A linear model that computes its gradient itself."""
+
+    def __init__(self, update, is_sum=False):
+        super().__init__(
+            [keras.Input([6]), keras.layers.Dense(1, use_bias=False)]
+        )
+        self.update = update
+        self.is_sum = is_sum
+
+    def train_step(self, data):
+        x, y = data
+        (kernel,) = self.trainable_variables
+        error = ops.matmul(x, kernel) - y
+        gradient = 2 * ops.matmul(ops.transpose(x), error)
+        if not self.is_sum:
+            gradient = gradient / ops.cast(ops.shape(x)[0], "float32")
+        self.update(self, gradient, kernel)
+        return {"own": ops.mean(ops.square(error))}
+
+
+@program
+def gradient_by_hand():
+    def update(model, gradient, kernel):
+        model.optimizer.apply([gradient], [kernel])
+
+    return fit(ByHand(update), optimizer=sgd(0.1, clipnorm=0.5))
+
+
+@program
+def gradient_by_hand_that_is_a_sum():
+    def update(model, gradient, kernel):
+        model.optimizer.apply_gradients([(gradient, kernel)])
+
+    return fit(ByHand(update, is_sum=True), optimizer=sgd(0.01, momentum=0.9))
+
+
+@program
+def weights_that_a_step_updates_itself():
+    def update(model, gradient, kernel):
+        kernel.assign_sub(0.1 * gradient)
+
+    return fit(ByHand(update))
+
+
+@program
+def weights_that_a_step_updates_by_a_sum():
+    def update(model, gradient, kernel):
+        kernel.assign(kernel - 0.01 * gradient)
+
+    return fit(ByHand(update, is_sum=True))
+
+
+@program
+def step_of_an_optimizer_that_is_called_itself():
+    def update(model, gradient, kernel):
+        model.optimizer.update_step(gradient, kernel, 0.1)
+
+    optimizer = sgd(momentum=0.9)
+    model = ByHand(update)
+    optimizer.build(model.trainable_variables)
+    return fit(model, optimizer=optimizer)
+
+
+class Overrides(keras.optimizers.SGD):
+    """Overrides `apply`, and does not call Keras's."""
+
+    def apply(self, grads, trainable_variables=None):
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            variable.assign_sub(0.1 * ops.clip(gradient, -0.2, 0.2))
+
+
+@program
+def optimizer_that_overrides_apply():
+    return fit(dense(), optimizer=Overrides())
+
+
+@program
+def optimizer_that_overrides_apply_in_a_custom_step():
+    optimizer = Overrides()
+
+    def update(model, gradient, kernel):
+        optimizer.apply([gradient], [kernel])
+
+    return fit(ByHand(update))
+
+
+@program
+def optimizer_that_overrides_apply_gradients():
+    class Own(keras.optimizers.SGD):
+        def apply_gradients(self, grads_and_vars):
+            for gradient, variable in grads_and_vars:
+                variable.assign_sub(0.1 * gradient)
+
+    def update(model, gradient, kernel):
+        model.optimizer.apply_gradients([(gradient, kernel)])
+
+    return fit(ByHand(update), optimizer=Own())
+
+
+class Momentum(tf.Module):
+    """An optimizer that is no optimizer of Keras's."""
+
+    def __init__(self):
+        super().__init__()
+        self.slot = tf.Variable(tf.zeros([6, 1]), trainable=False)
+
+    def apply(self, gradient, variable):
+        self.slot.assign(0.9 * self.slot + gradient)
+        variable.assign_sub(0.05 * self.slot)
+
+
+@program
+def optimizer_that_is_a_module():
+    own = Momentum()
+    return fit(ByHand(lambda model, *pair: own.apply(*pair)))
+
+
+@program
+def optimizer_that_is_a_module_and_a_tape():
+    own = Momentum()
+
+    class Model(Custom):
+        def train_step(self, data):
+            loss, gradients = self.gradients(*data[:2])
+            own.slot.assign(0.9 * own.slot + gradients[2][:6])
+            self.out.kernel.assign(
+                self.out.kernel
+                - 0.05 * tf.concat([own.slot, gradients[2][6:]], axis=0)
+            )
+            return {"own": loss}
+
+    return fit(Model())
 
 
 # Losses that compare samples ------------------------------------------------

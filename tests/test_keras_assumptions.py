@@ -17,6 +17,7 @@ from conftest import DEVICES
 
 from keras_allreduce.compat import (
     gradient_tape,
+    keras_build,
     keras_losses,
     keras_optimizers,
     keras_steps,
@@ -147,6 +148,8 @@ def test_a_custom_step_is_not_keras_own():
     model = linear(kind=CustomStep)
     assert not keras_compat.is_keras_method(model, "train_step")
     assert keras_compat.is_keras_method(model, "test_step")
+    assert keras_compat.is_custom_step(model, "train_step")
+    assert not keras_compat.is_custom_step(model, "test_step")
 
 
 def test_keras_counts_the_samples_of_the_loss_it_shows():
@@ -184,6 +187,33 @@ def test_keras_takes_the_mean_of_a_nested_batch_for_its_shapes():
     strategy, model = under_spy()
     fit(model)
     assert strategy.reductions.count(keras_compat.is_nested_mean) == 1
+
+
+def test_keras_enters_the_scope_of_the_strategy_to_build_a_model():
+    seen = []
+
+    class Enters(SpyStrategy):
+        def scope(self):
+            seen.append(keras_build.first_batch())
+            return super().scope()
+
+        def reduce(self, reduce_op, value, axis):
+            if axis is None and keras.tree.is_nested(value):
+                seen.append(keras_build.first_batch())
+            return super().reduce(reduce_op, value, axis)
+
+    strategy = Enters()
+    with strategy.scope():
+        model = compiled()
+    fit(model)
+    model.train_on_batch(X, Y)
+    found = [each for each in seen if each is not None]
+    assert [each[0] for each in found] == [model] * 3
+    # Not known yet where Keras reduces the batch to its shapes.
+    batches = [found[1][1], found[2][1]]
+    assert [batch[0].shape for batch in batches] == [(2, 2), (4, 2)] or [
+        batch[0].shape for batch in batches
+    ] == [(1, 2), (4, 2)]
 
 
 def test_keras_builds_models_on_a_batch_in_symbolic_build():
@@ -686,17 +716,44 @@ def test_keras_draws_the_seeds_of_layers_with_next(model):
     assert all(len(args) <= 1 for args, _ in calls)
 
 
-def test_keras_updates_moving_statistics_with_assign(model):
+def test_replicas_update_moving_statistics_each_on_its_own(model):
+    strategy = SpyStrategy()
+    with strategy.scope():
+        model = compiled(keras.layers.BatchNormalization())
     statistics = [
         variable
         for variable in model.non_trainable_variables
         if variable.name.startswith("moving_")
     ]
-    calls = [spy(variable, "assign") for variable in statistics]
-    fit(model)
-    assert len(calls) == 2
-    for each in calls:
-        assert {len(args) for args, _ in each} == {1}
+    assert len(statistics) == 2
+    for each in statistics:
+        assert each.value.aggregation == tf.VariableAggregation.NONE
+        assert hasattr(each.value, "_update_replica")
+
+
+def test_layers_that_are_not_kerass_may_keep_state():
+    class Counts(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.count = self.add_weight(trainable=False)
+
+    class Holds(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.count = tf.Variable(0)
+            self.dense = keras.layers.Dense(1)
+
+    class Neither(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.normalize = keras.layers.BatchNormalization()
+            self.weight = self.add_weight()
+
+    keeps = keras_compat.keeps_own_state
+    assert keeps(linear(Counts()))
+    assert keeps(linear(Holds()))
+    assert not keeps(linear(Neither()))
+    assert not keeps(linear(keras.layers.BatchNormalization()))
 
 
 def test_keras_sums_gradients_with_all_reduce_of_the_replica(monkeypatch):

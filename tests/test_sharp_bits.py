@@ -190,27 +190,34 @@ def test_measuring_runs_the_python_of_a_step_once_more():
     assert count(2) == count(2, weigh_samples=True) + 1
 
 
-def test_a_sum_that_a_step_keeps_is_averaged():
-    class Seen(Custom):
-        def __init__(self):
-            super().__init__()
-            self.seen = self.add_weight(initializer="zeros", trainable=False)
-            self.summed = keras.metrics.Sum(name="summed")
+class Keeps(Custom):
+    """Keeps what it makes of a batch, and what was there before."""
 
-        def train_step(self, data):
-            samples = tf.cast(tf.shape(data[0])[0], tf.float32)
-            self.seen.assign(self.seen + samples)
-            self.summed.update_state(tf.ones([tf.shape(data[0])[0]]))
-            return {**super().train_step(data), "summed": self.summed.result()}
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+        self.weight = self.add_weight(initializer="zeros", trainable=False)
 
-    def seen(replicas):
-        model = in_scope(replicas, lambda: fit(Seen(), epochs=1))
-        return float(model.seen.numpy()), float(model.summed.result())
+    def train_step(self, data):
+        self.weight.assign(self.kept(self.weight.value, data[0]))
+        return super().train_step(data)
 
-    assert seen(1) == (len(X), len(X))
-    averaged, summed = seen(2)
-    assert averaged < len(X)
-    assert summed == len(X)
+
+def test_a_maximum_that_a_step_keeps_is_warned_about():
+    def largest(before, x):
+        return tf.maximum(before, tf.reduce_max(x))
+
+    def sum_of_squares(before, x):
+        return before + tf.reduce_sum(tf.square(x))
+
+    def kept(replicas, of):
+        model = in_scope(replicas, lambda: fit(Keeps(of), epochs=1))
+        return float(model.weight.numpy())
+
+    with pytest.warns(UserWarning, match="neither the mean nor the sum"):
+        assert kept(2, largest) < kept(1, largest)
+    found, wanted = kept(2, sum_of_squares), kept(1, sum_of_squares)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 def test_gradients_are_not_summed_inside_a_conditional():

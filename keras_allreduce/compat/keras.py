@@ -20,6 +20,13 @@ def is_keras_method(model: Any, name: str) -> bool:
     return getattr(type(model), name) is getattr(keras.Model, name)
 
 
+def is_custom_step(model: Any, name: str) -> bool:
+    """Whether a model computes its loss, or a step, as Keras does not."""
+    return not all(
+        is_keras_method(model, method) for method in (name, "compute_loss")
+    )
+
+
 def loss_tracker(model: Any) -> keras.metrics.Mean | None:
     """The metric that shows the loss of a model: a mean called "loss".
 
@@ -189,6 +196,19 @@ def batch_statistics_layers(model: Any) -> list[Any]:
         for layer in layers(model)
         if isinstance(layer, keras.layers.BatchNormalization)
     ]
+
+
+def keeps_own_state(model: Any) -> bool:
+    """Whether a layer that is not Keras's has weights that no gradient is of.
+
+    Keras has no public name for those that are a layer's own.
+    """
+    return any(
+        getattr(layer, "_non_trainable_variables", ())
+        or any(isinstance(each, tf.Variable) for each in vars(layer).values())
+        for layer in layers(model)
+        if not type(layer).__module__.startswith("keras.")
+    )
 
 
 # Variables -------------------------------------------------------------------

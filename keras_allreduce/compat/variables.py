@@ -1,9 +1,11 @@
-"""Distributed variables that behave in two ways more as on one device.
+"""Distributed variables that behave in three ways more as on one device.
 
 `float(optimizer.learning_rate)` and `int(optimizer.iterations)` work:
 TensorFlow's variables have `__float__` and `__int__`, its distributed ones
 have not. And what a metric is reset to is not read: TensorFlow sums each
-variable over all workers then, one by one, for a result that Keras drops.
+variable over all workers then, one by one, for a result that Keras drops. A
+variable that a replica assigns on its own differs between the replicas from
+then on, so the strategy is told.
 """
 
 from typing import Any
@@ -31,6 +33,20 @@ class _Numbers:
 
     def __int__(self) -> int:
         return int(self.numpy())
+
+
+class _TellsOfAssignments(_Numbers):
+    """Tells its strategy before a replica assigns to its own part."""
+
+    aggregation: tf.VariableAggregation
+    distribute_strategy: Any
+
+    def _update_replica(self, update_fn: Any, value: Any, **kwargs: Any) -> Any:
+        # With another aggregation TensorFlow gives all replicas one value.
+        if self.aggregation == tf.VariableAggregation.NONE:
+            self.distribute_strategy.extended.before_assignment(self)
+        stock: Any = super()
+        return stock._update_replica(update_fn, value, **kwargs)
 
 
 class _NotReadAfterAssign(_Numbers):
@@ -63,7 +79,7 @@ def _is_cross_replica() -> bool:
 _OWN_CLASSES = {
     stock: type(stock.__name__, (mixin, stock), {})
     for stock, mixin in (
-        (MirroredVariable, _Numbers),
+        (MirroredVariable, _TellsOfAssignments),
         (SyncOnReadVariable, _NotReadAfterAssign),
     )
 }

@@ -12,13 +12,17 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce.compat import gradient_tape
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.one_device import replica
+from keras_allreduce.compat import keras_optimizers
+from keras_allreduce.one_device import counted, replica
 from keras_allreduce.one_device.natures import Natures
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
-from keras_allreduce.one_device.update import sum_over_replicas, update
+from keras_allreduce.one_device.update import (
+    already_reduced,
+    sum_over_replicas,
+    update,
+)
 from keras_allreduce.reduce.scaling import scale
 
 
@@ -60,14 +64,11 @@ class GradientsOfTheBatch:
         **kwargs: Any,
     ) -> Any:
         """The gradient of the whole batch, if that of variables is taken."""
-        if not keras_compat.are_variables(
-            sources
-        ) or gradient_tape.is_recorded_by_another(tape):
+        key = counted.gradient(tape, sources)
+        if key is None:
             return gradient(tape, target, sources, output_gradients, **kwargs)
         this = replica.current()
-        number = this.next_call("gradient")
-        is_sum = self._natures.is_sum("gradient", number)
-        weight, host_weights = self._weights(is_sum)
+        weight, host_weights = self._weights(self._natures.is_sum(*key))
         self._sums.in_backprop = True
         found = gradient(
             tape,
@@ -103,26 +104,35 @@ class GradientsOfTheBatch:
         optimizer: Any,
         grads: Any,
         trainable_variables: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """Updates with the gradients of the whole batch, as one device does.
 
         Gradients that no tape has taken are summed here.
         """
+        apply = partial(apply, optimizer, **kwargs)
+        if already_reduced():  # Called by another optimizer, or by `super()`.
+            return apply(grads, trainable_variables)
+        if not replica.sees_one_device():
+            # A `LossScaleOptimizer` calls its inner one in threads of its own.
+            return update(apply, grads, trainable_variables)
         grads = list(grads)
-        this = replica.current()
-        number = this.next_call("apply")
         variables = trainable_variables and list(trainable_variables)
-        if this is not replica.NO_REPLICA and not self._are_reduced(
-            variables or optimizer.variables
-        ):
-            weight: Any = this.weight
-            if self._natures.is_sum("apply", number):
-                weight = this.has_samples
-            grads = [g if g is None else scale(g, weight) for g in grads]
-            grads = sum_over_replicas(
-                self._replicas, grads, (), variables or grads
-            )
-        return update(partial(apply, optimizer), grads, variables)
+        is_sum = self._natures.is_sum(*counted.update())
+        if not self._are_reduced(variables or optimizer.variables):
+            grads = self._sums_of(grads, variables, is_sum=is_sum)
+        if keras_optimizers.inner_optimizer(optimizer) is not None:
+            return apply(grads, variables)
+        return update(apply, grads, variables)
+
+    def _sums_of(
+        self, grads: list[Any], variables: list[Any] | None, *, is_sum: bool
+    ) -> list[Any]:
+        """Sums of gradients that no tape has taken."""
+        this = replica.current()
+        weight = this.has_samples if is_sum else this.weight
+        grads = [g if g is None else scale(g, weight) for g in grads]
+        return sum_over_replicas(self._replicas, grads, (), variables or grads)
 
     def _are_reduced(self, variables: Sequence[Any]) -> bool:
         reduced = replica.current().reduced

@@ -27,8 +27,10 @@ _HOOKED = (
 )
 
 _lock = threading.Lock()
-_handlers: dict[int, list[Any]] = {}
-_replaced: list[tuple[Any, str, Any]] = []
+# Handlers of each strategy, the innermost last. Never changed in place: other
+# threads read them without the lock.
+_handlers: dict[int, tuple[Any, ...]] = {}
+_replaced: list[tuple[Any, str, Any, Any]] = []
 
 
 @contextlib.contextmanager
@@ -44,28 +46,54 @@ def handled(strategy: tf.distribute.Strategy, handler: Any) -> Iterator[None]:
     with _lock:
         if not _handlers:
             _install()
-        _handlers.setdefault(key, []).append(handler)
+        _handlers[key] = (*_handlers.get(key, ()), handler)
     try:
         yield
     finally:
         with _lock:
-            _handlers[key].pop()
-            if not _handlers[key]:
+            *others, _ = _handlers[key]
+            if others:
+                _handlers[key] = tuple(others)
+            else:
                 del _handlers[key]
             if not _handlers:
                 _uninstall()
 
 
+def hooked_methods() -> list[tuple[Any, str, str]]:
+    """Class, its method, and the method of a handler that takes part in it.
+
+    An optimizer that overrides `apply` need not call Keras's, so its own takes
+    part too.
+    """
+    optimizers = dict.fromkeys(_subclasses(keras.optimizers.Optimizer))
+    overriding = [
+        (optimizer, "apply", "apply")
+        for optimizer in optimizers
+        if "apply" in vars(optimizer)
+    ]
+    return [*_HOOKED, *overriding]
+
+
+def _subclasses(of: Any) -> Iterator[Any]:
+    for each in of.__subclasses__():
+        yield each
+        yield from _subclasses(each)
+
+
 def _install() -> None:
-    for owner, name, part in _HOOKED:
+    for owner, name, part in hooked_methods():
         own = vars(owner).get(name)
-        _replaced.append((owner, name, own))
-        setattr(owner, name, _hook(getattr(owner, name), part))
+        hook = _hook(getattr(owner, name), part)
+        _replaced.append((owner, name, own, hook))
+        setattr(owner, name, hook)
 
 
 def _uninstall() -> None:
     while _replaced:
-        owner, name, own = _replaced.pop()
+        owner, name, own, hook = _replaced.pop()
+        if vars(owner).get(name) is not hook:
+            continue  # Somebody else has replaced it since.
         if own is None:
             delattr(owner, name)
         else:
@@ -88,5 +116,5 @@ def _current() -> Any:
     """The handler of the strategy that this thread runs a replica of."""
     if tf.distribute.get_replica_context() is None:
         return None
-    handlers = _handlers.get(id(tf.distribute.get_strategy().extended))
+    handlers = _handlers.get(id(tf.distribute.get_strategy().extended), ())
     return handlers[-1] if handlers else None

@@ -127,20 +127,35 @@ def _measured(
             _moving_statistics_used(model),
         ):
             recorder.record_logs(step(batch))
-        keys[:] = recorder.values
-        return list(recorder.values.values())
+            recorder.record_states()
+        found = recorder.of_graph(this.graph)
+        keys[:] = found
+        return list(found.values())
 
     traced = tf.function(run, autograph=False).get_concrete_function(
         keras.tree.map_structure(_spec, whole), tf.TensorSpec([])
     )
     found = _rounds(traced, whole, halves)
-    tolerance = _tolerance(model)
+    return _natures(keys, found, _tolerance(model))
+
+
+def _natures(
+    keys: Sequence[Key],
+    found: Sequence[tuple[list[np.ndarray], list[np.ndarray]]],
+    tolerance: float,
+) -> Natures:
+    """The natures of values, from what `_rounds` has returned."""
     wholes, means = (
         list(zip(*each, strict=True)) for each in zip(*found, strict=True)
     )
+    of_state = max(tolerance, nature.STATE)
     return Natures(
         {
-            key: nature.measured(np.stack(one), np.stack(other), tolerance)
+            key: nature.measured(
+                np.stack(one),
+                np.stack(other),
+                of_state if key[0] == "state" else tolerance,
+            )
             for key, one, other in zip(keys, wholes, means, strict=True)
         }
     )

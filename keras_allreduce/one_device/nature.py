@@ -24,6 +24,8 @@ SUM = "sum"
 EXACT = 1e-4
 TF32 = 2e-3
 HALF_PRECISION = 5e-2
+# What a step adds to a variable is a small part of it.
+STATE = 2e-2
 
 
 @dataclass(frozen=True)

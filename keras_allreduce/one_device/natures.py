@@ -49,6 +49,6 @@ class Natures:
 
     def of(self, *key: Any) -> Nature:
         """The nature of a value; a mean if it is not known."""
-        if self.losses is not None and key[0] not in ("metric", "log"):
+        if self.losses is not None and key[0] not in ("metric", "log", "state"):
             return self.losses
         return self.found.get(key, Nature())

@@ -6,10 +6,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce.compat import gradient_tape
-from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.one_device import replica
+from keras_allreduce.one_device import counted, replica
 from keras_allreduce.one_device.natures import Key
+from keras_allreduce.one_device.shared_state import read_outside_of_branches
+from keras_allreduce.one_device.update import alike
 
 # Elements of each gradient that are looked at.
 _ELEMENTS = 4096
@@ -20,6 +20,7 @@ class ValueRecorder:
 
     def __init__(self) -> None:
         self.values: dict[Key, Any] = {}
+        self._assigned: list[tuple[Key, Any, tf.Tensor]] = []
 
     def gradient(
         self,
@@ -31,11 +32,10 @@ class ValueRecorder:
         **kwargs: Any,
     ) -> Any:
         """Records gradients of variables."""
-        is_inner = gradient_tape.is_recorded_by_another(tape)
+        key = counted.gradient(tape, sources)
         found = gradient(tape, target, sources, *args, **kwargs)
-        if keras_compat.are_variables(sources) and not is_inner:
-            number = replica.current().next_call("gradient")
-            self._record_gradients(("gradient", number), found)
+        if key is not None:
+            self._record_gradients(key, found)
         return found
 
     def apply(
@@ -43,11 +43,11 @@ class ValueRecorder:
         _apply: Callable[..., Any],
         _optimizer: Any,
         grads: Any,
-        trainable_variables: Any = None,
+        *_args: Any,
+        **_kwargs: Any,
     ) -> None:
         """Records what an optimizer is to apply, which changes nothing."""
-        number = replica.current().next_call("apply")
-        self._record_gradients(("apply", number), list(grads))
+        self._record_gradients(counted.update(), list(grads))
 
     def update_mean(
         self,
@@ -57,8 +57,7 @@ class ValueRecorder:
         sample_weight: Any = None,
     ) -> Any:
         """Records one value for all samples that goes into a metric."""
-        number = replica.current().next_call(metric.name)
-        self.record(("metric", metric.name, number), values)
+        self.record(counted.metric(metric), values)
         return update(metric, values, sample_weight=sample_weight)
 
     update_sum = update_mean
@@ -67,7 +66,8 @@ class ValueRecorder:
         self, draw: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Seeds are drawn as ever; the measurement puts them back."""
-        return draw(*args, **kwargs)
+        with alike():
+            return draw(*args, **kwargs)
 
     def all_reduce(
         self,
@@ -79,6 +79,31 @@ class ValueRecorder:
     ) -> Any:
         """One device has nothing to sum."""
         return value
+
+    def note(self, variable: Any) -> None:
+        """A variable is about to be assigned."""
+        this = replica.current()
+        if id(variable) not in this.assigned:
+            this.assigned.add(id(variable))
+            before = read_outside_of_branches(variable)
+            self._assigned.append((counted.state(variable), variable, before))
+
+    def record_states(self) -> None:
+        """Records by how much the step has changed what it assigned."""
+        for key, variable, before in self._assigned:
+            if before.dtype.is_floating or before.dtype.is_integer:
+                self._record_gradients(key, variable.read_value() - before)
+
+    def of_graph(self, graph: Any) -> dict[Key, Any]:
+        """What was recorded, but not within a conditional.
+
+        Gradients stay, which no replica could sum there either.
+        """
+        return {
+            key: value
+            for key, value in self.values.items()
+            if value.graph is graph or key[0] in ("gradient", "apply")
+        }
 
     def record(self, key: Key, value: Any) -> None:
         """Records a value, if it is one number for all samples."""

@@ -27,7 +27,9 @@ class Replica:
             ask in the same order.
         reduced: `id` of each variable whose gradient is the sum already.
         gradients: Those sums, by their `id`.
+        assigned: `id` of each variable that it has assigned on its own.
         recorder: What a measurement records; `None` in a step that counts.
+        graph: The graph that its step is traced into, if it is.
     """
 
     share: Any = None
@@ -38,7 +40,11 @@ class Replica:
     calls: Counter[str] = field(default_factory=Counter)
     reduced: set[int] = field(default_factory=set)
     gradients: dict[int, Any] = field(default_factory=dict)
+    assigned: set[int] = field(default_factory=set)
     recorder: Any = None
+    graph: Any = field(
+        default_factory=lambda: _graph_of_thread(), compare=False
+    )
 
     def has_summed(self, value: Any) -> bool:
         """Whether all of a value are gradients that are sums already."""
@@ -67,6 +73,13 @@ class Replica:
         if self.share is None:
             return float(self.num_replicas)
         return tf.math.divide_no_nan(float(self.num_replicas), self.share)
+
+
+def _graph_of_thread() -> Any:
+    """The graph that this thread traces into; `None` if it traces none."""
+    if tf.executing_eagerly():
+        return None
+    return tf.compat.v1.get_default_graph()
 
 
 _thread = threading.local()

@@ -39,6 +39,9 @@ class Replicas(Protocol):
     def sum_over_workers(self, value: tf.Tensor, name: str) -> tf.Tensor:
         """The sum of a tensor that each worker has, in its own dtype."""
 
+    def largest_of_workers(self, value: tf.Tensor) -> tf.Tensor:
+        """The largest of what each worker has, element by element."""
+
     def chiefs(self, text: str) -> str:
         """The text of the chief; to be called on all workers."""
 

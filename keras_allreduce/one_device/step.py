@@ -15,14 +15,14 @@ first (`hooks.py`). Afterwards all is as it was.
     optimizer.scale_loss         loss.py    scaled by the weight of the replica
     optimizer.apply              update.py  all-reduce, then Keras's: finite
                                             check, accumulate, clip, update
-    statistics.assign            moving_statistics.py
-                                            then one mean for all replicas
 
     any step                     takes part
     tape.gradient                gradients.py  custom steps: scaled, summed
     optimizer.apply              gradients.py  custom steps: updates
     metric.update_state          view.py    counts with the share
     seed_generator.next          view.py    another one per replica
+    variable.assign              shared_state.py
+                                            then one value for all replicas
 """
 
 import contextlib
@@ -53,11 +53,11 @@ from keras_allreduce.one_device import (
 from keras_allreduce.one_device.gradients import GradientsOfTheBatch
 from keras_allreduce.one_device.loss import LossOfTheReplica
 from keras_allreduce.one_device.metric_state import SharedMetricState
-from keras_allreduce.one_device.moving_statistics import SharedStatistics
 from keras_allreduce.one_device.natures import Natures
 from keras_allreduce.one_device.replica import Replica
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shadowing import shadowed
+from keras_allreduce.one_device.shared_state import SharedState
 from keras_allreduce.one_device.shares import (
     BatchShares,
     divided,
@@ -85,6 +85,7 @@ class Step:
 
     Attributes:
         sums: The sums that layers make over the replicas, while it runs.
+        state: What the replicas assign on their own, while they run.
     """
 
     def __init__(
@@ -102,16 +103,16 @@ class Step:
         self._replicas = replicas
         self._weigh_samples = weigh_samples
         self._note = note
-        self._is_custom = not all(
-            keras_compat.is_keras_method(model, method)
-            for method in (name, "compute_loss")
+        self._is_custom = keras_compat.is_custom_step(model, name)
+        self._is_measured = self._is_custom or keras_compat.keeps_own_state(
+            model
         )
         self._count = replicas.num_workers * len(replicas.devices)
         self._trains = name == "train_step"
-        self._statistics = SharedStatistics(model, replicas)
         self._metrics = SharedMetricState(model, replicas, strategy)
         self._measure: Callable[[], Natures] = Natures
         self.sums: SynchronizedSums | None = None
+        self.state: SharedState | None = None
 
     def run(
         self,
@@ -139,15 +140,16 @@ class Step:
                 stack.enter_context(block)
             fn = keras_steps.plain(fn, self._model, self._name)
             self._measure = partial(self._measured, fn, data)
-            natures = self._natures if self._is_custom else Natures()  # [3]
+            measured = self._natures if self._is_measured else Natures()  # [3]
+            natures = measured if self._is_custom else Natures()
+            self.state = SharedState(self._model, self._replicas, measured)
             view = self._view(natures, shares)
             stack.enter_context(hooks.handled(self._strategy, view))
             on = partial(self._on_replica, fn, spare, keras_threads.settings())
-            parts = (shares.of_replicas(), data, *rest)
             outputs, seen = call_for_each_replica(  # [4]
-                _do_not_convert(on), parts, kwargs
+                _do_not_convert(on), (shares.of_replicas(), data, *rest), kwargs
             )
-        self._statistics.take_means(shares.share)  # [5]
+        self.state.agree(shares.share, shares.has_samples)  # [5]
         self._metrics.agree()
         return shared_logs.rule(self._name, self._replicas)(  # [6]
             outputs, seen, shares.share, natures, self._replicas
@@ -238,8 +240,6 @@ class Step:
         for name, method in keras_steps.inlined_functions(self._model):
             yield shadowed(self._model, {name: method})
         shadows = [*losses.shadows(), *self._metrics.shadows()]
-        if self._trains:
-            shadows += self._statistics.shadows()
         if self._trains and not self._is_custom:
             shadows += loss.scale_losses(
                 keras_optimizers.optimizers_of(self._model),

@@ -10,6 +10,7 @@ gradients, and the accumulators start again from zero. Keras then adds its
 (zero) accumulators and goes on as on one device.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import distribute, keras_optimizers
+from keras_allreduce.devices import on_each
 from keras_allreduce.one_device import replica
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.reduce.observe import BatchRecord, observe
@@ -29,6 +31,17 @@ _thread = threading.local()
 def already_reduced() -> bool:
     """Whether this thread is in an update with reduced gradients."""
     return getattr(_thread, "reduced", False)
+
+
+@contextlib.contextmanager
+def alike() -> Iterator[None]:
+    """All replicas update their variables alike in the block, each its own."""
+    before = already_reduced()
+    _thread.reduced = True
+    try:
+        yield
+    finally:
+        _thread.reduced = before
 
 
 class SummedUpdate:
@@ -86,6 +99,7 @@ class SummedUpdate:
         self, optimizer: Any, grads: list[Any], variables: list[Any] | None
     ) -> list[Any]:
         """The sums over all replicas; `None` stays `None`."""
+        grads = largest_of_assigned(self._replicas, grads, variables)
         moving = _moving(grads, variables)
         if not moving:
             return grads
@@ -97,7 +111,7 @@ class SummedUpdate:
             this = replica.current()
             scales = this.scaled == "gradients" and this.share is not None
             weights = self._weights if scales else ()
-            return sum_over_replicas(self._replicas, grads, weights, variables)
+            return _sums(self._replicas, grads, weights, variables)
         gradients = [tf.convert_to_tensor(each) for each in gradients]
         sums = _merge(
             partial(self._sum_when_applied, optimizer, accumulators), gradients
@@ -161,9 +175,58 @@ def sum_over_replicas(
         replicas: The replicas.
         gradients: Those of this replica; `None` stays `None`.
         weights: See `Replicas.sum_gradients`.
-        variables: Those that the gradients are of, if known. Gradients that
-            Keras assigns as they are stay as they are.
+        variables: Those that the gradients are of, if known. Of gradients
+            that Keras assigns as they are the largest is taken.
     """
+    gradients = largest_of_assigned(replicas, gradients, variables)
+    return _sums(replicas, gradients, weights, variables)
+
+
+def largest_of_assigned(
+    replicas: Replicas,
+    gradients: Sequence[Any],
+    variables: Sequence[Any] | None,
+) -> list[Any]:
+    """Gradients that Keras assigns, the largest of all replicas.
+
+    Those of float8 are scales and the largest values of the last batches; the
+    largest value of a batch is that of the largest of its parts.
+    """
+    assigned = [
+        index
+        for index, gradient in enumerate(gradients)
+        if gradient is not None and index not in _moving(gradients, variables)
+    ]
+    if not assigned:
+        return list(gradients)
+
+    def merge(_strategy: Any, values: Sequence[Any]) -> list[Any]:
+        largest = []
+        for value in values:
+            with tf.device("/cpu:0"):
+                local = tf.stack(replicas.local_values(value))
+                of_all = replicas.largest_of_workers(tf.reduce_max(local, 0))
+            parts = on_each(
+                replicas.devices,
+                tf.identity,
+                [of_all] * len(replicas.devices),
+            )
+            largest.append(distribute.PerReplica(tuple(parts)))
+        return largest
+
+    found = list(gradients)
+    merged = _merge(merge, [gradients[index] for index in assigned])
+    for index, value in zip(assigned, merged, strict=True):
+        found[index] = value
+    return found
+
+
+def _sums(
+    replicas: Replicas,
+    gradients: Sequence[Any],
+    weights: Sequence[tf.Tensor],
+    variables: Sequence[Any] | None,
+) -> list[Any]:
     moving = _moving(gradients, variables)
     if not moving:
         return list(gradients)
@@ -217,9 +280,5 @@ def update(
     trainable_variables: Any = None,
 ) -> Any:
     """Updates variables where each replica is, from reduced gradients."""
-    before = already_reduced()
-    _thread.reduced = True
-    try:
+    with alike():
         return keras_apply(grads, trainable_variables)
-    finally:
-        _thread.reduced = before

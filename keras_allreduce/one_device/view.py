@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_allreduce.one_device import replica
+from keras_allreduce.one_device import counted, replica
 from keras_allreduce.one_device.gradients import GradientsOfTheBatch
 from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.one_device.update import alike
 from keras_allreduce.reduce.scaling import scale
 
 
@@ -66,9 +67,9 @@ class OneDeviceView:
         One value for all samples of a replica counts with its share.
         """
         this = replica.current()
-        number = this.next_call(metric.name)
+        key = counted.metric(metric)
         if _rank(values) == 0 and _rank(sample_weight) in (None, 0):
-            if self._natures.is_sum("metric", metric.name, number):
+            if self._natures.is_sum(*key):
                 values = scale(
                     tf.convert_to_tensor(values), this.inverse_weight()
                 )
@@ -84,19 +85,18 @@ class OneDeviceView:
         sample_weight: Any = None,
     ) -> Any:
         """A sum over batches, to which each batch is added once."""
-        this = replica.current()
-        number = this.next_call(metric.name)
-        if _rank(values) == 0 and not self._natures.is_sum(
-            "metric", metric.name, number
-        ):
-            values = scale(tf.convert_to_tensor(values), this.weight)
+        key = counted.metric(metric)
+        if _rank(values) == 0 and not self._natures.is_sum(*key):
+            weight = replica.current().weight
+            values = scale(tf.convert_to_tensor(values), weight)
         return update(metric, values, sample_weight=sample_weight)
 
     def next_seed(
         self, draw: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """A seed that no other replica has; replica 0 has Keras's."""
-        seed = draw(*args, **kwargs)
+        with alike():
+            seed = draw(*args, **kwargs)
         context = tf.distribute.get_replica_context()
         number = tf.cast(context.replica_id_in_sync_group, seed.dtype)
         # Far apart, whatever seeds the layers of the model were given.

@@ -14,15 +14,15 @@ _warned: weakref.WeakSet[keras.Model] = weakref.WeakSet()
 def of_natures(
     model: keras.Model, natures: Natures, *, is_custom: bool
 ) -> None:
-    """Warns of a loss that was not measured, or that compares samples."""
+    """Warns of what was not measured, or is neither a mean nor a sum."""
     if natures.failure:
         _once(
             model,
-            "Whether the loss of a custom step is a mean or a sum over "
-            "samples is measured on a few samples, which failed: "
-            f"{natures.failure}. It is taken for a mean. Pass "
-            "weigh_samples=True to the strategy to say so, or False if it is "
-            "a sum.",
+            "Whether the loss of a custom step, or what a step keeps, is a "
+            "mean or a sum over samples is measured on a few samples, which "
+            f"failed: {natures.failure}. It is taken for a mean. Pass "
+            "weigh_samples=True to the strategy to say so, or False if the "
+            "loss is a sum.",
         )
         return
     losses = [
@@ -40,6 +40,8 @@ def of_natures(
                 _NAMES[key[0]],
                 f"ratio {nature.ratio:.2f}, residual {nature.residual:.2f}",
             )
+        if key[0] == "state" and not nature.is_exact:
+            _of_state(model, str(key[1]))
 
 
 def of_comparing(model: keras.Model, what: str, measured: str) -> None:
@@ -53,6 +55,18 @@ def of_comparing(model: keras.Model, what: str, measured: str) -> None:
         "device. Make every part a mean over samples, or compare within the "
         "part of a replica; weigh_samples=True of the strategy says that the "
         "mean is what you want.",
+    )
+
+
+def _of_state(model: keras.Model, name: str) -> None:
+    """Warns of a variable that a step assigns what is no mean and no sum."""
+    _once(
+        model,
+        f"What a step adds to the variable {name!r} is neither the mean nor "
+        "the sum of what parts of the batch add to it. Each replica sees its "
+        "part of the batch only, and their mean is taken, so the variable "
+        "differs from that of one device. Keep means or sums over samples in "
+        "variables, a variance as the mean of squares for example.",
     )
 
 

@@ -15,7 +15,12 @@ from keras_allreduce.compat import (
 )
 from keras_allreduce.fit_output.timeline import Peers
 from keras_allreduce.input.dataset import own
-from keras_allreduce.one_device import predict, replica, shares
+from keras_allreduce.one_device import (
+    predict,
+    replica,
+    shared_state,
+    shares,
+)
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.step import Step
 from keras_allreduce.one_device.update import already_reduced
@@ -58,6 +63,11 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         return variables.convert_in_place(
             super()._create_variable(next_creator, **kwargs)
         )
+
+    def before_assignment(self, variable: Any) -> None:
+        """A replica is about to assign to its own part of a variable."""
+        if self._step is not None and not already_reduced():
+            shared_state.note(variable, self._step.state)
 
     def _use_merge_call(self) -> bool:
         # Once gradients are reduced, each replica can update on its own, also
@@ -117,14 +127,7 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         return self.peers.gradient_ops
 
     def paths_of_gradients(self, count: int) -> Sequence[str]:
-        """Paths of the variables that a step being traced has gradients of.
-
-        Args:
-            count: Number of gradients.
-
-        Returns:
-            Nothing if not every trainable variable has one.
-        """
+        """Paths of the variables of `count` gradients; none if not of all."""
         variables = getattr(self._model, "trainable_variables", ())
         paths = [variable.path for variable in variables]
         return paths if len(paths) == count else []
@@ -145,6 +148,10 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
 
     def sum_over_workers(self, value: tf.Tensor, name: str) -> tf.Tensor:
         """The sum of a tensor that each worker has, in its own dtype."""
+        return value
+
+    def largest_of_workers(self, value: tf.Tensor) -> tf.Tensor:
+        """The largest of what each worker has, element by element."""
         return value
 
     def chiefs(self, text: str) -> str:

@@ -122,6 +122,11 @@ class MultiWorkerAllReduceExtended(
         """The sum of a tensor that each worker has, in its own dtype."""
         return self._workers.sum(value, name)
 
+    def largest_of_workers(self, value: tf.Tensor) -> tf.Tensor:
+        """The largest of what each worker has, element by element."""
+        rows = _in_own_row(value, self._workers.index, self.num_workers)
+        return tf.reduce_max(self.sum_over_workers(rows, "largest"), axis=0)
+
     def sum_gradients(
         self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()
     ) -> list[Any]:
@@ -200,6 +205,15 @@ class MultiWorkerAllReduceExtended(
     def _gather_to_implementation(self, *args: Any, **kwargs: Any) -> Any:
         with self._in_flight.during():
             return super()._gather_to_implementation(*args, **kwargs)
+
+
+def _in_own_row(value: tf.Tensor, index: int, count: int) -> tf.Tensor:
+    """One row for each worker, all 0 but the one of this worker."""
+    is_own = tf.range(count) == index
+    shape = [count, *[1] * len(value.shape)]
+    return tf.where(
+        tf.reshape(is_own, shape), value[tf.newaxis], tf.zeros_like(value)
+    )
 
 
 def _all_cpus(worker_device: str) -> tuple[str, ...]:

@@ -1,0 +1,183 @@
+"""State that replicas assign on their own, made that of one model again.
+
+A layer that gathers statistics, such as BatchNormalization, updates them on
+each replica from its own samples, and a custom step may keep an average, a
+counter, or weights that it updates itself. Then each replica would go on with
+its own, and the saved model would be that of replica 0. So after each step
+every replica gets what one device would have:
+
+    a mean over samples     the mean of all replicas, weighted by samples
+    a sum over samples      what was there before, and what all have added
+
+Keras's layers keep means. What others keep is measured, as losses are.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_allreduce.one_device import counted, replica
+from keras_allreduce.one_device.moving_statistics import (
+    synchronized_variables,
+)
+from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.reduce import packing, scaling
+
+
+class SharedState:
+    """The variables that the replicas assign in a step, each its own part.
+
+    Args:
+        model: The model whose step it is.
+        replicas: The replicas of this worker.
+        natures: Which of them are sums over samples.
+    """
+
+    def __init__(
+        self, model: keras.Model, replicas: Replicas, natures: Natures
+    ):
+        self._replicas = replicas
+        self._natures = natures
+        self._alike = synchronized_variables(model)
+        # What was there before, for sums.
+        self._assigned: dict[int, tuple[Any, Any]] = {}
+
+    def note(self, variable: Any) -> None:
+        """A replica is about to assign to its own part of a variable."""
+        this = replica.current()
+        if id(variable) in this.assigned:
+            return
+        this.assigned.add(id(variable))
+        is_sum = self._natures.is_sum(*counted.state(variable))
+        if id(variable) not in self._assigned:
+            before = read_outside_of_branches(variable) if is_sum else None
+            self._assigned[id(variable)] = variable, before
+
+    def agree(self, shares: Any, has_samples: Any) -> None:
+        """Gives every replica of all workers what one device would have.
+
+        Args:
+            shares: Distributed share of each replica in the batch, times the
+                number of replicas. `None`: all are 1.
+            has_samples: Distributed bool, false on empty replicas. `None`:
+                none is empty.
+        """
+        groups: dict[Any, list[Any]] = {}
+        for variable, before in self._assigned.values():
+            if id(variable) in self._alike or not _is_number(variable.dtype):
+                continue
+            group = variable.dtype, before is not None
+            groups.setdefault(group, []).append((variable, before))
+        for (_, are_sums), members in groups.items():
+            variables = [variable for variable, _ in members]
+            if are_sums:
+                befores = [before for _, before in members]
+                self._add_up(variables, befores, has_samples)
+            else:
+                self._take_means(variables, shares)
+
+    def _add_up(
+        self, variables: Sequence[Any], befores: Sequence[Any], has_samples: Any
+    ) -> None:
+        devices = self._replicas.devices
+        counts: Sequence[Any] = [True] * len(devices)
+        if has_samples is not None:
+            counts = has_samples.values
+        with tf.device("/cpu:0"):
+            before = packing.pack(befores)
+            added = tf.add_n(
+                [
+                    tf.where(count, pack - before, tf.zeros_like(before))
+                    for pack, count in zip(
+                        self._packs(variables), counts, strict=True
+                    )
+                ]
+            )
+            total = before + self._replicas.sum_over_workers(added, "state")
+        self._assign(variables, total)
+
+    def _take_means(self, variables: Sequence[Any], shares: Any) -> None:
+        devices = self._replicas.devices
+        count = self._replicas.num_workers * len(devices)
+        dtype = variables[0].dtype
+        with tf.device("/cpu:0"):
+            weights: Sequence[Any] = [1 / count] * len(devices)
+            if shares is not None:
+                weights = [share / count for share in shares.values]
+            packs = self._packs(variables)
+            if dtype.is_floating:
+                mean = self._mean_of(packs, weights)
+            else:
+                exact = [tf.cast(pack, tf.float64) for pack in packs]
+                mean = self._mean_of(exact, weights)
+                mean = tf.cast(tf.round(mean), dtype)
+        self._assign(variables, mean)
+
+    def _packs(self, variables: Sequence[Any]) -> list[Any]:
+        """All variables of each replica, in one vector."""
+        return [
+            packing.pack(_parts(variables, index))
+            for index in range(len(self._replicas.devices))
+        ]
+
+    def _assign(self, variables: Sequence[Any], pack: Any) -> None:
+        """Gives every replica the variables that are in one vector."""
+        with tf.device("/cpu:0"):
+            values = packing.unpack(pack, _parts(variables, 0))
+        for index, device in enumerate(self._replicas.devices):
+            with tf.device(device):
+                for part, value in zip(
+                    _parts(variables, index), values, strict=True
+                ):
+                    part.assign(value)
+
+    def _mean_of(self, packs: list[Any], weights: Sequence[Any]) -> Any:
+        """The weighted mean over the replicas of all workers."""
+        if self._replicas.num_workers > 1:
+            total = tf.add_n(list(map(scaling.scale, packs, weights)))
+            return self._replicas.sum_over_workers(total, "statistics")
+        # What is the same everywhere, such as a counter, stays exact.
+        first, *others = packs
+        gaps = [
+            scaling.scale(pack - first, weight)
+            for pack, weight in zip(others, weights[1:], strict=True)
+        ]
+        return tf.add_n([first, *gaps])
+
+
+def note(variable: Any, state: SharedState | None) -> None:
+    """A replica is about to assign to its own part of a variable.
+
+    Args:
+        variable: The distributed variable.
+        state: That of the step that runs.
+    """
+    this = replica.current()
+    if this.recorder is not None:
+        this.recorder.note(variable)
+    elif state is not None and replica.sees_one_device():
+        state.note(variable)
+
+
+def read_outside_of_branches(variable: Any) -> tf.Tensor:
+    """The value of this replica's part of a variable, before it is assigned.
+
+    It can be used after the step, also if the assignment is in a conditional.
+    """
+    graph = replica.current().graph
+    if graph is None or tf.executing_eagerly():
+        return variable.read_value()
+    with graph.as_default():
+        return variable.read_value()
+
+
+def _is_number(dtype: tf.DType) -> bool:
+    return bool(dtype.is_floating or dtype.is_integer)
+
+
+def _parts(values: Sequence[Any], index: int) -> list[Any]:
+    """Each variable of one local replica."""
+    return [value.values[index] for value in values]
