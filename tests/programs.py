@@ -185,6 +185,13 @@ def added_loss_of_an_object():
     return fit(dense(Adds(lambda x: distance(x, x / 2))))
 
 
+@program
+def scales_of_float8():
+    model = dense(keras.layers.Dense(4, "tanh"))
+    model.quantize("float8")
+    return fit(model)
+
+
 class Compiled(keras.layers.Layer):
     """XLA compiles what each replica does in it."""
 
@@ -502,7 +509,7 @@ class Counts(keras.layers.Layer):
             self.steps.assign(self.steps + 1)
             self.seen.assign_add(ops.cast(size, "float32"))
             self.average.assign(0.9 * self.average + 0.1 * ops.mean(x, axis=0))
-            self.total.assign(self.total + ops.sum(x, axis=0))
+            self.total.assign(self.total + 0.01 * ops.sum(x, axis=0))
         return x
 
 

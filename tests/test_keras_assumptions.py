@@ -707,6 +707,26 @@ def test_keras_applies_through_the_inner_optimizer_of_a_loss_scale_optimizer():
     assert len(calls) == 1
 
 
+def test_keras_assigns_the_scales_of_float8_their_gradients():
+    model = linear()
+    model.quantize("float8")
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.optimizer.build(model.trainable_variables)
+    assert keras_optimizers.assigns_gradients(model.optimizer)
+    assert not keras_optimizers.assigns_gradients(keras.optimizers.SGD())
+    assigned = [
+        variable
+        for variable in model.trainable_variables
+        if keras_optimizers.takes_gradient_as_value(variable)
+    ]
+    before = [variable.numpy() for variable in assigned]
+    fit(model)
+    after = [variable.numpy() for variable in assigned]
+    # Of inputs, kernel and gradients: a scale, and the last largest values.
+    assert len(assigned) == 6
+    assert any(np.any(a != b) for a, b in zip(before, after, strict=True))
+
+
 def test_keras_draws_the_seeds_of_layers_with_next(model):
     (generator,) = keras_compat.seed_generators(model)
     calls = spy(generator, "next")

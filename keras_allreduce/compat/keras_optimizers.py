@@ -71,6 +71,16 @@ def iterations(optimizer: Any) -> Any:
     return optimizer._iterations.value
 
 
+def assigns_gradients(optimizer: Any) -> bool:
+    """Whether Keras assigns variables of `optimizer` their gradients.
+
+    To them it matters by what the loss was scaled.
+    """
+    inner = inner_optimizer(optimizer) or optimizer
+    known = getattr(inner, "_trainable_variables", None) or ()
+    return any(map(takes_gradient_as_value, known))
+
+
 def takes_gradient_as_value(variable: Any) -> bool:
     """Whether Keras assigns a variable its gradient (scales of float8).
 

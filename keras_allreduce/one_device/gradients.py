@@ -68,7 +68,8 @@ class GradientsOfTheBatch:
         if key is None:
             return gradient(tape, target, sources, output_gradients, **kwargs)
         this = replica.current()
-        weight, host_weights = self._weights(self._natures.is_sum(*key))
+        variables = tf.nest.flatten(sources)
+        weight, host_weights = self._weights(variables, *key)
         self._sums.in_backprop = True
         found = gradient(
             tape,
@@ -79,7 +80,6 @@ class GradientsOfTheBatch:
         )
         self._sums.in_backprop = False
         flat = tf.nest.flatten(found)
-        variables = tf.nest.flatten(sources)
         this.reduced.update(map(keras_compat.identity_of, variables))
         flat = sum_over_replicas(self._replicas, flat, host_weights, variables)
         this.gradients.update(
@@ -87,14 +87,19 @@ class GradientsOfTheBatch:
         )
         return tf.nest.pack_sequence_as(sources, flat)
 
-    def _weights(self, is_sum: bool) -> tuple[Any, Sequence[tf.Tensor]]:
+    def _weights(
+        self, variables: Sequence[Any], *key: Any
+    ) -> tuple[Any, Sequence[tf.Tensor]]:
         """What scales the loss, and what scales the gradients on the host."""
         this = replica.current()
-        if is_sum:
+        if self._natures.is_sum(*key):
             if this.has_samples is None:
                 return None, ()
             return tf.cast(this.has_samples, tf.float32), ()
-        if self._may_scale_gradients and not self._sums.used:
+        scales_gradients = self._may_scale_gradients and not any(
+            map(keras_optimizers.takes_gradient_as_value, variables)
+        )
+        if scales_gradients and not self._sums.used:
             return 1 / this.num_replicas, self._shares_on_host
         return this.weight, ()
 

@@ -180,6 +180,7 @@ def scale_losses(
         on_workers
         and not tf.executing_eagerly()
         and not any(map(keras_optimizers.accumulates, optimizers))
+        and not any(map(keras_optimizers.assigns_gradients, optimizers))
     )
 
     def scale_loss(keras_scale_loss: Callable[..., Any], loss: Any) -> Any:

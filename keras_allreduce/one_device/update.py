@@ -192,10 +192,11 @@ def largest_of_assigned(
     Those of float8 are scales and the largest values of the last batches; the
     largest value of a batch is that of the largest of its parts.
     """
+    moving = set(_moving(gradients, variables))
     assigned = [
         index
         for index, gradient in enumerate(gradients)
-        if gradient is not None and index not in _moving(gradients, variables)
+        if gradient is not None and index not in moving
     ]
     if not assigned:
         return list(gradients)
