@@ -215,6 +215,36 @@ class Keeps(OwnStep):
         return logs
 
 
+class ByHand(OwnStep):
+    """Its step is its own optimizer, from gradients of its own samples."""
+
+    def train_step(self, data):
+        x, y = data
+        error = self(x) - y
+        kernel, bias = self.out.trainable_variables
+        size = keras.ops.cast(keras.ops.shape(x)[0], "float32")
+        kernel.assign_sub(0.1 * tf.matmul(x, error, transpose_a=True) / size)
+        bias.assign_sub(0.1 * keras.ops.mean(error, axis=0))
+        return {"loss": mean_squared(y, error + y)}
+
+
+class Counts(keras.layers.Layer):
+    """Counts samples, and keeps an average of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.samples = self.add_weight(
+            dtype="int32", initializer="zeros", trainable=False
+        )
+        self.average = self.add_weight(initializer="zeros", trainable=False)
+
+    def call(self, x, training=None):
+        if training:
+            self.samples.assign_add(keras.ops.shape(x)[0])
+            self.average.assign(0.9 * self.average + 0.1 * keras.ops.mean(x))
+        return x
+
+
 class Adversaries(keras.Model):
     """A model without `call` and targets, with two optimizers in a dict."""
 

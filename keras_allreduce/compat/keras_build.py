@@ -33,8 +33,10 @@ def first_batch() -> tuple[keras.Model, Any] | None:
         Nothing if it is not Keras that asks, to build a model.
     """
     for frame in calling_frames(_FRAMES):
+        if frame.f_code.co_name != _NAME:
+            continue
         model = frame.f_locals.get("self")
-        if frame.f_code.co_name == _NAME and isinstance(model, keras.Model):
+        if isinstance(model, keras.Model):
             return model, frame.f_locals.get("data_batch")
     return None
 

@@ -116,10 +116,9 @@ class GradientsOfTheBatch:
         Gradients that no tape has taken are summed here.
         """
         apply = partial(apply, optimizer, **kwargs)
-        if already_reduced():  # Called by another optimizer, or by `super()`.
-            return apply(grads, trainable_variables)
-        if not replica.sees_one_device():
-            # A `LossScaleOptimizer` calls its inner one in threads of its own.
+        if already_reduced() or not replica.sees_one_device():
+            # Called by another optimizer, or by `super()`: a
+            # `LossScaleOptimizer` calls its inner one in threads of its own.
             return update(apply, grads, trainable_variables)
         grads = list(grads)
         variables = trainable_variables and list(trainable_variables)

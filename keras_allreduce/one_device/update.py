@@ -282,4 +282,6 @@ def update(
 ) -> Any:
     """Updates variables where each replica is, from reduced gradients."""
     with alike():
+        if trainable_variables is None:  # One of the user's may not take it.
+            return keras_apply(grads)
         return keras_apply(grads, trainable_variables)
