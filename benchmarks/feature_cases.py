@@ -268,13 +268,6 @@ feature("Layer that counts samples, and keeps an average")(
 )
 
 
-@feature('`quantize("float8")`', tolerance=1e-5)
-def _():
-    model = dense()
-    model.quantize("float8")
-    return fit(model)
-
-
 @feature("Two optimizers in a dict, no `call`, no targets")
 def _():
     model = Adversaries()

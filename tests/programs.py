@@ -7,7 +7,6 @@ as on one device. Batches of 13 samples and a last one of 1.
 import keras
 import numpy as np
 import tensorflow as tf
-from feature_models import Adversaries
 from keras import ops
 
 RNG = np.random.default_rng(0)
@@ -183,13 +182,6 @@ def added_vector():
 def added_loss_of_an_object():
     distance = keras.losses.MeanSquaredError()
     return fit(dense(Adds(lambda x: distance(x, x / 2))))
-
-
-@program
-def scales_of_float8():
-    model = dense(keras.layers.Dense(4, "tanh"))
-    model.quantize("float8")
-    return fit(model)
 
 
 class Compiled(keras.layers.Layer):
@@ -428,27 +420,45 @@ def steps_that_are_tf_functions():
     return fit(Functions(), optimizer=sgd(0.1, clipnorm=0.1))
 
 
-class ShownAdversaries(Adversaries):
+class Adversaries(keras.Model):
     """No `call`, no targets, two optimizers in a dict, and metrics."""
 
     def __init__(self):
         super().__init__()
-        names = ("critic", "generator")
-        self.shown = {name: keras.metrics.Mean(name=name) for name in names}
+        makes = keras.Sequential([keras.Input([3]), keras.layers.Dense(6)])
+        self.parts = {"makes": makes, "judges": dense()}
+        self.shown = {name: keras.metrics.Mean(name) for name in self.parts}
+
+    def compile(self):
+        super().compile()
+        self.own = {"makes": sgd(0.1), "judges": sgd(0.1, clipnorm=0.2)}
 
     @property
     def metrics(self):
         return list(self.shown.values())
 
+    def loss_of(self, name, x):
+        made = self.parts["makes"](x[:, :3] / 2)
+        both = made if name == "makes" else ops.concatenate([made, x])
+        wanted = ops.zeros([ops.shape(x)[0], 1])
+        if name == "judges":
+            wanted = ops.concatenate([wanted + 1, wanted])
+        judged = self.parts["judges"](both)
+        return ops.mean(ops.softplus(judged) - wanted * judged)
+
     def train_step(self, x):
-        for name, loss in super().train_step(x).items():
+        for name in ("judges", "makes"):
+            weights = self.parts[name].trainable_weights
+            with tf.GradientTape() as tape:
+                loss = self.loss_of(name, x)
+            self.own[name].apply(tape.gradient(loss, weights), weights)
             self.shown[name].update_state(loss)
         return {name: metric.result() for name, metric in self.shown.items()}
 
 
 @program
 def adversaries():
-    model = ShownAdversaries()
+    model = Adversaries()
     model.compile()
     history = model.fit(X, batch_size=13, shuffle=False, verbose=0).history
     return {"weights": model.get_weights(), "history": history}

@@ -48,6 +48,25 @@ def test_a_counter_of_a_step_stays_exact():
     assert [part.numpy() for part in model.count.value.values] == [21.0] * 3
 
 
+def test_the_largest_value_that_float8_knows_is_that_of_the_batch():
+    def largest_inputs():
+        model = dense()
+        model.quantize("float8")
+        # Also checks that all replicas have the same scales.
+        fit(model)
+        (history,) = (
+            weight
+            for weight in model.layers[0].weights
+            if weight.name == "inputs_amax_history"
+        )
+        return history.numpy()
+
+    with on(3).scope():
+        found = largest_inputs()
+    assert np.any(found)
+    np.testing.assert_array_equal(found, largest_inputs())
+
+
 class Noise(keras.layers.Layer):
     def call(self, x):
         return x + keras.random.normal(keras.ops.shape(x))

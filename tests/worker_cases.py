@@ -167,7 +167,6 @@ for _name in (
     "state_that_a_layer_keeps",
     "gradient_by_hand_that_is_a_sum",
     "optimizer_that_scales_the_loss",
-    "scales_of_float8",
 ):
     case(_program(_name))
 
