@@ -768,6 +768,9 @@ def test_layers_that_are_not_kerass_may_keep_state():
             self.normalize = keras.layers.BatchNormalization()
             self.weight = self.add_weight()
 
+        def build(self, shape):
+            self.normalize.build(shape)
+
     keeps = keras_compat.keeps_own_state
     assert keeps(linear(Counts()))
     assert keeps(linear(Holds()))
