@@ -189,14 +189,12 @@ def scale_losses(
         if this.recorder is not None:
             return keras_scale_loss(loss)
         weight = this.weight
+        scaled = "loss"
         if len(loss.shape):  # Not reduced: backprop adds up the samples.
             weight = this.has_samples
-            replica.become(replace(this, scaled="loss"))
         elif gradients_can_be_scaled and not sums.used:
-            weight = 1 / this.num_replicas
-            replica.become(replace(this, scaled="gradients"))
-        else:
-            replica.become(replace(this, scaled="loss"))
+            weight, scaled = 1 / this.num_replicas, "gradients"
+        replica.become(replace(this, scaled=scaled))
         return keras_scale_loss(scale(loss, weight))
 
     for optimizer in optimizers:
