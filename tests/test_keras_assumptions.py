@@ -768,8 +768,8 @@ def test_layers_that_are_not_kerass_may_keep_state():
             self.normalize = keras.layers.BatchNormalization()
             self.weight = self.add_weight()
 
-        def build(self, shape):
-            self.normalize.build(shape)
+        def call(self, inputs):
+            return self.normalize(inputs) * self.weight
 
     keeps = keras_compat.keeps_own_state
     assert keeps(linear(Counts()))
