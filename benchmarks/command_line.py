@@ -50,6 +50,16 @@ def devices(replicas: int, on_gpus: bool = False) -> list[str]:
     return [f"/gpu:{index}" for index in range(replicas)]
 
 
+def add_seconds(parser: argparse.ArgumentParser) -> None:
+    """Adds `--seconds`, by which a benchmark begins its last round."""
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="after which no further round begins",
+    )
+
+
 def check_steps(
     parser: argparse.ArgumentParser, steps: int, skipped: int
 ) -> None:

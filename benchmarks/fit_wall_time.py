@@ -360,12 +360,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--replicas", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--data", nargs="+", choices=DATA, default=DATA)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=float("inf"),
-        help="after which no further round begins",
-    )
+    command_line.add_seconds(parser)
     parser.add_argument(
         "--strategies",
         nargs="+",

@@ -482,12 +482,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--replicas", type=int, nargs="+", default=[2])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=float("inf"),
-        help="after which no further round begins",
-    )
+    command_line.add_seconds(parser)
     parser.add_argument(
         "--steps",
         type=int,
