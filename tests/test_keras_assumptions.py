@@ -750,6 +750,13 @@ def test_replicas_update_moving_statistics_each_on_its_own():
         assert hasattr(each.value, "_update_replica")
 
 
+def test_variables_of_keras_and_tensorflow_have_one_identity():
+    one, other = keras.Variable(1.0), keras.Variable(2.0)
+    identity = keras_compat.identity_of
+    assert identity(one) == identity(one.value)
+    assert identity(one.value) != identity(other.value)
+
+
 def test_layers_that_are_not_kerass_may_keep_state():
     class Counts(keras.layers.Layer):
         def __init__(self):

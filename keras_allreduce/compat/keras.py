@@ -231,7 +231,9 @@ def are_variables(sources: Any) -> bool:
 
 def identity_of(variable: Any) -> int:
     """The same for a variable of Keras and the one of TensorFlow in it."""
-    return id(getattr(variable, "value", variable))
+    # Of a variable of TensorFlow, `value` is a method, made anew when asked.
+    is_kerass = isinstance(variable, keras.Variable)
+    return id(variable.value if is_kerass else variable)
 
 
 def computes_in_half_precision(model: Any) -> bool:
