@@ -7,6 +7,9 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 
 # Of a GPU that has to do for several replicas.
 GPU_MIB = 10_000
@@ -58,6 +61,65 @@ def add_seconds(parser: argparse.ArgumentParser) -> None:
         default=float("inf"),
         help="after which no further round begins",
     )
+
+
+def add_against(parser: argparse.ArgumentParser) -> None:
+    """Adds `--against`, another checkout whose package is one more rival."""
+    parser.add_argument(
+        "--against",
+        type=checkout,
+        metavar="CHECKOUT",
+        help="folder of another commit, whose package takes part as well "
+        "(git worktree add --detach CHECKOUT COMMIT)",
+    )
+
+
+def checkout(path: str) -> str:
+    """The absolute path of a folder that holds the package."""
+    folder = Path(path).resolve()
+    if not (folder / "keras_allreduce" / "__init__.py").exists():
+        raise argparse.ArgumentTypeError(
+            f"holds no package keras_allreduce: {folder}"
+        )
+    return str(folder)
+
+
+def package_of(folder: str) -> dict[str, str]:
+    """Environment in which a process imports the package of a checkout."""
+    inherited = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [folder, inherited]))}
+
+
+def check_package(folder: str) -> None:
+    """Ends the process unless its package is that of a checkout."""
+    import keras_allreduce
+
+    if not Path(keras_allreduce.__file__).is_relative_to(folder):
+        raise SystemExit(
+            f"keras_allreduce was to come from {folder}, but came from "
+            f"{keras_allreduce.__file__}."
+        )
+
+
+def commits(here: str, against: str | None) -> str:
+    """Of two checkouts, for a table, or "" if only one takes part."""
+    if not against:
+        return ""
+
+    def commit(folder: str) -> str:
+        command = ["git", "-C", folder, "rev-parse", "--short", "HEAD"]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    return f", here {commit(here)}, other checkout {commit(against)}"
+
+
+def spread_of_ratio(values: Sequence[float], others: Sequence[float]) -> str:
+    """Median and quartiles of the ratios within a round."""
+    ratios = np.divide(values, others)
+    low, median, high = np.percentile(ratios, [25, 50, 75])
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def check_steps(

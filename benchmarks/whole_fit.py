@@ -14,8 +14,9 @@ No model is compiled with XLA, which Keras would use on a GPU under no strategy.
 On GPUs all are trained in mixed_bfloat16, and batches are made in advance.
 "best stock" is the variant of MirroredStrategy that was fastest for that
 model in that run. "no clocks" is AllReduceStrategy without clocks and fit
-output, for what those cost. A strategy that fails has the first line of its
-error in the table.
+output, for what those cost. With `--against`, "other checkout" is
+AllReduceStrategy of another commit. A strategy that fails has the first line
+of its error in the table.
 
 Before that, all start from the same weights and train one step on the same
 batch; its time, from the call of `fit`, is the first step, with tracing. The
@@ -54,6 +55,7 @@ import rivals
 
 SKIPPED_STEPS = 5
 DEADLINE_SECONDS = 600
+HERE = str(Path(__file__).resolve().parent.parent)
 
 ALONE = "no strategy"
 MIRRORED = "MirroredStrategy"
@@ -64,6 +66,7 @@ STOCK = [
     "NcclAllReduce",
 ]
 OURS, OURS_NO_CLOCKS = "AllReduceStrategy", "no clocks"
+OTHER = "other checkout"
 STRATEGIES = [ALONE, *STOCK, OURS_NO_CLOCKS, OURS, "AllReduceStrategy nccl"]
 NEED_GPUS = ["NcclAllReduce", "AllReduceStrategy nccl"]
 
@@ -130,6 +133,7 @@ def strategies() -> dict[str, Callable[[list[str]], Any]]:
         ),
         OURS_NO_CLOCKS: without_clocks,
         OURS: keras_allreduce.AllReduceStrategy,
+        OTHER: keras_allreduce.AllReduceStrategy,
     }
 
 
@@ -142,6 +146,7 @@ class Trainer:
         replicas: Number of devices, but for "no strategy".
         batch_size: Samples in a global batch.
         on_gpus: Whether the devices are GPUs.
+        package: Folder that the package must come from.
     """
 
     def __init__(
@@ -151,7 +156,9 @@ class Trainer:
         replicas: int,
         batch_size: int,
         on_gpus: bool,
+        package: str,
     ):
+        command_line.check_package(package)
         self._strategy = strategy
         self._model_name = model
         self._replicas = replicas
@@ -372,19 +379,22 @@ def measure(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         initial = folder / "initial.npz"
         entries = {}
+        hidden = {} if args.gpus else {"CUDA_VISIBLE_DEVICES": "-1"}
         for number, name in enumerate(args.strategies):
+            package = args.against if name == OTHER else HERE
             options = {
                 "strategy": name,
                 "model": model,
                 "replicas": replicas,
                 "batch_size": size.batch,
                 "on_gpus": args.gpus,
+                "package": package,
             }
             rival = rivals.Rival(
                 name,
                 [sys.executable, __file__, "--rival", json.dumps(options)],
                 folder / f"stderr-{number}",
-                {} if args.gpus else {"CUDA_VISIBLE_DEVICES": "-1"},
+                command_line.package_of(package) | hidden,
             )
             after = folder / f"after-{number}.npz"
             entries[name] = Entry(stack.enter_context(rival), after)
@@ -462,6 +472,15 @@ def cost_of_clocks(entries: dict[str, Entry]) -> str:
     return f"; clocks cost {median:.1f} % ({low:.1f} to {high:.1f})"
 
 
+def against(entries: dict[str, Entry]) -> str:
+    """How the two checkouts compare, or "" if it is not known."""
+    both = [entries.get(name) for name in (OURS, OTHER)]
+    if not all(both) or any(entry.error for entry in both):
+        return ""
+    ratio = command_line.spread_of_ratio(*(entry.seconds for entry in both))
+    return f"; {OURS} here takes {ratio} of the time of the {OTHER}"
+
+
 def environment(args: argparse.Namespace, sizes: dict[str, Size]) -> str:
     versions = ("tensorflow", "keras", "keras_allreduce")
     each = ", ".join(
@@ -469,7 +488,8 @@ def environment(args: argparse.Namespace, sizes: dict[str, Size]) -> str:
         for model, size in sizes.items()
     )
     return (
-        f"{command_line.environment(*versions)}, "
+        f"{command_line.environment(*versions)}"
+        f"{command_line.commits(HERE, args.against)}, "
         f"{GPU_POLICY if args.gpus else 'float32'}, {args.rounds} rounds; "
         f"global batch and timed steps of a round: {each}"
     )
@@ -483,6 +503,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--replicas", type=int, nargs="+", default=[2])
     parser.add_argument("--rounds", type=int, default=9)
     command_line.add_seconds(parser)
+    command_line.add_against(parser)
     parser.add_argument(
         "--steps",
         type=int,
@@ -516,6 +537,8 @@ def arguments() -> argparse.Namespace:
     args.strategies = args.strategies or [
         name for name in STRATEGIES if args.gpus or name not in NEED_GPUS
     ]
+    if args.against:
+        args.strategies = list(dict.fromkeys([*args.strategies, OTHER]))
     return args
 
 
@@ -547,7 +570,7 @@ def main() -> None:
         agreements = {}
         for model, size in sizes.items():
             entries, agreements[model] = measure(model, replicas, size, args)
-            agreements[model] += cost_of_clocks(entries)
+            agreements[model] += cost_of_clocks(entries) + against(entries)
             for name in args.strategies:
                 print(row(model, name, entries), flush=True)
         print("\nWeights after the first step:\n")

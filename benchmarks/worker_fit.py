@@ -13,6 +13,7 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import command_line
 import keras
 import models
 import tensorflow as tf
@@ -30,7 +31,6 @@ from worker_jobs import (
 )
 
 import keras_allreduce
-from keras_allreduce import malloc
 
 
 class Mended(tf.distribute.MultiWorkerMirroredStrategy):
@@ -63,6 +63,8 @@ def make_strategy(job: Job) -> Any:
             **OPTIONS[job.strategy]
         )
     if job.strategy == ALONE_KEPT:
+        from keras_allreduce import malloc
+
         malloc.keep_freed()
     elif job.strategy == ALONE:
         # glibc's own default: asked for, it keeps AllReduceStrategy from
@@ -118,6 +120,7 @@ def work(job: Job) -> None:
 
 def main() -> None:
     job = told()
+    command_line.check_package(job.package)
     task = {"type": "worker", "index": job.index}
     cluster = {"worker": job.addresses}
     os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})

