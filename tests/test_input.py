@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import multiprocessing
 import os
 import threading
 
@@ -417,6 +418,28 @@ def test_the_end_of_the_process_does_not_wait_for_long():
     with pytest.raises(RuntimeError, match="until the process ends"):
         handles.get()
     end.set()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_frees_what_it_makes():
+    done = multiprocessing.get_context("fork").Event()
+
+    class Iterator:
+        def __del__(self):
+            done.set()
+
+    def make_and_drop():
+        owned(RELEASER, Iterator)
+        RELEASER.wait(timeout_seconds=60)
+        os._exit(0)
+
+    owner, _handles = owned(RELEASER, list)  # starts the threads here
+    child = multiprocessing.get_context("fork").Process(target=make_and_drop)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert done.is_set()
+    del owner
 
 
 def test_200_epochs_leave_nothing_behind():

@@ -51,8 +51,8 @@ def test_small_tensors_are_exchanged_and_larger_ones_go_round(workers):
         (64, 8, 4),
         (2, 96, 6),
         (4, 96, 12),
-        (2, 0.5, 0.25),
-        (4, 0.5, 0.5),
+        (2, 0.5, 0.28125),
+        (4, 0.5, 0.5625),
         (2, 0.125, 0.125),
     ],
 )

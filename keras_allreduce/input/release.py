@@ -76,14 +76,8 @@ class Releaser:
     """Frees handles in daemon threads, at most eight at a time."""
 
     def __init__(self) -> None:
-        # Its `put` may be called while Python collects garbage.
-        self._queue: queue.SimpleQueue[Handles] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._threads = 0
-        self._busy = 0
-        self._pending: set[Handles] = set()
-        self._live: weakref.WeakSet[Handles] = weakref.WeakSet()
-        self._process = os.getpid()
+        self._of_parent: tuple[Any, ...] = ()
+        self._reset()
 
     def when_collected(self, owner: Any, handles: Handles) -> None:
         """Frees `handles` once Python has collected `owner`."""
@@ -115,11 +109,29 @@ class Releaser:
 
         What is not free in time ends with the process.
         """
-        if self._threads == 0 or self._process != os.getpid():
+        if self._threads == 0:
             return
         for handles in list(self._live):
             self.free(handles)
         self.wait(timeout_seconds)
+
+    def forked(self) -> None:
+        """To be called in a forked child, which has none of the threads.
+
+        What the parent was freeing is kept: it would wait for threads of
+        TensorFlow that the child does not have either.
+        """
+        self._of_parent = self._queue, self._pending, list(self._live)
+        self._reset()
+
+    def _reset(self) -> None:
+        # Its `put` may be called while Python collects garbage.
+        self._queue: queue.SimpleQueue[Handles] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._busy = 0
+        self._pending: set[Handles] = set()
+        self._live: weakref.WeakSet[Handles] = weakref.WeakSet()
 
     def _start_first_thread(self) -> None:
         with self._lock:
@@ -160,3 +172,5 @@ class Releaser:
 
 RELEASER = Releaser()
 atexit.register(RELEASER.free_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=RELEASER.forked)

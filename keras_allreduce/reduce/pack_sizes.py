@@ -42,8 +42,9 @@ def between_workers(num_workers: int, nbytes: int) -> PackSize:
     The last pack cannot be hidden behind backprop, so packs are small, and a
     gradient above half of one (256 KiB at least) waits for no other. But each
     pack has a latency, so that a pack is a sixteenth of all gradients, or
-    512 KiB, or half of all if that is less; and latency grows with the
-    workers, so that the best pack grows about as the root of their number.
+    512 KiB, or a little more than half of all if that is less (two packs that
+    leave no rest for a third); and latency grows with the workers, so that the
+    best pack grows about as the root of their number.
     See "Pack sizes between workers" in benchmarks/RESULTS.md and
     docs/scaling.md.
 
@@ -51,7 +52,7 @@ def between_workers(num_workers: int, nbytes: int) -> PackSize:
         num_workers: Number of workers.
         nbytes: Size of all gradients in bytes.
     """
-    half = max(128 * _KIB, nbytes // 2)
+    half = max(128 * _KIB, nbytes * 9 // 16)
     capacity = min(half, max(512 * _KIB, nbytes // 16))
     capacity *= math.isqrt(num_workers)
     alone_above = max(capacity // 2, min(capacity, 256 * _KIB))

@@ -1,13 +1,13 @@
 """The collectives of `workers/collectives.py`, over MPI.
 
-    graph:   tensor --> submit (Python, returns at once)
-                           :
-    engine:                messages of MPI, result into a queue
-                           :
-    graph:              dequeue (holds no thread) --> tensor
+    graph:   tensor --> run (Python, returns in a moment) ---> tensor
+                           :                                     ^
+    engine:                messages of MPI, result into a queue  |
+                           :                                     |
+    graph:              dequeue (holds no thread) ---------------'
 
 Nothing is copied on the way: the array that MPI sends from is the tensor's
-memory, and the tensor that leaves the queue is the memory MPI received in.
+memory, and the tensor that comes out is the memory MPI received in.
 """
 
 import itertools
@@ -38,17 +38,21 @@ _SUMMED = (
     tf.uint64,
 )
 
-_FAILED = -1
+# Instead of the number of a run.
+_FAILED, _DONE = -1, -2
 _ABORTED_GROUP = 999_999
 
 
 class _Site:
     """One collective at its place in a graph, which may run again and again.
 
-    A result carries the number of its run, so that none is taken for another.
+    A result in the queue carries the number of its run, so that none is taken
+    for another.
 
     Args:
-        submit: Begins a call of the engine.
+        engine: Runs the collective.
+        name: Its name, the same on all workers.
+        collective: One of `messages.py`.
         dtype: Dtype of what is sent and received.
         device: Host device of this worker.
     """
@@ -74,31 +78,41 @@ class _Site:
         queue = self._queue.queue_ref
         # With the queue as an input the op waits for no other collective, as
         # TensorFlow orders ops by the resource that they use.
-        run = tf.numpy_function(self._submit, [tensor, queue], tf.int64)
-        with tf.control_dependencies([run]):
-            received, of_run = tf.raw_ops.QueueDequeueV2(
-                handle=queue, component_types=[self._dtype, tf.int64]
-            )
+        run, received = tf.numpy_function(
+            self._run, [tensor, queue], [tf.int64, self._dtype]
+        )
+        return tf.cond(
+            run == _DONE,
+            lambda: received,
+            lambda: self._dequeued(run, queue),
+        )
+
+    def _dequeued(self, run: tf.Tensor, queue: tf.Tensor) -> tf.Tensor:
+        received, of_run = tf.raw_ops.QueueDequeueV2(
+            handle=queue, component_types=[self._dtype, tf.int64]
+        )
         return tf.cond(
             of_run == run,
             lambda: received,
             lambda: _aborted(received, queue),
         )
 
-    def _submit(self, own: np.ndarray, *_: Any) -> np.int64:
+    def _run(self, own: np.ndarray, *_: Any) -> tuple[np.int64, np.ndarray]:
         run = next(self._runs)
+        empty = np.empty(0, self._dtype.as_numpy_dtype)
 
         def deliver(received: np.ndarray | None) -> None:
             if received is None:
-                empty = np.empty(0, self._dtype.as_numpy_dtype)
                 self._deliver(tf.constant(empty), _FAILED)
             else:
                 self._deliver(_as_tensor(received), run)
 
-        self._engine.submit(
+        received = self._engine.run(
             Submission(self._name, self._collective, own, deliver)
         )
-        return np.int64(run)
+        if received is None:
+            return np.int64(run), empty
+        return np.int64(_DONE), received
 
     def _deliver(self, tensor: tf.Tensor, run: int) -> None:
         # Runs on the device of the queue.
@@ -197,11 +211,12 @@ class MpiCollectives:
             done.set()
 
         name = f"{self._group.key} eager"
-        self._engine.submit(
+        received = self._engine.run(
             Submission(name, collective, tensor.numpy(), deliver)
         )
-        done.wait()
-        (received,) = results
+        if received is None:
+            done.wait()
+            (received,) = results
         if received is None:
             return _aborted(tensor)
         return _as_tensor(received)

@@ -1,4 +1,4 @@
-"""The thread that owns MPI.
+"""The thread that runs collectives over MPI.
 
     [1] a collective is submitted by any thread; the submission returns at once
     [2] a name that is new waits until all workers have it, and rank 0 says:
@@ -7,6 +7,10 @@
     [3] the messages of a collective begin, and later ones follow when they
         are done
     [4] the result is delivered
+
+A collective that takes no longer than a moment is run by its caller: two
+hand-overs between threads take longer than a small message. One thread at a
+time uses MPI.
 
 Nothing in here blocks while messages are in flight. Blocking calls would need
 one thread for each collective, all of which spin; more than that, a worker
@@ -19,7 +23,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +35,10 @@ from keras_allreduce.workers.mpi.messages import Buffers, Collective, Exchange
 _TESTS_BEFORE_NAPS = 20
 _NAP_SECONDS = (2e-5, 1e-3)
 _NAP_PART = 1 / 16
+
+# How long a caller tries by itself. Longer tries keep a core from whoever
+# computes.
+_MOMENT_SECONDS = 3e-4
 
 _ASK, _GO = 1, 2
 
@@ -60,11 +68,12 @@ class _Running:
 
     call: Submission
     exchange: Exchange
+    requests: list[Any] = field(default_factory=list)
     pending: int = 0
 
 
 class Engine:
-    """Runs named collectives over MPI, in one thread.
+    """Runs named collectives over MPI, in a thread or in that of the caller.
 
     Args:
         mpi: The module `mpi4py.MPI`.
@@ -79,9 +88,11 @@ class Engine:
         self._control = comm.Dup()
         self._abort = abort
         self._buffers = Buffers()
-        self._submitted: queue.SimpleQueue[Submission | None] = (
+        self._submitted: queue.SimpleQueue[Submission | _Running | None] = (
             queue.SimpleQueue()
         )
+        # Held by whoever uses MPI.
+        self._lock = threading.Lock()
         self._calls: dict[Submission, None] = {}
         self._comms: dict[str, Any] = {}
         self._asking: dict[str, Submission] = {}
@@ -93,6 +104,44 @@ class Engine:
             target=self._run, name="keras_allreduce.mpi", daemon=True
         )
         self._thread.start()
+
+    def run(self, call: Submission) -> np.ndarray | None:
+        """Runs a collective in this thread, or submits it.
+
+        Returns:
+            What was received; `None` if that is going to be delivered.
+        """
+        comm = self._comms.get(call.name)
+        if comm is None or not self._lock.acquire(blocking=False):
+            self.submit(call)
+            return None
+        self._calls[call] = None
+        try:
+            exchange = call.collective(comm, call.own, self._buffers)
+            received = self._run_for_a_moment(_Running(call, exchange))
+        except Exception as error:
+            self._break_off(error)
+            return None
+        finally:
+            self._lock.release()
+        if self._failed:
+            self._finish(call, None)
+        elif received is not None and self._calls.pop(call, self) is None:
+            return received
+        return None
+
+    def _run_for_a_moment(self, running: _Running) -> np.ndarray | None:
+        """What was received; `None` if the thread goes on with it."""
+        end = time.perf_counter() + _MOMENT_SECONDS
+        while True:
+            try:
+                running.requests = next(running.exchange)
+            except StopIteration as stop:
+                return stop.value
+            while not self._mpi.Request.Testall(running.requests):
+                if time.perf_counter() > end:
+                    self._submitted.put(running)
+                    return None
 
     def submit(self, call: Submission) -> None:
         """Begins a collective as soon as its name is agreed on."""
@@ -127,33 +176,39 @@ class Engine:
             self._loop()
         except Exception as error:
             # Else everybody would wait for a thread that is gone.
-            self._abort(
-                "All workers must stay until training ends. Received: MPI "
-                f"failed on rank {self._comm.rank} ({error}). Look at its "
-                "log, then start all workers again."
-            )
-            self.fail()
+            self._break_off(error)
+
+    def _break_off(self, error: Exception) -> None:
+        self._abort(
+            "All workers must stay until training ends. Received: MPI failed "
+            f"on rank {self._comm.rank} ({error}). Look at its log, then start "
+            "all workers again."
+        )
+        self.fail()
 
     def _loop(self) -> None:
         idle = 0
         since = 0.0
         while not self._failed:
             with contextlib.suppress(queue.Empty):
-                call = self._next(idle, since)
-                if call is None:
+                work = self._next(idle, since)
+                if work is None:
                     return
                 idle = 0
-                self._take(call)
-            if self._asking:
-                self._agree()
-            if self._test():
+                with self._lock:
+                    self._take(work)
+            with self._lock:
+                if self._asking:
+                    self._agree()
+                has_advanced = self._test()
+            if has_advanced:
                 idle = 0
             elif idle == 0:
                 idle, since = 1, time.monotonic()
             else:
                 idle += 1
 
-    def _next(self, idle: int, since: float) -> Submission | None:
+    def _next(self, idle: int, since: float) -> Submission | _Running | None:
         """What was submitted meanwhile; sleeps if there is nothing to do."""
         if not self._requests and not self._asking:
             return self._submitted.get()
@@ -163,10 +218,15 @@ class Engine:
         nap = (time.monotonic() - since) * _NAP_PART
         return self._submitted.get(timeout=min(max(nap, shortest), longest))
 
-    def _take(self, call: Submission) -> None:
-        if call.name in self._comms:
-            self._begin(call)
-            return
+    def _take(self, work: Submission | _Running) -> None:
+        if isinstance(work, _Running):
+            self._await(work)
+        elif work.name in self._comms:
+            self._begin(work)
+        else:
+            self._ask(work)
+
+    def _ask(self, call: Submission) -> None:
         self._asking[call.name] = call  # [2]
         if self._comm.rank == 0:
             self._count(call.name)
@@ -204,13 +264,16 @@ class Engine:
 
     def _advance(self, running: _Running) -> None:
         try:
-            requests = next(running.exchange)  # [3]
+            running.requests = next(running.exchange)  # [3]
         except StopIteration as end:
             self._finish(running.call, end.value)  # [4]
             return
-        running.pending = len(requests)
-        self._requests += requests
-        self._owners += [running] * len(requests)
+        self._await(running)
+
+    def _await(self, running: _Running) -> None:
+        running.pending = len(running.requests)
+        self._requests += running.requests
+        self._owners += [running] * running.pending
 
     def _test(self) -> bool:
         """Goes on with the collectives whose messages are done."""
