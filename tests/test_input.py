@@ -69,14 +69,6 @@ def with_options(data, **attributes):
     return data.with_options(options)
 
 
-def off():
-    options = tf.data.Options()
-    options.experimental_distribute.auto_shard_policy = (
-        tf.data.experimental.AutoShardPolicy.OFF
-    )
-    return numbers(33, 16).with_options(options)
-
-
 def batched_model_data():
     """Three batches for `small_model`."""
     arrays = small_model.X, small_model.Y
@@ -96,7 +88,6 @@ DATA = {
     "empty replicas": lambda: numbers(13, 12),
     "one sample": lambda: numbers(1, 12),
     "nothing": lambda: numbers(12, 12).take(0),
-    "not split by data": off,
     "static shapes": lambda: numbers(48, 12, drop_remainder=True),
     "shuffled": lambda: tf.data.Dataset.range(40).shuffle(40, seed=3).batch(12),
     "shuffled with the global seed": lambda: (
@@ -125,6 +116,29 @@ def read_by_tensorflow(name, replicas):
 def test_every_replica_reads_what_it_reads_from_tensorflow(name, replicas):
     ours = read(strategy(replicas), distributed(DATA[name]))
     assert ours == read_by_tensorflow(name, replicas)
+
+
+@pytest.mark.parametrize("replicas", REPLICAS)
+@pytest.mark.parametrize("policy", tf.data.experimental.AutoShardPolicy)
+def test_each_batch_is_split_by_itself_whatever_is_sharded(policy, replicas):
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = policy
+    ours = read(
+        strategy(replicas),
+        distributed(lambda: numbers(41, 12).with_options(options)),
+    )
+    assert ours == read_by_tensorflow("uneven", replicas)
+
+
+def test_a_last_batch_from_files_is_split_too(tmp_path):
+    (tmp_path / "lines").write_text("a\nb\nc\nd\ne\nf\n")
+
+    def lines():
+        return tf.data.TextLineDataset(str(tmp_path / "lines")).batch(4)
+
+    (first, last) = read(strategy(2), distributed(lines), epochs=1)[0]
+    assert first == [[b"a", b"b"], [b"c", b"d"]]
+    assert last == [[b"e"], [b"f"]]
 
 
 @pytest.mark.parametrize("replicas", REPLICAS)
@@ -277,6 +291,15 @@ def test_an_epoch_makes_one_iterator_and_traces_nothing(made, traced):
     model.fit(data, epochs=5, verbose=0, callbacks=[Counts()])
     assert np.diff([number for number, _ in counts]).tolist() == [1] * 4
     assert np.diff([number for _, number in counts]).tolist() == [0] * 4
+
+
+def test_to_distribute_a_data_set_traces_nothing(traced):
+    # Dense tensors in any structure, also of unknown length.
+    data = numbers(41, 12).map(lambda x: {"x": x, "y": (x, x)})
+    both, before = strategy(), traced()
+    for _ in range(3):
+        both.experimental_distribute_dataset(data)
+    assert traced() == before
 
 
 def test_evaluate_of_a_built_model_makes_one_iterator(made):
@@ -563,7 +586,18 @@ def test_what_is_not_known_stays_tensorflows_with_one_warning(monkeypatch):
     both = strategy()
     for _ in range(2):
         data = both.experimental_distribute_dataset(numbers(13, 12))
-        assert type(data) is datasets.DistributedDataset
+        assert type(data) is datasets.SplitDataset
     ((message, *values),) = warnings
     assert "own iterators" in message % tuple(values)
     assert len(list(data)) == 2
+
+
+def test_what_cannot_be_split_is_left_to_tensorflow(monkeypatch):
+    def fails(*args):
+        raise AttributeError("'_input_workers' is gone")
+
+    monkeypatch.setattr(datasets, "split", fails)
+    monkeypatch.setattr(input_dataset, "_warned", False)
+    ours = read(strategy(2), distributed(DATA["uneven"]))
+    assert ours == read_by_tensorflow("uneven", 2)
+    assert input_dataset._warned

@@ -49,6 +49,27 @@ def own(dataset: Any) -> Any:
     return dataset
 
 
+def split(
+    dataset: Any, extended: Any, options: Any, stock: Callable[[Any], Any]
+) -> Any:
+    """Distributes a data set over the replicas of one process.
+
+    Args:
+        dataset: A `tf.data.Dataset`.
+        extended: The `extended` of the strategy.
+        options: The `tf.distribute.InputOptions`, or `None`.
+        stock: Distributes a data set as TensorFlow does, which has to do
+            where the private part of TensorFlow is not as it is known.
+    """
+    if options is not None or not tf.executing_eagerly():
+        return stock(dataset)
+    try:
+        return datasets.split(dataset, extended)
+    except (AttributeError, TypeError) as error:
+        _warn(error)
+        return stock(dataset)
+
+
 def know_steps(dataset: Any) -> None:
     """Workers need not ask each other whether any has data left.
 
@@ -207,7 +228,7 @@ def _read_by_devices(num_devices: int, buffer_size: int) -> tf.data.Options:
     return options
 
 
-class _OwnDataset(datasets.DistributedDataset):
+class _OwnDataset(datasets.SplitDataset):
     """Of `experimental_distribute_dataset`."""
 
     iteration: Iteration
@@ -233,5 +254,6 @@ class _OwnDatasetsFromFunction(datasets.DistributedDatasetsFromFunction):
 
 _OWN_CLASSES = {
     datasets.DistributedDataset: _OwnDataset,
+    datasets.SplitDataset: _OwnDataset,
     datasets.DistributedDatasetsFromFunction: _OwnDatasetsFromFunction,
 }

@@ -16,7 +16,7 @@ from keras_allreduce.input.shuffled_arrays import shuffled
 from keras_allreduce.one_device.replicas import Replicas
 
 
-def distribute(dataset: Any, stock: Callable[[Any], Any]) -> Any:
+def distribute(dataset: Any, split: Callable[[Any], Any]) -> Any:
     """Distributes `dataset`; arrays from Python are copied first.
 
     TensorFlow takes the memory of arrays from Python as its own and, once a
@@ -25,11 +25,11 @@ def distribute(dataset: Any, stock: Callable[[Any], Any]) -> Any:
 
     Args:
         dataset: A `tf.data.Dataset`.
-        stock: Distributes a data set as TensorFlow does.
+        split: Distributes a data set, each batch split over the replicas.
     """
     if yields_arrays_of_python(dataset):
         dataset = dataset.map(_copied)
-    return own(stock(dataset))
+    return own(split(dataset))
 
 
 def share_steps(

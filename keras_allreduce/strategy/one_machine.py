@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras_allreduce import malloc
 from keras_allreduce.devices import check_devices, names_of, on_gpus
 from keras_allreduce.fit_output.timeline import Alone, Peers
+from keras_allreduce.input.dataset import split
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.strategy.base import StrategyBase
 from keras_allreduce.strategy.extended import ExtendedBase
@@ -102,6 +103,12 @@ class AllReduceExtended(ExtendedBase):
     def peers(self) -> Peers:
         """All workers, seen from this one: it is alone."""
         return Alone(self._cross_device_ops)
+
+    def _split(self, dataset: Any, options: Any) -> Any:
+        def stock(dataset: Any) -> Any:
+            return super(AllReduceExtended, self)._split(dataset, options)
+
+        return split(dataset, self, options, stock)
 
     def _get_cross_device_ops(self, value: Any) -> Any:
         # Stock takes a new ReductionToOneDevice for each int32 value, and
