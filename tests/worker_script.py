@@ -275,7 +275,7 @@ def paths_of_gradients():
 
 def _is_collective(op):
     """Whether an op waits for other workers, over gRPC or over MPI."""
-    return op.type.startswith(("Collective", "QueueDequeue"))
+    return op.type.startswith(("Collective", "PyFunc"))
 
 
 def fit_with_a_late_worker():
