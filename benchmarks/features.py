@@ -78,10 +78,16 @@ TELLING = re.compile(
 )
 
 
+# Bold type of a terminal.
+STYLE = re.compile(r"\x1b\[\d+m")
+
+PACKAGE = pathlib.Path(keras_allreduce.__file__).parent
+
+
 def describe(error: Exception) -> str:
-    name, message = type(error).__name__, str(error)
+    name, message = type(error).__name__, STYLE.sub("", str(error))
     where = traceback.extract_tb(error.__traceback__)[-1].filename
-    if pathlib.Path(where).parent.name == "keras_allreduce":
+    if PACKAGE in pathlib.Path(where).parents:
         return f"clear error: {message.split('. ')[0]}"
     if not message:
         return f"bare {name}"
