@@ -67,6 +67,28 @@ def test_the_largest_value_that_float8_knows_is_that_of_the_batch():
     np.testing.assert_array_equal(found, largest_inputs())
 
 
+def test_float8_without_a_bias_in_even_parts_trains_as_on_one_device():
+    # Keras rounds the gradient of a bias to bfloat16, and all gradients in a
+    # layer to float8: alike if those of a part are a power of 2 as large.
+    def weights():
+        keras.utils.set_random_seed(3)
+        model = keras.Sequential(
+            [
+                keras.Input([6]),
+                keras.layers.Dense(5, "relu", use_bias=False),
+                keras.layers.Dense(1, use_bias=False),
+            ]
+        )
+        model.quantize("float8")
+        fit(model, X[:24], Y[:24], epochs=3, batch_size=8)
+        return model.get_weights()
+
+    with on(2).scope():
+        found = weights()
+    for ours, expected in zip(found, weights(), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
 class Noise(keras.layers.Layer):
     def call(self, x):
         return x + keras.random.normal(keras.ops.shape(x))
