@@ -1,4 +1,4 @@
-"""The thread that owns MPI, when MPI fails; a stand-in takes its place."""
+"""Who runs collectives over MPI, and when it fails; a stand-in is the MPI."""
 
 import threading
 from types import SimpleNamespace

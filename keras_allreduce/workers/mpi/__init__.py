@@ -3,8 +3,8 @@
 In: tensors of this worker and a communicator. Out: sums and gathered rows of
 all workers.
 
-    TensorFlow's threads                       the one thread that owns MPI
-    collectives.py   submit, returns at once -->  engine.py   begins, tests
+    TensorFlow's threads                       the thread that runs them
+    collectives.py   run, returns in a moment --> engine.py   begins, tests
                      dequeue, holds no thread <-- and delivers
                                                   messages.py what crosses
 

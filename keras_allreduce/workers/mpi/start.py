@@ -40,7 +40,7 @@ def choose_transport(asked: str, environment: Mapping[str, str]) -> str:
     return MPI
 
 
-# Several strategies of one process share the thread that owns MPI.
+# Several strategies of one process share the thread that runs collectives.
 @functools.cache
 def engine_of(cluster: Cluster, timeout_seconds: float) -> Engine:
     """Connects the workers over MPI.
