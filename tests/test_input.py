@@ -15,7 +15,12 @@ import tensorflow as tf
 from conftest import DEVICES
 
 from keras_allreduce import AllReduceStrategy
-from keras_allreduce.compat import datasets, iterators, multi_device
+from keras_allreduce.compat import (
+    datasets,
+    iterators,
+    multi_device,
+    split_datasets,
+)
 from keras_allreduce.compat.datasets import Source
 from keras_allreduce.input import dataset as input_dataset
 from keras_allreduce.input import to_devices
@@ -586,7 +591,7 @@ def test_what_is_not_known_stays_tensorflows_with_one_warning(monkeypatch):
     both = strategy()
     for _ in range(2):
         data = both.experimental_distribute_dataset(numbers(13, 12))
-        assert type(data) is datasets.SplitDataset
+        assert type(data) is split_datasets.SplitDataset
     ((message, *values),) = warnings
     assert "own iterators" in message % tuple(values)
     assert len(list(data)) == 2
@@ -596,7 +601,7 @@ def test_what_cannot_be_split_is_left_to_tensorflow(monkeypatch):
     def fails(*args):
         raise AttributeError("'_input_workers' is gone")
 
-    monkeypatch.setattr(datasets, "split", fails)
+    monkeypatch.setattr(split_datasets, "split", fails)
     monkeypatch.setattr(input_dataset, "_warned", False)
     ours = read(strategy(2), distributed(DATA["uneven"]))
     assert ours == read_by_tensorflow("uneven", 2)

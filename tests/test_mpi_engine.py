@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from keras_allreduce.workers.mpi import engine as engine_module
-from keras_allreduce.workers.mpi.engine import Engine, Submission
+from keras_allreduce.workers.mpi.engine import Engine
+from keras_allreduce.workers.mpi.names import Submission
 
 
 class AloneInTheWorld:

@@ -18,7 +18,12 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
-from keras_allreduce.compat import datasets, iterators, keras_reads
+from keras_allreduce.compat import (
+    datasets,
+    iterators,
+    keras_reads,
+    split_datasets,
+)
 from keras_allreduce.compat.keras import keras_asks_for_shapes
 from keras_allreduce.devices import on_gpus
 from keras_allreduce.input import in_turn, to_devices
@@ -50,7 +55,10 @@ def own(dataset: Any) -> Any:
 
 
 def split(
-    dataset: Any, extended: Any, options: Any, stock: Callable[[Any], Any]
+    dataset: Any,
+    extended: tf.distribute.StrategyExtended,
+    options: Any,
+    stock: Callable[[Any, Any], Any],
 ) -> Any:
     """Distributes a data set over the replicas of one process.
 
@@ -62,12 +70,12 @@ def split(
             where the private part of TensorFlow is not as it is known.
     """
     if options is not None or not tf.executing_eagerly():
-        return stock(dataset)
+        return stock(dataset, options)
     try:
-        return datasets.split(dataset, extended)
+        return split_datasets.split(dataset, extended)
     except (AttributeError, TypeError) as error:
         _warn(error)
-        return stock(dataset)
+        return stock(dataset, options)
 
 
 def know_steps(dataset: Any) -> None:
@@ -228,7 +236,7 @@ def _read_by_devices(num_devices: int, buffer_size: int) -> tf.data.Options:
     return options
 
 
-class _OwnDataset(datasets.SplitDataset):
+class _OwnDataset(split_datasets.SplitDataset):
     """Of `experimental_distribute_dataset`."""
 
     iteration: Iteration
@@ -254,6 +262,6 @@ class _OwnDatasetsFromFunction(datasets.DistributedDatasetsFromFunction):
 
 _OWN_CLASSES = {
     datasets.DistributedDataset: _OwnDataset,
-    datasets.SplitDataset: _OwnDataset,
+    split_datasets.SplitDataset: _OwnDataset,
     datasets.DistributedDatasetsFromFunction: _OwnDatasetsFromFunction,
 }

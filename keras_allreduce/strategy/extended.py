@@ -47,13 +47,8 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
     def _experimental_distribute_dataset(
         self, dataset: Any, options: Any
     ) -> Any:
-        return distribute_arrays(
-            dataset, lambda made: self._split(made, options)
-        )
-
-    def _split(self, dataset: Any, options: Any) -> Any:
-        """Distributes a data set as TensorFlow does."""
-        return super()._experimental_distribute_dataset(dataset, options)
+        stock = super()._experimental_distribute_dataset
+        return distribute_arrays(dataset, lambda made: stock(made, options))
 
     def _distribute_datasets_from_function(
         self, dataset_fn: Callable[..., Any], options: Any

@@ -11,6 +11,7 @@ from keras_allreduce.fit_output.timeline import Alone, Peers
 from keras_allreduce.input.dataset import split
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.strategy.base import StrategyBase
+from keras_allreduce.strategy.datasets import distribute
 from keras_allreduce.strategy.extended import ExtendedBase
 
 
@@ -104,11 +105,14 @@ class AllReduceExtended(ExtendedBase):
         """All workers, seen from this one: it is alone."""
         return Alone(self._cross_device_ops)
 
-    def _split(self, dataset: Any, options: Any) -> Any:
-        def stock(dataset: Any) -> Any:
-            return super(AllReduceExtended, self)._split(dataset, options)
-
-        return split(dataset, self, options, stock)
+    def _experimental_distribute_dataset(
+        self, dataset: Any, options: Any
+    ) -> Any:
+        # TensorFlow's own, not that of `ExtendedBase`.
+        stock = super(ExtendedBase, self)._experimental_distribute_dataset
+        return distribute(
+            dataset, lambda made: split(made, self, options, stock)
+        )
 
     def _get_cross_device_ops(self, value: Any) -> Any:
         # Stock takes a new ReductionToOneDevice for each int32 value, and

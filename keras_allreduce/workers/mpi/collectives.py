@@ -21,8 +21,9 @@ from keras_allreduce.graph_order import keep_with_graph
 from keras_allreduce.workers.collectives import CollectiveGroup, Places
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.mpi import messages
-from keras_allreduce.workers.mpi.engine import Engine, Submission
+from keras_allreduce.workers.mpi.engine import Engine
 from keras_allreduce.workers.mpi.messages import Collective
+from keras_allreduce.workers.mpi.names import Submission
 
 # The sums that every MPI can do. It has no 16-bit floats: those are exchanged.
 _SUMMED = (

@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_allreduce.workers.mpi.messages import Buffers, Collective, Exchange
+from keras_allreduce.workers.mpi.messages import Buffers, Exchange
+from keras_allreduce.workers.mpi.names import Names, Submission
 
 # What is nearly there is worth more tests; longer waits leave the core to
 # whoever computes. A nap is at most this part of the wait so far.
@@ -39,27 +40,6 @@ _NAP_PART = 1 / 16
 # How long a caller tries by itself. Longer tries keep a core from whoever
 # computes.
 _MOMENT_SECONDS = 3e-4
-
-_ASK, _GO = 1, 2
-
-
-@dataclass(eq=False)
-class Submission:
-    """One run of a collective.
-
-    Attributes:
-        name: Name of the collective, the same on all workers. Two runs of one
-            name must not overlap.
-        collective: One of `messages.py`.
-        own: What this worker sends.
-        deliver: Called once, from any thread: with what was received, or with
-            `None` if the engine has failed.
-    """
-
-    name: str
-    collective: Collective
-    own: np.ndarray
-    deliver: Callable[[np.ndarray | None], None]
 
 
 @dataclass(eq=False)
@@ -85,7 +65,6 @@ class Engine:
     def __init__(self, mpi: Any, comm: Any, abort: Callable[[str], None]):
         self._mpi = mpi
         self._comm = comm
-        self._control = comm.Dup()
         self._abort = abort
         self._buffers = Buffers()
         self._submitted: queue.SimpleQueue[Submission | _Running | None] = (
@@ -94,9 +73,7 @@ class Engine:
         # Held by whoever uses MPI.
         self._lock = threading.Lock()
         self._calls: dict[Submission, None] = {}
-        self._comms: dict[str, Any] = {}
-        self._asking: dict[str, Submission] = {}
-        self._asked: dict[str, int] = {}
+        self._names = Names(mpi, comm)
         self._requests: list[Any] = []
         self._owners: list[_Running] = []
         self._failed = False
@@ -111,7 +88,7 @@ class Engine:
         Returns:
             What was received; `None` if that is going to be delivered.
         """
-        comm = self._comms.get(call.name)
+        comm = self._names.comms.get(call.name)
         if comm is None or not self._lock.acquire(blocking=False):
             self.submit(call)
             return None
@@ -198,8 +175,8 @@ class Engine:
                 with self._lock:
                     self._take(work)
             with self._lock:
-                if self._asking:
-                    self._agree()
+                if self._names.are_asked_for:
+                    self._begin(*self._names.agree())
                 has_advanced = self._test()
             if has_advanced:
                 idle = 0
@@ -210,7 +187,7 @@ class Engine:
 
     def _next(self, idle: int, since: float) -> Submission | _Running | None:
         """What was submitted meanwhile; sleeps if there is nothing to do."""
-        if not self._requests and not self._asking:
+        if not self._requests and not self._names.are_asked_for:
             return self._submitted.get()
         if idle < _TESTS_BEFORE_NAPS:
             return self._submitted.get_nowait()
@@ -221,46 +198,16 @@ class Engine:
     def _take(self, work: Submission | _Running) -> None:
         if isinstance(work, _Running):
             self._await(work)
-        elif work.name in self._comms:
+        elif work.name in self._names.comms:
             self._begin(work)
         else:
-            self._ask(work)
+            self._begin(*self._names.ask(work))  # [2]
 
-    def _ask(self, call: Submission) -> None:
-        self._asking[call.name] = call  # [2]
-        if self._comm.rank == 0:
-            self._count(call.name)
-        else:
-            self._control.Isend(bytearray(call.name.encode()), 0, _ASK).Wait()
-
-    def _agree(self) -> None:
-        status = self._mpi.Status()
-        while self._control.Iprobe(tag=self._mpi.ANY_TAG, status=status):
-            text = bytearray(status.Get_count(self._mpi.BYTE))
-            self._control.Recv(text, status.source, status.tag)
-            if status.tag == _ASK:
-                self._count(text.decode())
-            else:
-                self._go(text.decode())
-
-    def _count(self, name: str) -> None:
-        """On rank 0: counts who has a collective of this name to run."""
-        self._asked[name] = self._asked.get(name, 0) + 1
-        if self._asked[name] == self._comm.size:
-            del self._asked[name]
-            for rank in range(1, self._comm.size):
-                self._control.Send(bytearray(name.encode()), rank, _GO)
-            self._go(name)
-
-    def _go(self, name: str) -> None:
-        # All are here, or about to be: each has asked.
-        self._comms[name] = self._comm.Dup()
-        self._begin(self._asking.pop(name))
-
-    def _begin(self, call: Submission) -> None:
-        comm = self._comms[call.name]
-        exchange = call.collective(comm, call.own, self._buffers)
-        self._advance(_Running(call, exchange))
+    def _begin(self, *calls: Submission) -> None:
+        for call in calls:
+            comm = self._names.comms[call.name]
+            exchange = call.collective(comm, call.own, self._buffers)
+            self._advance(_Running(call, exchange))
 
     def _advance(self, running: _Running) -> None:
         try:
