@@ -52,6 +52,9 @@ class _Running:
     pending: int = 0
 
 
+_Work = Submission | _Running
+
+
 class Engine:
     """Runs named collectives over MPI, in a thread or in that of the caller.
 
@@ -67,9 +70,7 @@ class Engine:
         self._comm = comm
         self._abort = abort
         self._buffers = Buffers()
-        self._submitted: queue.SimpleQueue[Submission | _Running | None] = (
-            queue.SimpleQueue()
-        )
+        self._submitted: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         # Held by whoever uses MPI.
         self._lock = threading.Lock()
         self._calls: dict[Submission, None] = {}
@@ -164,8 +165,7 @@ class Engine:
         self.fail()
 
     def _loop(self) -> None:
-        idle = 0
-        since = 0.0
+        idle, since = 0, 0.0
         while not self._failed:
             with contextlib.suppress(queue.Empty):
                 work = self._next(idle, since)
@@ -185,7 +185,7 @@ class Engine:
             else:
                 idle += 1
 
-    def _next(self, idle: int, since: float) -> Submission | _Running | None:
+    def _next(self, idle: int, since: float) -> _Work | None:
         """What was submitted meanwhile; sleeps if there is nothing to do."""
         if not self._requests and not self._names.are_asked_for:
             return self._submitted.get()
@@ -195,7 +195,7 @@ class Engine:
         nap = (time.monotonic() - since) * _NAP_PART
         return self._submitted.get(timeout=min(max(nap, shortest), longest))
 
-    def _take(self, work: Submission | _Running) -> None:
+    def _take(self, work: _Work) -> None:
         if isinstance(work, _Running):
             self._await(work)
         elif work.name in self._names.comms:
