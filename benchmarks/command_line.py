@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+HERE = str(Path(__file__).resolve().parent.parent)
+"""The checkout of this file."""
+
 # Of a GPU that has to do for several replicas.
 GPU_MIB = 10_000
 
@@ -101,8 +104,8 @@ def check_package(folder: str) -> None:
         )
 
 
-def commits(here: str, against: str | None) -> str:
-    """Of two checkouts, for a table, or "" if only one takes part."""
+def commits(against: str | None) -> str:
+    """Of this checkout and another, for a table, or "" if there is no other."""
     if not against:
         return ""
 
@@ -112,7 +115,7 @@ def commits(here: str, against: str | None) -> str:
             command, capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    return f", here {commit(here)}, other checkout {commit(against)}"
+    return f", here {commit(HERE)}, other checkout {commit(against)}"
 
 
 def spread_of_ratio(values: Sequence[float], others: Sequence[float]) -> str:

@@ -55,7 +55,6 @@ import rivals
 
 SKIPPED_STEPS = 5
 DEADLINE_SECONDS = 600
-HERE = str(Path(__file__).resolve().parent.parent)
 
 ALONE = "no strategy"
 MIRRORED = "MirroredStrategy"
@@ -381,7 +380,7 @@ def measure(
         entries = {}
         hidden = {} if args.gpus else {"CUDA_VISIBLE_DEVICES": "-1"}
         for number, name in enumerate(args.strategies):
-            package = args.against if name == OTHER else HERE
+            package = args.against if name == OTHER else command_line.HERE
             options = {
                 "strategy": name,
                 "model": model,
@@ -462,22 +461,30 @@ def row(model: str, name: str, entries: dict[str, Entry]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def seconds_of(entries: dict[str, Entry], *names: str) -> list[list[float]]:
+    """The turns of each of `names`; nothing if one is missing or failed."""
+    found = [entries.get(name) for name in names]
+    if not all(found) or any(entry.error for entry in found):
+        return []
+    return [entry.seconds for entry in found]
+
+
 def cost_of_clocks(entries: dict[str, Entry]) -> str:
     """What clocks and fit output add to a step, or "" if it is not known."""
-    both = [entries.get(name) for name in (OURS, OURS_NO_CLOCKS)]
-    if not all(both) or any(entry.error for entry in both):
+    seconds = seconds_of(entries, OURS, OURS_NO_CLOCKS)
+    if not seconds:
         return ""
-    ratios = np.divide(*(entry.seconds for entry in both)) * 100 - 100
+    ratios = np.divide(*seconds) * 100 - 100
     low, median, high = np.percentile(ratios, [25, 50, 75])
     return f"; clocks cost {median:.1f} % ({low:.1f} to {high:.1f})"
 
 
 def against(entries: dict[str, Entry]) -> str:
     """How the two checkouts compare, or "" if it is not known."""
-    both = [entries.get(name) for name in (OURS, OTHER)]
-    if not all(both) or any(entry.error for entry in both):
+    seconds = seconds_of(entries, OURS, OTHER)
+    if not seconds:
         return ""
-    ratio = command_line.spread_of_ratio(*(entry.seconds for entry in both))
+    ratio = command_line.spread_of_ratio(*seconds)
     return f"; {OURS} here takes {ratio} of the time of the {OTHER}"
 
 
@@ -489,7 +496,7 @@ def environment(args: argparse.Namespace, sizes: dict[str, Size]) -> str:
     )
     return (
         f"{command_line.environment(*versions)}"
-        f"{command_line.commits(HERE, args.against)}, "
+        f"{command_line.commits(args.against)}, "
         f"{GPU_POLICY if args.gpus else 'float32'}, {args.rounds} rounds; "
         f"global batch and timed steps of a round: {each}"
     )

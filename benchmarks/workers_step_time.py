@@ -72,7 +72,6 @@ import mpi_jobs
 import namespaces
 
 DEADLINE_SECONDS = 400
-HERE = str(Path(__file__).resolve().parent.parent)
 
 # How far weights may be from the rival's after a step. Later, a ReLU that
 # rounding takes to the other side of 0 makes more of the last digit: see
@@ -187,7 +186,11 @@ def run_strategy(name: str, model: str, args: argparse.Namespace, network):
             folder,
             addresses,
             interface="eth0" if network else "lo",
-            package=args.against if name in (OTHER, OTHER_MPI) else HERE,
+            package=(
+                args.against
+                if name in (OTHER, OTHER_MPI)
+                else command_line.HERE
+            ),
         )
         jobs = [
             dataclasses.replace(job, index=index)
@@ -293,7 +296,7 @@ def environment(args: argparse.Namespace) -> str:
         threads = f", torch threads per worker: {pytorch_threads(args.workers)}"
     return (
         f"{command_line.environment(*packages)}{threads}"
-        f"{command_line.commits(HERE, args.against)}, link {args.link}, "
+        f"{command_line.commits(args.against)}, link {args.link}, "
         f"{args.workers} workers of {args.devices} host devices, "
         f"global batch {BATCH_SIZE}, {args.rounds} rounds of "
         f"{args.steps - SKIPPED_STEPS} timed steps"

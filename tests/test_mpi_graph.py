@@ -148,6 +148,17 @@ def test_no_collective_over_mpi_waits_for_another():
     runs = ops_of_type(graph, "PyFunc")
     choices = ops_of_type(graph, "If")
     assert len(runs) == len(choices) == 4
+    # What waits for a result is in the branch that needs it.
+    assert not ops_of_type(graph, "QueueDequeueV2")
+    functions = {
+        function.signature.name: {node.op for node in function.node_def}
+        for function in graph.as_graph_def().library.function
+    }
+    for op in choices:
+        assert (
+            "QueueDequeueV2" not in functions[op.get_attr("then_branch").name]
+        )
+        assert "QueueDequeueV2" in functions[op.get_attr("else_branch").name]
     for ops in (runs, choices):
         for op in ops:
             assert not ancestors(op) & set(ops)

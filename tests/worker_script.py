@@ -274,7 +274,7 @@ def paths_of_gradients():
 
 
 def _is_collective(op):
-    """Whether an op waits for other workers, over gRPC or over MPI."""
+    """Whether an op sends to other workers, over gRPC or over MPI."""
     return op.type.startswith(("Collective", "PyFunc"))
 
 

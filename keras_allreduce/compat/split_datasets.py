@@ -17,9 +17,9 @@ from keras_allreduce.compat.datasets import DistributedDataset
 class SplitDataset(DistributedDataset):
     """A data set of one process, whose batches are split, and not sharded.
 
-    To shard it over one worker, TensorFlow writes its graph and reads it again:
-    10 ms per data set, of whose result only the split is left. A last batch
-    from files is split evenly here, as all others are.
+    To shard it over one worker, TensorFlow rewrites its graph, and all that
+    comes of it is the split. A last batch from files is split evenly here, as
+    all others are.
     """
 
     def _create_cloned_datasets_from_dataset(
@@ -70,8 +70,7 @@ def _is_batch(spec: Any) -> bool:
 class _DenseParts(UnaryDataset):
     """As `_LegacyRebatchDataset`, of dense tensors only.
 
-    That one traces a function that sees to sparse and ragged tensors, which
-    takes 10 ms per data set.
+    That one traces a function, which sees to sparse and ragged tensors.
     """
 
     def __init__(self, dataset: Any, count: int):
