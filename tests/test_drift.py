@@ -202,9 +202,10 @@ def test_a_worker_that_stops_in_an_epoch_ends_both_at_once(index):
             assert "waits for a sum outside of steps (fit, epoch 1" in last
 
 
+@pytest.mark.parametrize("seconds", [0, 3])
 @pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
-def test_a_call_after_the_other_script_has_ended_says_so(index):
-    with workers.running("predict_alone", index) as pair:
+def test_a_call_after_the_other_script_has_ended_says_so(index, seconds):
+    with workers.running("predict_alone", index, seconds) as pair:
         ended = pair[1 - index]
         assert ended.wait() == 0, ended.output
         assert pair[index].wait() == 1, pair[index].output

@@ -57,12 +57,14 @@ def runtime(monkeypatch):
     return fake
 
 
-def stores(size, timeout_seconds=60.0, failure=lambda: None):
+def stores(
+    size, timeout_seconds=60.0, failure=lambda: None, cause=lambda: None
+):
     """A store for each of `size` workers, all of one strategy."""
     tasks = tuple(f"/job:worker/replica:0/task:{rank}" for rank in range(size))
     addresses = tuple(f"host{rank}:1" for rank in range(size))
     made = [
-        Store(Cluster(tasks, addresses, rank), timeout_seconds, failure)
+        Store(Cluster(tasks, addresses, rank), timeout_seconds, failure, cause)
         for rank in range(size)
     ]
     for each in made:
@@ -153,6 +155,17 @@ def test_publishing_that_does_not_end_ends_with_the_failure(
     why = WorkerLostError("worker 0 has not answered for 20 s")
     other = stores(2, failure=lambda: why)[1]
     with pytest.raises(WorkerLostError, match="has not answered for 20 s"):
+        other.exchange("a", "text")
+
+
+def test_a_connection_that_breaks_asks_who_is_gone(runtime, monkeypatch):
+    def breaks(*_):
+        raise tf.errors.UnavailableError(None, None, "Connection reset")
+
+    monkeypatch.setattr(runtime, "read_published", breaks)
+    why = WorkerLostError("worker 0 (host0:1) has ended its script")
+    other = stores(2, cause=lambda: why)[1]
+    with pytest.raises(WorkerLostError, match="has ended its script"):
         other.exchange("a", "text")
 
 

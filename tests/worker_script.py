@@ -890,8 +890,8 @@ def fit_and_stop_alone(index):
     _fit(DEADLINE_SECONDS, Stop(), batch_size=8, epochs=5)
 
 
-def predict_alone(index):
-    """Worker `index` predicts after the script of the other has ended."""
+def predict_alone(index, seconds=0):
+    """Worker `index` predicts while, or so long after, the other ends."""
     import keras
     import worker_cases
 
@@ -904,6 +904,7 @@ def predict_alone(index):
     keras.utils.set_random_seed(1)
     model.fit(worker_cases.X, worker_cases.TARGET, verbose=0)
     if worker_cases.worker_index() == index:
+        time.sleep(seconds)
         model.predict(worker_cases.X, verbose=0)
 
 

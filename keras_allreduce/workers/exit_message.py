@@ -22,8 +22,9 @@ from keras_allreduce.workers.watchdog import Watchdog
 # TensorFlow's tear-down waits for a worker that does not answer.
 _TEAR_DOWN_SECONDS = 20.0
 
-# A chief that is frozen would not let the goodbye end.
-_GOODBYE_SECONDS = 2.0
+# The others look out every second, less often on a busy machine. One that is
+# frozen would not let the goodbye end.
+_GOODBYE_SECONDS = 10.0
 
 _watchdogs: weakref.WeakSet[Watchdog] = weakref.WeakSet()
 _state: dict[str, Any] = {"installed": False, "failed": False}

@@ -44,6 +44,7 @@ class Store:
         cluster: The workers.
         timeout_seconds: How long to wait for what another publishes.
         failure: Returns an error once the workers cannot go on.
+        cause: The same, after a connection broke: asks first who is gone.
 
     Attributes:
         number: Number of the strategy, the same on all workers.
@@ -54,10 +55,12 @@ class Store:
         cluster: Cluster,
         timeout_seconds: float,
         failure: Callable[[], WorkerError | None],
+        cause: Callable[[], WorkerError | None],
     ):
         self._cluster = cluster
         self._timeout_seconds = timeout_seconds
         self._failure = failure
+        self._cause = cause
         # Strategies are made in one order on all workers.
         self.number = next(_numbers)
 
@@ -166,7 +169,7 @@ class Store:
         )
 
     def _lost(self, name: str, error: tf.errors.OpError) -> WorkerError:
-        return self._failure() or WorkerLostError(
+        return self._cause() or WorkerLostError(
             "All workers must stay while they compare what they do. "
             f"Received: {self._cluster.name(0)} is not there to compare the "
             f"{name} ({error.message.splitlines()[0]}). Look at its log, then "
@@ -218,10 +221,11 @@ def store_of(
     cluster: Cluster,
     timeout_seconds: float,
     failure: Callable[[], WorkerError | None],
+    cause: Callable[[], WorkerError | None],
 ) -> Store | NoStore:
     """Returns the store of the workers, as far as TensorFlow has one."""
     if runtime.has_store():
-        return Store(cluster, timeout_seconds, failure)
+        return Store(cluster, timeout_seconds, failure, cause)
     return NoStore(cluster)
 
 

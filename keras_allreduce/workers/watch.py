@@ -30,7 +30,12 @@ def watch(
     Returns:
         The watchdog, and the store, whose readers fail when it gives up.
     """
-    store = store_of(cluster, timeout_seconds, lambda: watchdog.failure())
+    store = store_of(
+        cluster,
+        timeout_seconds,
+        failure=lambda: watchdog.failure(),
+        cause=lambda: watchdog.cause(),
+    )
     lookout = None
     if isinstance(store, Store):
         lookout = Lookout(cluster, whereabouts, store.number)

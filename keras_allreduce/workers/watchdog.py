@@ -110,6 +110,11 @@ class Watchdog:
         """An error with the message in `lost`, or `None`."""
         return None if self.lost is None else self._kind(self.lost)
 
+    def cause(self) -> WorkerError | None:
+        """The same, after it has asked the others now until it is sure."""
+        self.ask_until_sure()
+        return self.failure()
+
     def ask_until_sure(self) -> str | None:
         """Asks now, after a collective failed, until a closed port is sure."""
         self._needs_all = True
