@@ -1,13 +1,19 @@
 """A worker that waits finds out that another waits elsewhere."""
 
+import threading
 from collections import Counter
 from concurrent import futures
 
 import pytest
 import tensorflow as tf
+from deadlines import DEADLINE_SECONDS
 
 from keras_allreduce.workers import lookout as lookout_module
 from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.errors import (
+    WorkerLostError,
+    WorkerTimeoutError,
+)
 from keras_allreduce.workers.lookout import Lookout
 from keras_allreduce.workers.place import OUTSIDE, STEP, Place
 
@@ -86,7 +92,7 @@ def test_two_that_wait_at_different_places_both_find_out(pair):
         [lookout.look() for lookout in (of_chief, of_other)] for _ in range(3)
     ]
     assert messages[0] == [None, None]
-    first, second = messages[2]
+    first, second = map(str, messages[2])
     assert first == second
     assert "worker 0 (a:1) waits in a step; worker 1 (b:1) waits" in first
 
@@ -130,7 +136,7 @@ def test_one_that_has_ended_is_missed_only_by_one_that_waits(pair):
     assert of_chief.look() is None
     assert of_chief.has_ended(1)
     chief.wait(STEP)
-    assert "worker 1 (b:1) has ended its script" in of_chief.look()
+    assert "worker 1 (b:1) has ended its script" in str(of_chief.look())
 
 
 def test_a_goodbye_is_the_last_that_a_worker_says(pair):
@@ -154,7 +160,8 @@ def test_the_chief_finds_one_of_many_that_waits_elsewhere(store):
     many = workers(6)
     for rank, (whereabouts, _) in enumerate(many):
         whereabouts.wait(OUTSIDE if rank == 4 else STEP)
-    said = [[lookout.look() for _, lookout in many] for _ in range(3)][-1]
+    for _ in range(3):
+        said = [str(lookout.look()) for _, lookout in many]
     assert "worker 0 (a:1) waits in a step; worker 4 (e:1) waits" in said[0]
     assert "worker 0 (a:1) waits in a step; worker 4 (e:1) waits" in said[4]
 
@@ -178,7 +185,52 @@ def test_one_that_has_ended_is_found_while_the_chief_works(store):
     of_chief.look()
     of_second.say_goodbye(0.0)
     third.wait(STEP)
-    assert "worker 1 (b:1) has ended its script" in of_third.look()
+    assert "worker 1 (b:1) has ended its script" in str(of_third.look())
+
+
+@pytest.mark.parametrize("failed", [0, 1], ids=["chief", "other"])
+def test_those_that_wait_for_one_that_failed_fail_of_the_same(store, failed):
+    many = workers(4)
+    why = WorkerTimeoutError("All workers must be there: worker 3 is not.")
+    many[failed][1].say_failure(why, 0.0)
+    for rank, (whereabouts, lookout) in enumerate(many):
+        if rank != failed:
+            assert lookout.look() is None
+            whereabouts.wait(STEP)
+    # Each reads the chief, and one after the other of the rest.
+    for rank, (_, lookout) in enumerate(many):
+        if rank != failed:
+            found = [lookout.look() for _ in range(3)]
+            error = next(each for each in found if each is not None)
+            assert type(error) is WorkerTimeoutError
+            assert str(error) == str(why)
+
+
+def test_why_the_chief_failed_is_known_after_its_store_is_gone(
+    pair, monkeypatch
+):
+    (_, of_chief), (_, of_other) = pair
+    of_chief.say_failure(WorkerLostError("worker 0 (a:1) has failed"), 0.0)
+    of_other.look()
+    monkeypatch.setattr(lookout_module, "runtime", FakeStore())
+    assert "worker 0 (a:1) has failed" in str(of_other.failure_of(0))
+    assert of_other.failure_of(1) is None
+
+
+def test_a_chief_that_fails_waits_until_all_know_why(pair):
+    (_, of_chief), (_, of_other) = pair
+    of_other.look()
+    telling = threading.Thread(
+        target=of_chief.say_failure,
+        args=[WorkerLostError("worker 0 (a:1) has failed"), DEADLINE_SECONDS],
+    )
+    telling.start()
+    while of_other.failure_of(0) is None:
+        of_other.look()
+    assert telling.is_alive()
+    of_other.look()
+    telling.join(DEADLINE_SECONDS)
+    assert not telling.is_alive()
 
 
 def test_a_chief_that_cannot_be_reached_holds_up_no_look(store, monkeypatch):

@@ -67,3 +67,5 @@ def test_a_place_says_what_the_worker_does():
 def test_a_place_that_was_published_is_read_as_it_was():
     place = Place(waits_in=STEP, beat=3, saw_chief_end=True, **IN_FIT)
     assert Place.from_json(place.to_json()) == place
+    place = Place(failure=("WorkerLostError", "worker 1 has failed"))
+    assert Place.from_json(place.to_json()) == place

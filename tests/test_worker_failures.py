@@ -111,6 +111,16 @@ def test_sigterm_ends_a_worker_and_the_other_says_so(index):
     assert f"Received: worker {index} (127.0.0.1:" in last, outputs[1 - index]
 
 
+@pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
+def test_the_error_of_a_script_is_told_by_the_other(index):
+    codes, outputs = ends("fit_and_raise", index)
+    assert codes == [1, 1]
+    assert outputs[index].strip().endswith("KeyError: 'of the script'")
+    last = outputs[1 - index].strip().splitlines()[-1]
+    assert f"Received: worker {index} (127.0.0.1:" in last, outputs[1 - index]
+    assert "has failed: KeyError: 'of the script'. Look at its log" in last
+
+
 def test_a_sigterm_while_tensorflow_connects_ends_the_worker():
     codes, _ = ends("fit_with_a_sigterm_while_connecting", 1)
     assert codes == [1, -signal.SIGTERM]

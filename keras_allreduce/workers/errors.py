@@ -51,3 +51,14 @@ class WorkerLostError(WorkerError, tf.errors.UnavailableError):
     def __reduce__(self) -> tuple[Any, ...]:
         # TensorFlow's would call this class with three arguments.
         return type(self), (self.message,)
+
+
+def from_name(name: str, message: str) -> WorkerError:
+    """The error that another worker has published.
+
+    Args:
+        name: Name of its class in this module.
+        message: What it says.
+    """
+    kind: type[WorkerError] = globals()[name]
+    return kind(message)

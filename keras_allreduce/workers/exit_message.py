@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -22,9 +23,10 @@ from keras_allreduce.workers.watchdog import Watchdog
 # TensorFlow's tear-down waits for a worker that does not answer.
 _TEAR_DOWN_SECONDS = 20.0
 
-# The others look out every second, less often on a busy machine. One that is
+# The others look out twice per second, less often on a busy machine. One that is
 # frozen would not let the goodbye end.
 _GOODBYE_SECONDS = 10.0
+_FAILURE_SECONDS = 2.0
 
 _watchdogs: weakref.WeakSet[Watchdog] = weakref.WeakSet()
 _state: dict[str, Any] = {"installed": False, "failed": False}
@@ -55,6 +57,8 @@ def install(watchdog: Watchdog) -> None:
             if explanation is not None:
                 print(f"keras_allreduce: {explanation}", file=sys.stderr)
                 _end_within(_TEAR_DOWN_SECONDS)
+            elif not hasattr(sys, "ps1"):  # An interactive one goes on.
+                _tell_all(lambda w: w.say_failure(error, _FAILURE_SECONDS))
 
     sys.excepthook = show_and_explain
     atexit.register(_leave)
@@ -72,17 +76,20 @@ def _leave() -> None:
     """At the end of the process: says goodbye, unless it ends in an error."""
     if _state["failed"]:
         return
-    goodbyes = [
-        threading.Thread(
-            target=watchdog.say_goodbye, args=[_GOODBYE_SECONDS], daemon=True
-        )
+    _tell_all(lambda watchdog: watchdog.say_goodbye(_GOODBYE_SECONDS))
+
+
+def _tell_all(tell: Callable[[Watchdog], None]) -> None:
+    """Tells the workers of each strategy something, all at once."""
+    told = [
+        threading.Thread(target=tell, args=[watchdog], daemon=True)
         for watchdog in _watchdogs
         if watchdog.lost is None
     ]
-    for goodbye in goodbyes:
-        goodbye.start()
-    for goodbye in goodbyes:
-        goodbye.join(_GOODBYE_SECONDS)
+    for each in told:
+        each.start()
+    for each in told:
+        each.join(_GOODBYE_SECONDS)
 
 
 def explain(error: BaseException | None) -> str | None:

@@ -4,6 +4,7 @@
     waits in a step         <-->    waits for a sum outside of steps
     waits in a comparison   <-->    waits in a step
     waits                   <-->    has ended its script
+    waits                   <-->    has failed
 
 Each of these pairs waits for ever. A worker that only waits for one that is
 late does not: that one does not wait.
@@ -30,6 +31,8 @@ class Place:
             not wait for others.
         ended: Whether its script has ended, as it should.
         saw_chief_end: Whether it knows that of the chief.
+        failure: Name of a `WorkerError` and its message, if it goes on no more
+            because of that; the others fail of the same.
         beat: Counts how often the place was published.
     """
 
@@ -39,6 +42,7 @@ class Place:
     waits_in: str = ""
     ended: bool = False
     saw_chief_end: bool = False
+    failure: tuple[str, str] | None = None
     beat: int = 0
 
     def to_json(self) -> str:
@@ -50,7 +54,14 @@ class Place:
         """Reads what `to_json` has written."""
         fields = json.loads(text)
         fields["calls"] = tuple(fields["calls"])
+        if fields["failure"] is not None:
+            fields["failure"] = tuple(fields["failure"])
         return cls(**fields)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the worker publishes no other place after this one."""
+        return self.ended or self.failure is not None
 
     def __str__(self) -> str:
         if self.ended:

@@ -191,7 +191,7 @@ def _unpacked(packed: str) -> list[str]:
     """Inverse of `_packed`; raises what `_packed_error` has made of."""
     unlike, numbers = json.loads(packed)
     if isinstance(unlike, str):
-        raise getattr(errors, unlike)(numbers)
+        raise errors.from_name(unlike, numbers)
     return [unlike[number] for number in numbers]
 
 

@@ -22,7 +22,6 @@ from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.errors import (
     WorkerError,
     WorkerLostError,
-    WorkersDifferError,
     WorkerTimeoutError,
 )
 from keras_allreduce.workers.in_flight import InFlight
@@ -31,8 +30,8 @@ from keras_allreduce.workers.lookout import Lookout
 FROZEN_SECONDS = 20.0
 """A worker that has not answered for so long has failed."""
 
-_INTERVAL_SECONDS = 2.0
-_LOOKOUT_SECONDS = 1.0
+_INTERVAL_SECONDS, _WAITING_INTERVAL_SECONDS = 2.0, 1.0
+_LOOKOUT_SECONDS = 0.5
 _PROBE_SECONDS = 2.0
 
 # TensorFlow publishes a SIGTERM within a second.
@@ -42,6 +41,9 @@ _ANSWER_SECONDS = 0.5
 # A closed port is asked again so often, in case only one connection broke.
 _REFUSALS = 3
 _RETRY_SECONDS = 0.3
+
+# Of the error of a script, which may be a page.
+_SHOWN_CHARACTERS = 200
 
 _REMEDY = (
     "Look at its log, then start all workers again; "
@@ -118,11 +120,12 @@ class Watchdog:
     def ask_until_sure(self) -> str | None:
         """Asks now, after a collective failed, until a closed port is sure."""
         self._needs_all = True
-        for _ in range(_REFUSALS + 1):
-            lost = self._look(self._cluster.others)
-            if lost is not None or not any(self._refusals.values()):
-                break
-            time.sleep(_RETRY_SECONDS)
+        with tf.init_scope():  # A graph may be traced here.
+            for _ in range(_REFUSALS + 1):
+                lost = self._look(self._cluster.others)
+                if lost is not None or not any(self._refusals.values()):
+                    break
+                time.sleep(_RETRY_SECONDS)
         return self.lost
 
     def _run(self) -> None:
@@ -143,18 +146,18 @@ class Watchdog:
         never = self._lookout.look() if self._lookout else None
         with self._asking:
             if never and self.lost is None and not self._stopped.is_set():
-                self._kind = WorkersDifferError
                 self._give_up(never)
             return self.lost
 
     def _due(self) -> list[int]:
         """The workers to ask now."""
-        now = time.monotonic()
+        now, waits = time.monotonic(), self._lookout and self._lookout.waits
+        interval = _WAITING_INTERVAL_SECONDS if waits else _INTERVAL_SECONDS
         return [
             rank
             for rank in self._cluster.others
             if 0 < self._refusals[rank] < _REFUSALS
-            or now - self._asked[rank] >= _INTERVAL_SECONDS
+            or now - self._asked[rank] >= interval
         ]
 
     def _look(self, ranks: Sequence[int]) -> str | None:
@@ -168,7 +171,6 @@ class Watchdog:
                 self.lost is None
                 and self._in_flight.waiting_seconds() >= self._timeout_seconds
             ):
-                self._kind = WorkerTimeoutError
                 self._give_up(_too_late(self._timeout_seconds))
             return self.lost
 
@@ -198,7 +200,10 @@ class Watchdog:
             self._refusals[rank] = 0
 
     def _is_gone(self, rank: int) -> None:
-        if self._lookout is None or not self._lookout.has_ended(rank):
+        failure = self._lookout.failure_of(rank) if self._lookout else None
+        if failure is not None:
+            self._give_up(failure)
+        elif self._lookout is None or not self._lookout.has_ended(rank):
             self._lose(rank, _killed_or_failed())
         elif self._needs_all:
             self._lose(
@@ -216,17 +221,37 @@ class Watchdog:
         if self._lookout is not None:
             self._lookout.say_goodbye(seconds)
 
+    def say_failure(self, error: BaseException, seconds: float) -> None:
+        """Tells the others that the script of this worker ends in an error.
+
+        Args:
+            error: What was raised.
+            seconds: How long it may take.
+        """
+        if self._lookout is None or self.lost is not None:
+            return
+        if not isinstance(error, WorkerError):
+            lines = [type(error).__name__, *str(error).strip().splitlines()[:1]]
+            what = ": ".join(lines)[:_SHOWN_CHARACTERS]
+            error = self._lost_error(self._cluster.rank, f"has failed: {what}.")
+        self._lookout.say_failure(error, seconds)
+
     def _lose(self, rank: int, what: str) -> None:
-        self._give_up(
+        self._give_up(self._lost_error(rank, what))
+
+    def _lost_error(self, rank: int, what: str) -> WorkerLostError:
+        return WorkerLostError(
             "All workers must stay until training ends. Received: "
             f"{self._cluster.name(rank)} {what} {_REMEDY}"
         )
 
-    def _give_up(self, why: str) -> None:
-        self.lost = why
-        runtime.abort_collectives(why)
+    def _give_up(self, error: WorkerError) -> None:
+        self._kind, self.lost = type(error), str(error)
+        runtime.abort_collectives(self.lost)
         for each in self.on_loss:
             each()
+        if self._lookout is not None:
+            self._lookout.say_failure(error, 0)
 
 
 def _repeat_sigterm(cluster: Cluster) -> bool:
@@ -244,8 +269,8 @@ def _repeat_sigterm(cluster: Cluster) -> bool:
     return True
 
 
-def _too_late(timeout_seconds: float) -> str:
-    return (
+def _too_late(timeout_seconds: float) -> WorkerTimeoutError:
+    return WorkerTimeoutError(
         "All workers must take part in every step within "
         f"timeout_seconds={timeout_seconds:g}. Received: no worker was lost, "
         "but at least one is somewhere else in its script: it has fewer "
