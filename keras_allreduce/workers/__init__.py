@@ -9,7 +9,7 @@ error that names the failed worker.
               calls.py: calls of Keras; data_facts.py, drift.py: data, models
     step      between_workers.py --> wire.py --> collectives.py
               wire_formats.py: how a tensor crosses
-    failure   in_flight.py --> watchdog.py --> exit_message.py
+    failure   in_flight.py, heartbeats.py --> watchdog.py --> exit_message.py
     deadlock  whereabouts.py --> lookout.py --> watchdog.py
     straggler lateness.py
 """

@@ -23,8 +23,8 @@ from keras_allreduce.workers.watchdog import Watchdog
 # TensorFlow's tear-down waits for a worker that does not answer.
 _TEAR_DOWN_SECONDS = 20.0
 
-# The others look out twice per second, less often on a busy machine. One that is
-# frozen would not let the goodbye end.
+# The others look out twice per second, on a busy machine less often. One that
+# is frozen would not let the goodbye end.
 _GOODBYE_SECONDS = 10.0
 _FAILURE_SECONDS = 2.0
 

@@ -1,10 +1,8 @@
 """Checks the health of the other workers, and names the one that failed.
 
 A collective waits for all workers, and TensorFlow's errors tell which socket
-was closed, if that. One thread per strategy asks the server of each other
-worker for a heartbeat. C++ threads answer it, so a worker that computes,
-compiles, saves or stands in a debugger does answer; one that was killed or
-frozen, or whose network is cut, does not.
+was closed, if that. One thread per strategy asks for heartbeats, and looks out
+for workers that wait for each other.
 """
 
 import os
@@ -24,6 +22,7 @@ from keras_allreduce.workers.errors import (
     WorkerLostError,
     WorkerTimeoutError,
 )
+from keras_allreduce.workers.heartbeats import IS_GONE, REFUSALS, Heartbeats
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.lookout import Lookout
 
@@ -32,14 +31,11 @@ FROZEN_SECONDS = 20.0
 
 _INTERVAL_SECONDS, _WAITING_INTERVAL_SECONDS = 2.0, 1.0
 _LOOKOUT_SECONDS = 0.5
-_PROBE_SECONDS = 2.0
 
 # TensorFlow publishes a SIGTERM within a second.
 _HEARS_SECONDS = 10.0
 _ANSWER_SECONDS = 0.5
 
-# A closed port is asked again so often, in case only one connection broke.
-_REFUSALS = 3
 _RETRY_SECONDS = 0.3
 
 # Of the error of a script, which may be a page.
@@ -82,12 +78,11 @@ class Watchdog:
         self._timeout_seconds = timeout_seconds
         self._in_flight = in_flight
         self._lookout = lookout
-        self._limit_seconds = min(timeout_seconds, FROZEN_SECONDS)
         self._stopped = threading.Event()
         self._asking = threading.Lock()
-        self._asked = dict.fromkeys(cluster.others, time.monotonic())
-        self._answered = dict(self._asked)
-        self._refusals = dict.fromkeys(cluster.others, 0)
+        self._heartbeats = Heartbeats(
+            cluster, min(timeout_seconds, FROZEN_SECONDS)
+        )
         self._needs_all = False
         self._kind: type[WorkerError] = WorkerLostError
         self.lost: str | None = None
@@ -121,9 +116,9 @@ class Watchdog:
         """Asks now, after a collective failed, until a closed port is sure."""
         self._needs_all = True
         with tf.init_scope():  # A graph may be traced here.
-            for _ in range(_REFUSALS + 1):
+            for _ in range(REFUSALS + 1):
                 lost = self._look(self._cluster.others)
-                if lost is not None or not any(self._refusals.values()):
+                if lost is not None or not self._heartbeats.are_unsure:
                     break
                 time.sleep(_RETRY_SECONDS)
         return self.lost
@@ -132,11 +127,11 @@ class Watchdog:
         hears = self._lookout is not None  # There is a store.
         hear_until = time.monotonic() + _HEARS_SECONDS if hears else 0
         while not self._stopped.wait(
-            _RETRY_SECONDS
-            if any(0 < n < _REFUSALS for n in self._refusals.values())
-            else _LOOKOUT_SECONDS
+            _RETRY_SECONDS if self._heartbeats.are_unsure else _LOOKOUT_SECONDS
         ):
-            if self._look(self._due()) or self._look_out():
+            waits = self._lookout is not None and self._lookout.waits
+            interval = _WAITING_INTERVAL_SECONDS if waits else _INTERVAL_SECONDS
+            if self._look(self._heartbeats.due(interval)) or self._look_out():
                 return
             if time.monotonic() < hear_until and _repeat_sigterm(self._cluster):
                 hear_until = 0
@@ -149,55 +144,23 @@ class Watchdog:
                 self._give_up(never)
             return self.lost
 
-    def _due(self) -> list[int]:
-        """The workers to ask now."""
-        now, waits = time.monotonic(), self._lookout and self._lookout.waits
-        interval = _WAITING_INTERVAL_SECONDS if waits else _INTERVAL_SECONDS
-        return [
-            rank
-            for rank in self._cluster.others
-            if 0 < self._refusals[rank] < _REFUSALS
-            or now - self._asked[rank] >= interval
-        ]
-
     def _look(self, ranks: Sequence[int]) -> str | None:
         """Asks some workers; returns why this one must give up, if so."""
         with self._asking:
             for rank in ranks:
                 if self.lost is not None or self._stopped.is_set():
                     break
-                self._ask(rank)
+                wrong = self._heartbeats.ask(rank)
+                if wrong == IS_GONE:
+                    self._is_gone(rank)
+                elif wrong:
+                    self._lose(rank, wrong)
             if (
                 self.lost is None
                 and self._in_flight.waiting_seconds() >= self._timeout_seconds
             ):
                 self._give_up(_too_late(self._timeout_seconds))
             return self.lost
-
-    def _ask(self, rank: int) -> None:
-        asked = self._asked[rank] = time.monotonic()
-        try:
-            runtime.check_peer(
-                self._cluster.tasks[rank],
-                min(_PROBE_SECONDS, self._limit_seconds),
-            )
-        except tf.errors.DeadlineExceededError:
-            silent = time.monotonic() - self._answered[rank]
-            if silent >= self._limit_seconds:
-                self._lose(
-                    rank,
-                    f"has not answered for {silent:.0f} s: it is frozen, or "
-                    "the network is cut.",
-                )
-        except tf.errors.FailedPreconditionError:
-            self._lose(rank, "was started again while this worker was not.")
-        except tf.errors.OpError:
-            self._refusals[rank] += 1
-            if self._refusals[rank] >= _REFUSALS:
-                self._is_gone(rank)
-        else:
-            self._answered[rank] = asked
-            self._refusals[rank] = 0
 
     def _is_gone(self, rank: int) -> None:
         failure = self._lookout.failure_of(rank) if self._lookout else None
