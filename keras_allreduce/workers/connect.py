@@ -18,6 +18,7 @@ from keras_allreduce.workers.cluster import (
     read_tf_config,
 )
 from keras_allreduce.workers.errors import WorkerStartError
+from keras_allreduce.workers.patience import waits_for_start
 from keras_allreduce.workers.rendezvous import meet
 from keras_allreduce.workers.time_limit import limited
 
@@ -79,7 +80,8 @@ def starting(resolver: Any, timeout_seconds: float) -> Iterator[Cluster | None]:
     if cluster is None or runtime.is_started():
         yield cluster
         return
-    problem = meet(cluster, timeout_seconds, os.environ.get(JOB_TOKEN, ""))
+    with waits_for_start(cluster.name(cluster.rank), timeout_seconds):
+        problem = meet(cluster, timeout_seconds, os.environ.get(JOB_TOKEN, ""))
     if problem is not None:
         raise WorkerStartError(problem)
     _configure(cluster, timeout_seconds)

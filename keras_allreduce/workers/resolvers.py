@@ -20,6 +20,7 @@ from keras_allreduce.workers.address_exchange import (
 from keras_allreduce.workers.cluster import read_tf_config
 from keras_allreduce.workers.errors import WorkerStartError
 from keras_allreduce.workers.mpi.start import GRPC, MPI, host_of_rank_0
+from keras_allreduce.workers.patience import waits_for_start
 from keras_allreduce.workers.ranks import Placement, hint_of, placement_of
 
 _ALONE = "TF_CONFIG='{}' trains on this process alone."
@@ -173,8 +174,10 @@ def _of_launcher(
 @functools.cache
 def _exchange(placement: Placement, timeout_seconds: float) -> tuple[str, ...]:
     token = os.environ.get(JOB_TOKEN) or placement.job
+    this = f"rank {placement.rank} of {placement.size}"
     try:
-        return tuple(exchange_addresses(placement, timeout_seconds, token))
+        with waits_for_start(this, timeout_seconds):
+            return tuple(exchange_addresses(placement, timeout_seconds, token))
     except NoExchange as error:
         raise WorkerStartError(str(error)) from None
 
