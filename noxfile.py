@@ -27,7 +27,10 @@ TOOLS = ["pytest>=8", "pytest-xdist>=3", "scikit-learn"]
 TESTS = [
     "tests/test_batch_all_reduce.py",
     "tests/test_clocks.py",
+    "tests/test_drop_in.py",
     "tests/test_observe.py",
+    "tests/test_programs.py",
+    "tests/test_randomness.py",
     "tests/test_sparse.py",
     "tests/test_update.py",
     "tests/test_versions.py",

@@ -253,6 +253,7 @@ def test_batches_can_be_fed_one_by_one():
             model.train_on_batch(x[8:16], LABELS[8:16], return_dict=True),
             model.test_on_batch(x[:8], LABELS[:8]),
         ]
+        logs = keras.tree.map_structure(float, logs)
         results.append((logs, model.predict_on_batch(x[:8])))
     (own_logs, own_rows), (stock_logs, stock_rows) = results
     for own, theirs in zip(own_logs, stock_logs, strict=True):

@@ -78,13 +78,14 @@ def is_nested_mean(reduce_op: Any, value: Any, axis: Any) -> bool:
 def are_scalar_logs(reduce_op: Any, value: Any, axis: Any) -> bool:
     """Whether a reduction is that of the logs of a step.
 
-    Keras takes the mean of scalars along axis 0, which they do not have.
+    Keras takes the mean of scalars along axis 0, which they do not have. Those
+    of a step that runs eagerly are Python's numbers in Keras 3.10.
     """
     return (
         _is_mean(reduce_op)
         and axis == 0
         and all(
-            tf.TensorShape(part.shape).rank == 0
+            tf.TensorShape(getattr(part, "shape", ())).rank == 0
             for part in getattr(value, "values", (value,))
         )
     )

@@ -11,11 +11,11 @@ import tensorflow as tf
 from keras.src.backend.common import global_state as _global_state
 
 # Makes the generator from which `keras.random` draws without a seed.
-from keras.src.random.seed_generator import (
-    GLOBAL_SEED_GENERATOR as _GENERATOR,
-)
-from keras.src.random.seed_generator import (
-    global_seed_generator as _global_seed_generator,
+from keras.src.random import seed_generator as _seed_generator
+
+# Its name among the settings; Keras 3.10 has no constant for it.
+_GENERATOR = getattr(
+    _seed_generator, "GLOBAL_SEED_GENERATOR", "global_seed_generator"
 )
 
 # What belongs to the code that the thread is in, not to its settings.
@@ -54,5 +54,5 @@ def make_generator_of_unseeded(strategy: tf.distribute.Strategy) -> None:
         _global_state.set_global_attribute(_GENERATOR, None)
     before = random.getstate()
     with tf.init_scope(), strategy.scope():
-        _global_seed_generator()
+        _seed_generator.global_seed_generator()
     random.setstate(before)
