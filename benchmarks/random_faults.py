@@ -12,7 +12,8 @@ round
   a run without a fault; one that was told to stop early has them as far as it
   came, where that was the end of an epoch;
 - a worker that failed, and was not the victim, says why in its last line,
-  which has the rule ("All workers must ...") and names a worker;
+  which has the rule ("All workers must ...") and names a worker: the victim, if
+  the rule is that all must stay until training ends;
 - it did so within `--margin` seconds (5), plus what that line says it has
   waited for. How long its process then takes to end depends on how busy the
   machine is; the table has both.
@@ -69,7 +70,7 @@ CALLBACKS = ["exception", "early stop", "wrong call", "weights", "rate"]
 KINDS = [*SIGNALS, *CALLBACKS, "garbage", "none"]
 
 EPOCHS, STEPS = 12, 6
-RULE = "All workers must"
+RULE, STAY = "All workers must", "until training ends"
 POLL_SECONDS = 0.02
 AS_WITHOUT = "as without a fault"
 
@@ -403,7 +404,8 @@ def problems(
             yield f"worker {rank} has failed: {end.last_line}"
     for rank in survivors(fault, found):
         line, (said, ended) = found.ends[rank].last_line, found.lateness(rank)
-        if RULE not in line or not re.search(r"\bworker \d", line):
+        named = str(fault.rank) if STAY in line else r"\d"
+        if RULE not in line or not re.search(rf"\bworker {named}\b", line):
             yield f"worker {rank} does not say why: {line}"
         if said > margin_seconds:
             yield (

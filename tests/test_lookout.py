@@ -8,7 +8,9 @@ import pytest
 import tensorflow as tf
 from deadlines import DEADLINE_SECONDS
 
+from keras_allreduce.workers import board as board_module
 from keras_allreduce.workers import lookout as lookout_module
+from keras_allreduce.workers.board import Board
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.errors import (
     WorkerLostError,
@@ -62,11 +64,12 @@ class FakeWhereabouts:
 @pytest.fixture
 def store(monkeypatch):
     fake = FakeStore()
-    monkeypatch.setattr(lookout_module, "runtime", fake)
+    monkeypatch.setattr(board_module, "runtime", fake)
+    monkeypatch.setattr(lookout_module, "_APART_SECONDS", 0.0)
     return fake
 
 
-def workers(size):
+def workers(size, answers=lambda rank: True):
     """Whereabouts and lookout of each worker."""
     tasks = tuple(f"/job:worker/replica:0/task:{rank}" for rank in range(size))
     addresses = tuple(f"{'abcdefgh'[rank]}:1" for rank in range(size))
@@ -74,7 +77,8 @@ def workers(size):
     for rank in range(size):
         whereabouts = FakeWhereabouts()
         cluster = Cluster(tasks, addresses, rank)
-        made.append((whereabouts, Lookout(cluster, whereabouts, 0)))
+        board = Board(cluster, 0, answers)
+        made.append((whereabouts, Lookout(cluster, whereabouts, board)))
     return made
 
 
@@ -95,6 +99,28 @@ def test_two_that_wait_at_different_places_both_find_out(pair):
     first, second = map(str, messages[2])
     assert first == second
     assert "worker 0 (a:1) waits in a step; worker 1 (b:1) waits" in first
+
+
+def test_two_beats_at_once_do_not_show_that_the_other_waits(pair, monkeypatch):
+    monkeypatch.setattr(lookout_module, "_APART_SECONDS", 1e9)
+    (chief, of_chief), (other, of_other) = pair
+    chief.wait(STEP)
+    other.wait(OUTSIDE)
+    for _ in range(5):
+        assert of_chief.look() is None
+        assert of_other.look() is None
+
+
+def test_one_that_has_worked_in_between_has_not_waited(pair):
+    (chief, of_chief), (other, of_other) = pair
+    chief.wait(STEP)
+    for _ in range(3):
+        other.wait(OUTSIDE)
+        of_other.look()
+        assert of_chief.look() is None
+        other.work()
+        of_other.look()
+        assert of_chief.look() is None
 
 
 def test_one_that_waits_for_one_that_works_goes_on_waiting(pair):
@@ -134,7 +160,7 @@ def test_one_that_has_ended_is_missed_only_by_one_that_waits(pair):
     (chief, of_chief), (_, of_other) = pair
     of_other.say_goodbye(0.0)
     assert of_chief.look() is None
-    assert of_chief.has_ended(1)
+    assert of_chief._board.has_ended(1)
     chief.wait(STEP)
     assert "worker 1 (b:1) has ended its script" in str(of_chief.look())
 
@@ -143,7 +169,7 @@ def test_a_goodbye_is_the_last_that_a_worker_says(pair):
     (_, of_chief), (_, of_other) = pair
     of_other.say_goodbye(0.0)
     of_other.look()
-    assert of_chief.has_ended(1)
+    assert of_chief._board.has_ended(1)
 
 
 def test_the_end_of_the_chief_is_known_after_its_store_is_gone(
@@ -152,8 +178,8 @@ def test_the_end_of_the_chief_is_known_after_its_store_is_gone(
     (_, of_chief), (_, of_other) = pair
     of_chief.say_goodbye(0.0)
     of_other.look()
-    monkeypatch.setattr(lookout_module, "runtime", FakeStore())
-    assert of_other.has_ended(0)
+    monkeypatch.setattr(board_module, "runtime", FakeStore())
+    assert of_other._board.has_ended(0)
 
 
 def test_the_chief_finds_one_of_many_that_waits_elsewhere(store):
@@ -212,29 +238,59 @@ def test_why_the_chief_failed_is_known_after_its_store_is_gone(
     (_, of_chief), (_, of_other) = pair
     of_chief.say_failure(WorkerLostError("worker 0 (a:1) has failed"), 0.0)
     of_other.look()
-    monkeypatch.setattr(lookout_module, "runtime", FakeStore())
-    assert "worker 0 (a:1) has failed" in str(of_other.failure_of(0))
-    assert of_other.failure_of(1) is None
+    monkeypatch.setattr(board_module, "runtime", FakeStore())
+    assert "worker 0 (a:1) has failed" in str(of_other._board.failure_of(0))
+    assert of_other._board.failure_of(1) is None
 
 
-def test_a_chief_that_fails_waits_until_all_know_why(pair):
+@pytest.mark.parametrize("has_place", [True, False])
+def test_a_chief_that_fails_stays_until_all_know_why(pair, has_place):
     (_, of_chief), (_, of_other) = pair
-    of_other.look()
+    if has_place:
+        of_other.look()
     telling = threading.Thread(
         target=of_chief.say_failure,
         args=[WorkerLostError("worker 0 (a:1) has failed"), DEADLINE_SECONDS],
     )
     telling.start()
-    while of_other.failure_of(0) is None:
-        of_other.look()
+    while of_other._board.failure_of(0) is None:
+        pass
     assert telling.is_alive()
     of_other.look()
     telling.join(DEADLINE_SECONDS)
     assert not telling.is_alive()
 
 
+def test_the_chief_does_not_stay_for_one_that_does_not_answer(store):
+    asked = []
+
+    def answers(rank):
+        asked.append(rank)
+        return rank != 1
+
+    (_, of_chief), (_, of_second), (_, of_third) = workers(3, answers)
+    of_second.look()
+    of_third.say_goodbye(1.0)
+    of_chief.say_goodbye(DEADLINE_SECONDS)  # Else it would take so long.
+    assert asked == [0, 1]
+
+
+def test_what_could_not_be_said_is_said_the_next_time(pair, store):
+    (_, of_chief), (other, of_other) = pair
+    store.is_reachable = False
+    other.here = Place(call="fit")
+    of_other.look()
+    of_other.say_failure(WorkerLostError("worker 1 (b:1) has failed"), 0.0)
+    store.is_reachable = True
+    of_other._board._written.set_result(None)
+    assert of_chief._board.failure_of(1) is None
+    of_other.say_failure(WorkerLostError("worker 1 (b:1) has failed"), 1.0)
+    assert "worker 1 (b:1) has failed" in str(of_chief._board.failure_of(1))
+
+
 def test_a_chief_that_cannot_be_reached_holds_up_no_look(store, monkeypatch):
-    monkeypatch.setattr(lookout_module, "_WRITE_SECONDS", 0.01)
+    monkeypatch.setattr(board_module, "_WRITE_SECONDS", 0.01)
+    monkeypatch.setattr(board_module, "_LAST_WRITE_SECONDS", 0.01)
     _, (other, of_other) = workers(2)
     store.is_reachable = False
     other.wait(STEP)

@@ -1,41 +1,57 @@
 """A worker that waits for others to start says so, once."""
 
-import threading
-
 import pytest
-from deadlines import DEADLINE_SECONDS
 
 from keras_allreduce.workers import patience
 
 
+class FakeTimer:
+    """Runs its function when the test says so, unless it was cancelled."""
+
+    def __init__(self, seconds, function, arguments):
+        self.seconds, self.run = seconds, lambda: function(*arguments)
+        self.is_running = False
+        timers.append(self)
+
+    def start(self):
+        self.is_running = True
+
+    def cancel(self):
+        self.is_running = False
+
+
+timers = []
+
+
 @pytest.fixture
 def said(monkeypatch):
-    """What is logged, and an event that is set then."""
-    messages, event = [], threading.Event()
+    """What is logged."""
+    messages = []
+    timers.clear()
+    monkeypatch.setattr(patience.threading, "Timer", FakeTimer)
+    monkeypatch.setattr(
+        patience.logging,
+        "warning",
+        lambda text, *arguments: messages.append(text % arguments),
+    )
+    return messages
 
-    def warning(text, *arguments):
-        messages.append(text % arguments)
-        event.set()
 
-    monkeypatch.setattr(patience.logging, "warning", warning)
-    return messages, event
-
-
-def test_a_worker_that_waits_for_long_says_so(said, monkeypatch):
-    messages, event = said
-    monkeypatch.setattr(patience, "_SILENT_SECONDS", 0.01)
+def test_a_worker_that_waits_for_long_says_so(said):
     with patience.waits_for_start("worker 1 (b:1)", 600.0):
-        assert event.wait(DEADLINE_SECONDS)
-    assert messages == [
+        (timer,) = timers
+        assert timer.is_running
+        assert timer.daemon
+        timer.run()
+    assert said == [
         "keras_allreduce: worker 1 (b:1) waits for the other workers to start, "
         "for at most timeout_seconds=600."
     ]
 
 
-def test_a_worker_whose_others_come_says_nothing(said, monkeypatch):
-    messages, event = said
-    monkeypatch.setattr(patience, "_SILENT_SECONDS", 0.2)
+def test_a_worker_whose_others_come_says_nothing(said):
     with patience.waits_for_start("worker 1 (b:1)", 600.0):
         pass
-    assert not event.wait(0.5)
-    assert not messages
+    (timer,) = timers
+    assert not timer.is_running
+    assert not said

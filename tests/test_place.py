@@ -21,6 +21,7 @@ IN_FIT = {"call": "fit, epoch 1 of 5", "calls": (1,), "begun": 1}
         (Place(waits_in=STEP), Place(waits_in=COMPARISON)),
         (Place(waits_in=STEP), Place(ended=True)),
         (Place(waits_in=COMPARISON), Place(ended=True)),
+        (Place(waits_in=STEP), Place(failure=("WorkerError", "why"))),
         # It has ended the call, and works on something else.
         (Place(waits_in=STEP, **IN_FIT), Place(begun=1)),
         # It has ended it, and is in the next.
@@ -62,6 +63,7 @@ def test_a_place_says_what_the_worker_does():
     assert str(Place(ended=True, **IN_FIT)) == "has ended its script"
     assert str(Place(**IN_FIT)) == "is at work (fit, epoch 1 of 5)"
     assert str(Place()) == "is at work elsewhere"
+    assert str(Place(failure=("WorkerError", "why"))) == "has failed"
 
 
 def test_a_place_that_was_published_is_read_as_it_was():

@@ -350,10 +350,10 @@ def fit_and_signal(name, index, timeout_seconds):
     import keras
     import worker_cases
 
-    from keras_allreduce.workers import watchdog
+    from keras_allreduce.workers import watch
 
     # Tests need not wait as long as users for one that is only slow.
-    watchdog.FROZEN_SECONDS = PATIENCE_SECONDS
+    watch.FROZEN_SECONDS = PATIENCE_SECONDS
 
     class Signal(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):

@@ -10,6 +10,6 @@ error that names the failed worker.
     step      between_workers.py --> wire.py --> collectives.py
               wire_formats.py: how a tensor crosses
     failure   in_flight.py, heartbeats.py --> watchdog.py --> exit_message.py
-    deadlock  whereabouts.py --> lookout.py --> watchdog.py
+    deadlock  whereabouts.py --> lookout.py, board.py --> watchdog.py
     straggler lateness.py
 """

@@ -21,6 +21,9 @@ from typing import Any
 
 import tensorflow as tf
 
+_SHOWN_CHARACTERS = 200
+_NO_REASONS = ("Graph execution error", "Detected at ", "<stack", " ", "\t")
+
 
 class WorkerError(RuntimeError):
     """Another worker failed, or does not do what this one does."""
@@ -57,8 +60,34 @@ def from_name(name: str, message: str) -> WorkerError:
     """The error that another worker has published.
 
     Args:
-        name: Name of its class in this module.
+        name: Name of its class in this module. That of a script's own class
+            stands for a `WorkerError`.
         message: What it says.
     """
-    kind: type[WorkerError] = globals()[name]
-    return kind(message)
+    kind = globals().get(name)
+    if isinstance(kind, type) and issubclass(kind, WorkerError):
+        return kind(message)
+    return WorkerError(message)
+
+
+def shown(error: BaseException) -> str:
+    """The name of an error and the first line that says something, for others.
+
+    Args:
+        error: Anything that a script raises. TensorFlow's begin with lines on
+            where in the graph it was.
+    """
+    name = type(error).__name__
+    try:
+        lines = str(error).splitlines()
+    except Exception:
+        return name
+    said = [
+        line.strip()
+        for line in lines
+        if line.strip() and not line.startswith(_NO_REASONS)
+    ]
+    text = ": ".join([name, *said[:1]])[:_SHOWN_CHARACTERS]
+    # What TensorFlow can pass on, and does not put in quotes of its own.
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text.replace('"', "'").replace("\\", "/")

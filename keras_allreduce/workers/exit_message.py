@@ -11,22 +11,26 @@ import os
 import re
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce.workers.errors import WorkerError, WorkerLostError
 from keras_allreduce.workers.watchdog import Watchdog
 
 # TensorFlow's tear-down waits for a worker that does not answer.
 _TEAR_DOWN_SECONDS = 20.0
 
-# The others look out twice per second, on a busy machine less often. One that
-# is frozen would not let the goodbye end.
-_GOODBYE_SECONDS = 10.0
-_FAILURE_SECONDS = 2.0
+# How long the chief stays for those that have to know: others look out twice
+# per second, on a busy machine less often. A failure is also seen without that.
+_GOODBYE_SECONDS, _FAILURE_SECONDS = 10.0, 2.0
+
+# Launchers name the process that ends first.
+_AFTER_THE_CAUSE_SECONDS = 1.0
 
 _watchdogs: weakref.WeakSet[Watchdog] = weakref.WeakSet()
 _state: dict[str, Any] = {"installed": False, "failed": False}
@@ -52,16 +56,29 @@ def install(watchdog: Watchdog) -> None:
     ) -> None:
         _state["failed"] = True
         show(kind, error, traceback)
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, KeyboardInterrupt):
             explanation = explain(error)
             if explanation is not None:
                 print(f"keras_allreduce: {explanation}", file=sys.stderr)
                 _end_within(_TEAR_DOWN_SECONDS)
-            elif not hasattr(sys, "ps1"):  # An interactive one goes on.
-                _tell_all(lambda w: w.say_failure(error, _FAILURE_SECONDS))
+                error = WorkerLostError(explanation)
+            if not _is_interactive():
+                _tell_of_failure(error)
 
     sys.excepthook = show_and_explain
     atexit.register(_leave)
+
+
+def _is_interactive() -> bool:
+    """Whether the process goes on after an error."""
+    return bool(sys.flags.inspect) or hasattr(sys, "ps1")
+
+
+def _tell_of_failure(error: BaseException) -> None:
+    watchdogs = list(_watchdogs)
+    _for_each(watchdogs, lambda w: w.say_failure(error, _FAILURE_SECONDS))
+    if isinstance(error, WorkerError):
+        time.sleep(_AFTER_THE_CAUSE_SECONDS)
 
 
 def _end_within(seconds: float) -> None:
@@ -76,15 +93,22 @@ def _leave() -> None:
     """At the end of the process: says goodbye, unless it ends in an error."""
     if _state["failed"]:
         return
-    _tell_all(lambda watchdog: watchdog.say_goodbye(_GOODBYE_SECONDS))
+    watchdogs = [each for each in _watchdogs if each.lost is None]
+    _for_each(watchdogs, lambda w: w.say_goodbye(_GOODBYE_SECONDS))
 
 
-def _tell_all(tell: Callable[[Watchdog], None]) -> None:
+def _for_each(
+    watchdogs: Sequence[Watchdog], tell: Callable[[Watchdog], None]
+) -> None:
     """Tells the workers of each strategy something, all at once."""
+
+    def tell_quietly(watchdog: Watchdog) -> None:
+        with contextlib.suppress(Exception):
+            tell(watchdog)
+
     told = [
-        threading.Thread(target=tell, args=[watchdog], daemon=True)
-        for watchdog in _watchdogs
-        if watchdog.lost is None
+        threading.Thread(target=tell_quietly, args=[watchdog], daemon=True)
+        for watchdog in watchdogs
     ]
     for each in told:
         each.start()

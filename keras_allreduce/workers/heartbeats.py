@@ -12,13 +12,19 @@ import tensorflow as tf
 from keras_allreduce.compat import runtime
 from keras_allreduce.workers.cluster import Cluster
 
+FROZEN_SECONDS = 20.0
+"""A worker that has not answered for so long has failed."""
+
 IS_GONE = "is gone"
 """What is wrong with a worker whose port is closed: it may have ended."""
 
 REFUSALS = 3
 """A closed port is asked so often, in case only one connection broke."""
 
-_PROBE_SECONDS = 2.0
+_PROBE_SECONDS, _MOMENT_SECONDS = 2.0, 0.5
+
+# A probe that took so much longer has been frozen with this process.
+_FROZEN_HERE_SECONDS = 3.0
 
 
 class Heartbeats:
@@ -62,13 +68,14 @@ class Heartbeats:
             What is wrong with it: `IS_GONE`, or a part of a sentence.
         """
         asked = self._asked[rank] = time.monotonic()
+        patience = min(_PROBE_SECONDS, self._limit_seconds)
         try:
-            runtime.check_peer(
-                self._cluster.tasks[rank],
-                min(_PROBE_SECONDS, self._limit_seconds),
-            )
+            runtime.check_peer(self._cluster.tasks[rank], patience)
         except tf.errors.DeadlineExceededError:
-            silent = time.monotonic() - self._answered[rank]
+            now = time.monotonic()
+            if now - asked > patience + _FROZEN_HERE_SECONDS:
+                self._answered[rank] = now
+            silent = now - self._answered[rank]
             if silent < self._limit_seconds:
                 return None
             return (
@@ -83,3 +90,11 @@ class Heartbeats:
         self._answered[rank] = asked
         self._refusals[rank] = 0
         return None
+
+    def answers(self, rank: int) -> bool:
+        """Asks a worker once, for a moment; whether it answered."""
+        try:
+            runtime.check_peer(self._cluster.tasks[rank], _MOMENT_SECONDS)
+        except tf.errors.OpError:
+            return False
+        return True

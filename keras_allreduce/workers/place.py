@@ -30,7 +30,7 @@ class Place:
         waits_in: `STEP`, `OUTSIDE` or `COMPARISON`; empty if the worker does
             not wait for others.
         ended: Whether its script has ended, as it should.
-        saw_chief_end: Whether it knows that of the chief.
+        saw_chief_end: Whether it knows that the chief's has, or has failed.
         failure: Name of a `WorkerError` and its message, if it goes on no more
             because of that; the others fail of the same.
         beat: Counts how often the place was published.
@@ -64,8 +64,8 @@ class Place:
         return self.ended or self.failure is not None
 
     def __str__(self) -> str:
-        if self.ended:
-            return "has ended its script"
+        if self.is_last:
+            return "has ended its script" if self.ended else "has failed"
         where = f" ({self.call})" if self.call else ""
         if self.waits_in:
             return f"waits {self.waits_in}{where}"
@@ -79,7 +79,7 @@ def never_meet(own: Place, other: Place) -> bool:
         own: Place of a worker that waits for the others.
         other: Place of another, later than that.
     """
-    if other.ended:
+    if other.is_last:
         return True
     if other.waits_in and other.waits_in != own.waits_in:
         return True

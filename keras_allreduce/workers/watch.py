@@ -3,7 +3,9 @@
 from typing import Any
 
 from keras_allreduce.workers import exit_message
+from keras_allreduce.workers.board import Board
 from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.heartbeats import FROZEN_SECONDS, Heartbeats
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.lookout import Lookout
 from keras_allreduce.workers.store import NoStore, Store, store_of
@@ -36,10 +38,14 @@ def watch(
         failure=lambda: watchdog.failure(),
         cause=lambda: watchdog.cause(),
     )
-    lookout = None
+    heartbeats = Heartbeats(cluster, min(timeout_seconds, FROZEN_SECONDS))
+    board = lookout = None
     if isinstance(store, Store):
-        lookout = Lookout(cluster, whereabouts, store.number)
-    watchdog = Watchdog(cluster, timeout_seconds, in_flight, lookout)
+        board = Board(cluster, store.number, heartbeats.answers)
+        lookout = Lookout(cluster, whereabouts, board)
+    watchdog = Watchdog(
+        cluster, timeout_seconds, in_flight, heartbeats, board, lookout
+    )
     exit_message.install(watchdog)
     watchdog.start(owner)
     return watchdog, store

@@ -16,18 +16,17 @@ from typing import Any
 import tensorflow as tf
 
 from keras_allreduce.compat import runtime
+from keras_allreduce.workers.board import Board
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.errors import (
     WorkerError,
     WorkerLostError,
     WorkerTimeoutError,
+    shown,
 )
 from keras_allreduce.workers.heartbeats import IS_GONE, REFUSALS, Heartbeats
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.lookout import Lookout
-
-FROZEN_SECONDS = 20.0
-"""A worker that has not answered for so long has failed."""
 
 _INTERVAL_SECONDS, _WAITING_INTERVAL_SECONDS = 2.0, 1.0
 _LOOKOUT_SECONDS = 0.5
@@ -37,9 +36,6 @@ _HEARS_SECONDS = 10.0
 _ANSWER_SECONDS = 0.5
 
 _RETRY_SECONDS = 0.3
-
-# Of the error of a script, which may be a page.
-_SHOWN_CHARACTERS = 200
 
 _REMEDY = (
     "Look at its log, then start all workers again; "
@@ -55,12 +51,13 @@ class Watchdog:
 
     Args:
         cluster: The workers.
-        timeout_seconds: How long a collective may wait for the others. A
-            worker has failed if it has not answered for this long, or for
-            `FROZEN_SECONDS` if that is shorter.
+        timeout_seconds: How long a collective may wait for the others.
         in_flight: The collectives in flight.
+        heartbeats: Asks the others whether they are there.
+        board: What the others have said last; `None` where workers cannot
+            publish.
         lookout: Finds workers that wait for each other at different places;
-            `None` where workers cannot publish.
+            `None` likewise.
 
     Attributes:
         lost: Which worker failed and how, or `None`.
@@ -72,17 +69,18 @@ class Watchdog:
         cluster: Cluster,
         timeout_seconds: float,
         in_flight: InFlight,
-        lookout: Lookout | None = None,
+        heartbeats: Heartbeats,
+        board: Board | None,
+        lookout: Lookout | None,
     ):
         self._cluster = cluster
         self._timeout_seconds = timeout_seconds
         self._in_flight = in_flight
+        self._board = board
         self._lookout = lookout
         self._stopped = threading.Event()
         self._asking = threading.Lock()
-        self._heartbeats = Heartbeats(
-            cluster, min(timeout_seconds, FROZEN_SECONDS)
-        )
+        self._heartbeats = heartbeats
         self._needs_all = False
         self._kind: type[WorkerError] = WorkerLostError
         self.lost: str | None = None
@@ -163,10 +161,10 @@ class Watchdog:
             return self.lost
 
     def _is_gone(self, rank: int) -> None:
-        failure = self._lookout.failure_of(rank) if self._lookout else None
+        failure = self._board.failure_of(rank) if self._board else None
         if failure is not None:
             self._give_up(failure)
-        elif self._lookout is None or not self._lookout.has_ended(rank):
+        elif self._board is None or not self._board.has_ended(rank):
             self._lose(rank, _killed_or_failed())
         elif self._needs_all:
             self._lose(
@@ -189,15 +187,14 @@ class Watchdog:
 
         Args:
             error: What was raised.
-            seconds: How long it may take.
+            seconds: How long the chief waits until they know.
         """
-        if self._lookout is None or self.lost is not None:
+        if self._lookout is None:
             return
         if not isinstance(error, WorkerError):
-            lines = [type(error).__name__, *str(error).strip().splitlines()[:1]]
-            what = ": ".join(lines)[:_SHOWN_CHARACTERS]
-            error = self._lost_error(self._cluster.rank, f"has failed: {what}.")
-        self._lookout.say_failure(error, seconds)
+            what = f"has failed: {shown(error)}."
+            error = self._lost_error(self._cluster.rank, what)
+        self._lookout.say_failure(self.failure() or error, seconds)
 
     def _lose(self, rank: int, what: str) -> None:
         self._give_up(self._lost_error(rank, what))
@@ -214,7 +211,7 @@ class Watchdog:
         for each in self.on_loss:
             each()
         if self._lookout is not None:
-            self._lookout.say_failure(error, 0)
+            self._lookout.say_failure(error, 0.0)
 
 
 def _repeat_sigterm(cluster: Cluster) -> bool:
