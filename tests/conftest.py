@@ -78,6 +78,8 @@ SLOW_FILES = [
     "test_call_path.py",
     "test_bugs.py",
     "test_malloc.py",
+    "test_mpi_graph.py",
+    "test_hooks.py",
     "test_on_gpus.py",
 ]
 
