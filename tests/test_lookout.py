@@ -88,6 +88,12 @@ def pair(store):
     return workers(2)
 
 
+def find_nothing(*lookouts):
+    for _ in range(5):
+        for lookout in lookouts:
+            assert lookout.look() is None
+
+
 def test_two_that_wait_at_different_places_both_find_out(pair):
     (chief, of_chief), (other, of_other) = pair
     chief.wait(STEP)
@@ -106,9 +112,7 @@ def test_two_beats_at_once_do_not_show_that_the_other_waits(pair, monkeypatch):
     (chief, of_chief), (other, of_other) = pair
     chief.wait(STEP)
     other.wait(OUTSIDE)
-    for _ in range(5):
-        assert of_chief.look() is None
-        assert of_other.look() is None
+    find_nothing(of_chief, of_other)
 
 
 def test_one_that_has_worked_in_between_has_not_waited(pair):
@@ -126,9 +130,7 @@ def test_one_that_has_worked_in_between_has_not_waited(pair):
 def test_one_that_waits_for_one_that_works_goes_on_waiting(pair):
     (chief, of_chief), (_, of_other) = pair
     chief.wait(STEP)
-    for _ in range(5):
-        assert of_chief.look() is None
-        assert of_other.look() is None
+    find_nothing(of_chief, of_other)
 
 
 def test_what_another_said_before_it_went_on_does_not_count(pair):
@@ -138,8 +140,7 @@ def test_what_another_said_before_it_went_on_does_not_count(pair):
     assert of_other.look() is None
     # It goes on, and its thread does not come to say so.
     chief.wait(STEP)
-    for _ in range(5):
-        assert of_chief.look() is None
+    find_nothing(of_chief)
 
 
 def test_a_wait_that_is_new_forgets_what_was_read_in_the_last(pair):

@@ -46,8 +46,7 @@ class Board:
         self._written: futures.Future[None] | None = None
         self._beat = 0
         self._said_last = False
-        self._ended: set[int] = set()
-        self._failures: dict[int, WorkerError] = {}
+        self._last: dict[int, Place] = {}
         self.published: Place | None = None
 
     def publish(self, place: Place) -> None:
@@ -86,28 +85,31 @@ class Board:
             place = Place.from_json(
                 runtime.read_published(self._key(rank), seconds)
             )
-            if place.ended:
-                self._ended.add(rank)
-            if place.failure is not None:
-                self._failures[rank] = errors.from_name(*place.failure)
+            if place.is_last:
+                self._last[rank] = place
             return place
         return None
 
     def knows_end_of(self, rank: int) -> bool:
         """Whether the last of another worker has been read."""
-        return rank in self._ended or rank in self._failures
+        return rank in self._last
 
     def has_ended(self, rank: int) -> bool:
         """Whether the script of another worker has ended, as it should."""
-        if not self.knows_end_of(rank):
-            self.read(rank)
-        return rank in self._ended
+        last = self._last_of(rank)
+        return last is not None and last.ended
 
     def failure_of(self, rank: int) -> WorkerError | None:
         """The error in which another worker has failed, if it said so."""
-        if not self.knows_end_of(rank):
+        last = self._last_of(rank)
+        if last is None or last.failure is None:
+            return None
+        return errors.from_name(*last.failure)
+
+    def _last_of(self, rank: int) -> Place | None:
+        if rank not in self._last:
             self.read(rank)
-        return self._failures.get(rank)
+        return self._last.get(rank)
 
     def _key(self, rank: int) -> str:
         return f"keras_allreduce/{self._number}/place/{rank}"

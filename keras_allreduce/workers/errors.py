@@ -56,6 +56,11 @@ class WorkerLostError(WorkerError, tf.errors.UnavailableError):
         return type(self), (self.message,)
 
 
+def name_and_message(error: WorkerError) -> tuple[str, str]:
+    """What a worker publishes of an error; `from_name` makes it again."""
+    return type(error).__name__, str(error)
+
+
 def from_name(name: str, message: str) -> WorkerError:
     """The error that another worker has published.
 

@@ -26,7 +26,11 @@ from dataclasses import replace
 
 from keras_allreduce.workers.board import Board
 from keras_allreduce.workers.cluster import Cluster
-from keras_allreduce.workers.errors import WorkerError, WorkersDifferError
+from keras_allreduce.workers.errors import (
+    WorkerError,
+    WorkersDifferError,
+    name_and_message,
+)
 from keras_allreduce.workers.place import Place, never_meet
 from keras_allreduce.workers.whereabouts import Whereabouts
 
@@ -47,6 +51,9 @@ class Lookout:
         cluster: The workers.
         whereabouts: Where this worker is.
         board: Where all publish.
+
+    Attributes:
+        waits: Whether this worker waited for others at the last look.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class Lookout:
         # and when.
         self._seen: dict[int, tuple[Place, float]] = {}
         self._looked = time.monotonic()
+        self.waits = False
 
     def look(self) -> WorkerError | None:
         """To be called again and again.
@@ -73,6 +81,7 @@ class Lookout:
         self._looked = time.monotonic()
         own = self._whereabouts.place()
         own = replace(own, saw_chief_end=self._board.knows_end_of(0))
+        self.waits = bool(own.waits_in)
         if own.waits_in or own != self._board.published:
             self._board.publish(own)
         if own.waits_in:
@@ -82,11 +91,6 @@ class Lookout:
             self._board.read(0)
         return None
 
-    @property
-    def waits(self) -> bool:
-        """Whether this worker has waited for long enough to ask why."""
-        return bool(self._whereabouts.place().waits_in)
-
     def say_failure(self, error: WorkerError, seconds: float) -> None:
         """Tells the others why this worker fails.
 
@@ -94,7 +98,7 @@ class Lookout:
             error: For those that wait for this one, too.
             seconds: See `Board.say_last`.
         """
-        failure = type(error).__name__, str(error)
+        failure = name_and_message(error)
         place = replace(self._whereabouts.place(), failure=failure)
         self._board.say_last(place, seconds)
 

@@ -184,7 +184,7 @@ def _packed(texts: list[str]) -> str:
 
 
 def _packed_error(error: WorkerError) -> str:
-    return json.dumps([type(error).__name__, str(error)])
+    return json.dumps(errors.name_and_message(error))
 
 
 def _unpacked(packed: str) -> list[str]:
