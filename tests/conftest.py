@@ -4,7 +4,12 @@ Where there are GPUs, those of `test_on_gpus.py` run too, on two of them or on
 one that is split in two.
 """
 
+import gc
 import os
+
+# What is imported here stays: to look for garbage in it, meanwhile and with
+# each graph that is traced, takes a tenth of the time of the tests.
+gc.disable()
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Whether there is one depends on how busy the machine is.
@@ -18,6 +23,10 @@ import tensorflow as tf
 import worker_cases
 
 import keras_allreduce
+
+gc.freeze()
+gc.enable()
+gc.set_threshold(20_000, 50, 50)
 
 DEVICES = keras_allreduce.host_devices(5)
 

@@ -21,8 +21,6 @@ import warm_python
 import workers
 from deadlines import DEADLINE_SECONDS
 
-FORKED_RANK = Path(__file__).parent / "forked_rank.py"
-
 # `mpirun` starts more processes than there are cores, and as root, and binds
 # none of them to a core.
 ENVIRONMENT = {
@@ -39,7 +37,7 @@ ENVIRONMENT = {
 # Every rank of Open MPI, MPICH and Intel MPI finds its own folder.
 _COMMAND = (
     'cd "$0/${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" && echo $$ > pid && '
-    'exec "$@" > output 2>&1'
+    'FORKED_PID_FILE=pid exec "$@" > output 2>&1'
 )
 
 
@@ -210,10 +208,9 @@ def forking():
     """A `python` for `running` that has imported TensorFlow already.
 
     Not where the subject is how `mpirun` deals with a process: its own child
-    is `forked_rank.py`, which only stands for it.
+    is `forked_python.py`, which only stands for it.
     """
-    own = [sys.executable, "-S", "-E", str(FORKED_RANK)]
-    return [*own, warm_python.address()]
+    return [warm_python.executable()]
 
 
 def results(function, *arguments, **options):

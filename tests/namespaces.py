@@ -42,6 +42,10 @@ class Network:
     name: str
     addresses: tuple[str, ...]
 
+    def path(self, worker):
+        """Path of a worker's namespace."""
+        return f"/var/run/netns/{self.name}-{worker}"
+
     def command(self, worker, command):
         """The command line that runs `command` in a worker's namespace.
 

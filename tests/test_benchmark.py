@@ -520,21 +520,6 @@ class TestWrongSums:
             Message(Many(), [Gradient((2,), tf.bfloat16)])
 
 
-def run(*command):
-    return subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_SECONDS,
-        env={
-            **os.environ,
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "CUDA_VISIBLE_DEVICES": "-1",
-        },
-    )
-
-
 def test_the_command_runs_by_itself():
     ended = warm_python.run(
         ["-m", "keras_allreduce.benchmark", *TINY, "--replicas", "3"],
@@ -545,10 +530,14 @@ def test_the_command_runs_by_itself():
 
 
 def test_two_workers_measure_together_and_the_chief_prints():
-    ended = run(
-        *["keras_allreduce.launch", "--workers", "2"],
-        *["--devices-per-worker", "2", "-m", "keras_allreduce.benchmark"],
-        *[*TINY, "--json", "--gradients", "2", "--bytes-per-pack", "0,2K"],
+    ended = warm_python.run(
+        [
+            *["-m", "keras_allreduce.launch", "--workers", "2"],
+            *["--devices-per-worker", "2", "-m", "keras_allreduce.benchmark"],
+            *[*TINY, "--json", "--gradients", "2", "--bytes-per-pack", "0,2K"],
+        ],
+        folder=REPOSITORY,
+        forks=True,
     )
     assert ended.returncode == 0, ended.stderr
     tag, text = ended.stdout.split("] ", 1)
@@ -571,7 +560,7 @@ def test_two_workers_measure_together_and_the_chief_prints():
 def test_workers_of_mpirun_measure_grpc_mpi_and_a_plain_allreduce():
     done = subprocess.run(
         [
-            *[mpi_jobs.mpirun(), "-n", "2", sys.executable],
+            *[mpi_jobs.mpirun(), "-n", "2", *mpi_jobs.forking()],
             *["-m", "keras_allreduce.benchmark", "--algorithm", "all"],
             *["--min-bytes", "4K", "--max-bytes", "4K", "--rounds", "1"],
             *["--warmup", "0", "--json"],

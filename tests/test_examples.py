@@ -76,7 +76,9 @@ def test_an_example_prints_what_it_promises(name, tmp_path):
         package, command = NEEDS[name]
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{name} needs {package}: {command}")
-    result = warm_python.run([str(EXAMPLES / name)], folder=tmp_path)
+    result = warm_python.run(
+        [str(EXAMPLES / name)], folder=tmp_path, forks=True
+    )
     assert result.returncode == 0, result.stderr
     rest = re.sub(r"\x1b\[\d+m", "", result.stdout)
     for expected in PRINTS[name]:

@@ -6,13 +6,12 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from deadlines import DEADLINE_SECONDS
+import warm_python
 
 import keras_allreduce
 from keras_allreduce.launch.options import environments, parse
@@ -62,37 +61,31 @@ def run_workers(tmp_path, code, *, per_worker=None):
     """Output of two workers with the code, each its own lines."""
     script = tmp_path / "train.py"
     script.write_text(code)
-    command = [sys.executable, str(script)]
-    environment = {
-        **os.environ,
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "CUDA_VISIBLE_DEVICES": "-1",
-    }
+    command = [str(script)]
     each = per_worker or [{}]
     if per_worker is None:
-        command[1:1] = ["-m", "keras_allreduce.launch", "--workers", "2"]
+        command[:0] = ["-m", "keras_allreduce.launch", "--workers", "2"]
+    outputs = [tmp_path / f"output{index}" for index in range(len(each))]
     processes = [
-        subprocess.Popen(
+        warm_python.Process(
             command,
-            cwd=tmp_path,
-            env={**environment, **added},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            folder=tmp_path,
+            environment={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", **added},
+            stdout=output,
+            stderr=output,
+            forks=True,
         )
-        for added in each
+        for added, output in zip(each, outputs, strict=True)
     ]
     try:
-        outputs = [
-            process.communicate(timeout=DEADLINE_SECONDS)[0]
-            for process in processes
-        ]
+        codes = [process.wait() for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    assert not any(process.returncode for process in processes), outputs
-    return "\n".join(outputs)
+    said = [output.read_text() for output in outputs]
+    assert not any(codes), said
+    return "\n".join(said)
 
 
 def weights_in(output):

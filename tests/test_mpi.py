@@ -91,7 +91,7 @@ def test_mpi_tells_the_host_of_rank_0_where_nothing_else_does():
 
 def test_the_example_runs_under_mpirun_and_says_so():
     done = subprocess.run(
-        [mpi_jobs.mpirun(), "-n", "2", sys.executable, str(EXAMPLE)],
+        [mpi_jobs.mpirun(), "-n", "2", *mpi_jobs.forking(), str(EXAMPLE)],
         env={**os.environ, **mpi_jobs.ENVIRONMENT},
         capture_output=True,
         text=True,
@@ -171,7 +171,7 @@ def test_a_killed_worker_ends_all_and_is_named_by_mpirun():
 
 @pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
 def test_a_frozen_worker_ends_all_in_an_error(index):
-    code, output = ends("fit_and_signal", "SIGSTOP", index, 600, python=PYTHON)
+    code, output = ends("fit_and_signal", "SIGSTOP", index, 600)
     assert code != 0
     stay = f"{test_multi_worker.STAY} worker {index} ("
     assert "UnavailableError" in output
@@ -219,7 +219,8 @@ def test_a_worker_that_never_makes_a_strategy_is_named(absent):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_to_mpirun_ends_all(name):
-    with mpi_jobs.running("fit_until_ended", 600) as job:
+    python = PYTHON if name == "SIGINT" else mpi_jobs.forking()
+    with mpi_jobs.running("fit_until_ended", 600, python=python) as job:
         job.wait_for("an epoch has ended", 0)
         job.process.send_signal(getattr(signal, name))
         assert job.wait() not in (0, None), job.output

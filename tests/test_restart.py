@@ -1,10 +1,7 @@
 """A job that is started again goes on from its backup as if nothing was."""
 
-import subprocess
-import sys
-
 import numpy as np
-from deadlines import DEADLINE_SECONDS
+import warm_python
 
 # Every worker of the job. Without the file "died", worker 1 dies in the middle
 # of the third epoch.
@@ -53,11 +50,9 @@ np.savez(folder / f"weights{index}.npz", *model.get_weights())
 def train(folder):
     script = folder / "train.py"
     script.write_text(TRAIN)
-    command = [sys.executable, "-m", "keras_allreduce.launch", "--workers", "2"]
+    command = ["-m", "keras_allreduce.launch", "--workers", "2"]
     command += ["--restarts", "1", str(script), str(folder)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=DEADLINE_SECONDS
-    )
+    done = warm_python.run(command, forks=True)
     assert done.returncode == 0, done.stderr[-3000:]
     weights = []
     for index in range(2):

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ from pathlib import Path
 from deadlines import DEADLINE_SECONDS
 
 SERVER = Path(__file__).parent / "warm_server.py"
+FORKED = Path(__file__).parent / "forked_python.py"
 
 
 class Process:
@@ -34,9 +36,21 @@ class Process:
         environment: All its environment variables.
         stdout: Path of the file for its output.
         stderr: The same for its errors.
+        namespace: Path of its network namespace; `None`: that of the tests.
+        forks: Whether the processes that it starts are forked as well.
     """
 
-    def __init__(self, argv, *, folder, environment, stdout, stderr):
+    def __init__(
+        self,
+        argv,
+        *,
+        folder,
+        environment,
+        stdout,
+        stderr,
+        namespace=None,
+        forks=False,
+    ):
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(address())
         request = {
@@ -45,6 +59,8 @@ class Process:
             "environment": environment,
             "stdout": str(stdout),
             "stderr": str(stderr),
+            "namespace": namespace,
+            "executable": executable() if forks else None,
         }
         self._connection.sendall(json.dumps(request).encode() + b"\n")
         self._lines = self._connection.makefile()
@@ -78,7 +94,14 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def run(argv, *, folder=".", environment=None, timeout=DEADLINE_SECONDS):
+def run(
+    argv,
+    *,
+    folder=".",
+    environment=None,
+    timeout=DEADLINE_SECONDS,
+    forks=False,
+):
     """Runs a process to its end, as `subprocess.run` does.
 
     Args:
@@ -86,6 +109,7 @@ def run(argv, *, folder=".", environment=None, timeout=DEADLINE_SECONDS):
         folder: Where it runs.
         environment: Variables besides those of this process.
         timeout: Seconds until it is killed.
+        forks: Whether the processes that it starts are forked as well.
 
     Returns:
         `subprocess.CompletedProcess` with its output.
@@ -101,6 +125,7 @@ def run(argv, *, folder=".", environment=None, timeout=DEADLINE_SECONDS):
             environment={**os.environ, **(environment or {})},
             stdout=stdout,
             stderr=stderr,
+            forks=forks,
         )
         try:
             process.wait(timeout)
@@ -110,6 +135,29 @@ def run(argv, *, folder=".", environment=None, timeout=DEADLINE_SECONDS):
         return subprocess.CompletedProcess(
             argv, process.returncode, stdout.read_text(), stderr.read_text()
         )
+
+
+@functools.cache
+def executable():
+    """Path of a program to start in place of `python`.
+
+    Where the subject is how a process is started or ended, the child has to be
+    the process itself, not `forked_python.py`, which only stands for it.
+    """
+    path = Path(address()).with_name("python")
+    plain = shlex.quote(sys.executable)
+    forked = shlex.join([sys.executable, "-S", "-E", str(FORKED), address()])
+    # Python's own options are for small processes, which import no TensorFlow.
+    path.write_text(
+        f"""#!/bin/sh
+case "$1" in
+-[ESI]) exec {plain} "$@" ;;
+*) exec {forked} "$@" ;;
+esac
+"""
+    )
+    path.chmod(0o700)
+    return str(path)
 
 
 @functools.cache

@@ -8,7 +8,9 @@ It listens on the Unix socket whose path is its argument, and ends when its
 stdin does. A connection asks for one process:
 
     client    a line of JSON: `argv` as behind `python`, `environment`,
-              `folder` to run in, paths of the files `stdout` and `stderr`
+              `folder` to run in, paths of the files `stdout` and `stderr`,
+              path of a network `namespace` or null, what the process takes
+              for its `executable` or null
     server    a line: the process id
     server    a line: the exit code, at the end; minus the signal, if one
               killed it
@@ -17,6 +19,7 @@ A client that hangs up has its process killed: none outlives the tests.
 """
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -119,6 +122,8 @@ class Server:
 def become(request):
     """Makes this process look as if it were started by itself."""
     os.setpgid(0, 0)
+    if request["namespace"]:
+        _enter(request["namespace"])
     os.chdir(request["folder"])
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for target, path in ((1, request["stdout"]), (2, request["stderr"])):
@@ -130,6 +135,15 @@ def become(request):
     os.close(nothing)
     os.environ.clear()
     os.environ.update(request["environment"])
+    sys.executable = request["executable"] or sys.executable
+
+
+def _enter(namespace):
+    with open(namespace) as file:
+        libc = ctypes.CDLL(None, use_errno=True)
+        # As `os.setns` of Python 3.12.
+        if libc.setns(file.fileno(), 0x4000_0000):
+            raise OSError(ctypes.get_errno(), "setns", namespace)
 
 
 def run(argv):
@@ -150,6 +164,7 @@ def run(argv):
 
 
 if __name__ == "__main__":
+    gc.disable()
     import keras  # noqa: F401
     import tensorflow  # noqa: F401
 
@@ -160,8 +175,9 @@ if __name__ == "__main__":
     assert not runtime.is_started(), "Threads do not survive a fork."
     # No child looks for garbage in what was imported here, least of all at its
     # end: that takes longer than a small process.
-    gc.collect()
     gc.freeze()
+    gc.enable()
+    gc.set_threshold(20_000, 50, 50)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     request = Server(sys.argv[1]).serve()
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -218,20 +218,19 @@ def _start(folder, cluster, call, deadline_seconds, network, environment):
         "CUDA_VISIBLE_DEVICES": "-1",
         **environment,
     }
-    if network is None and environment["CUDA_VISIBLE_DEVICES"] == "-1":
+    if environment["CUDA_VISIBLE_DEVICES"] == "-1":
         return warm_python.Process(
             [str(SCRIPT), *argv],
             folder=Path.cwd(),
             environment=environment,
             stdout=folder / "output",
             stderr=folder / "output",
+            namespace=network and network.path(cluster["task"]["index"]),
         )
-    command = [sys.executable, str(SCRIPT), *argv]
-    if network is not None:
-        command = network.command(cluster["task"]["index"], command)
+    assert network is None, "Workers with GPUs are on loopback."
     with open(folder / "output", "wb") as output:
         return subprocess.Popen(
-            command,
+            [sys.executable, str(SCRIPT), *argv],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,

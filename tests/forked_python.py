@@ -1,9 +1,9 @@
-"""What `mpirun` starts in place of `python`: it has the process forked.
+"""What others start in place of `python`: it has the process forked.
 
 Not a test. In front of the arguments of `python` stands the socket of
-`warm_server.py`. Rank and size, which `mpirun` has put into the environment,
-go to the forked process; signals do too, and its end is the end of this one.
-Imports next to nothing, as it is there to save time.
+`warm_server.py`. The environment, where `mpirun` has put rank and size, and
+the outputs go to the forked process; signals do too, and its end is the end of
+this one. Imports next to nothing, as it is there to save time.
 """
 
 import json
@@ -22,15 +22,19 @@ if __name__ == "__main__":
         "argv": sys.argv[2:],
         "folder": os.getcwd(),
         "environment": dict(os.environ),
-        "stdout": "output",
-        "stderr": "output",
+        "stdout": f"/proc/{os.getpid()}/fd/1",
+        "stderr": f"/proc/{os.getpid()}/fd/2",
+        "namespace": None,
+        "executable": None,
     }
     server.sendall(json.dumps(request).encode() + b"\n")
     lines = server.makefile()
     pid = int(lines.readline())
-    with open("pid.new", "w") as file:
-        file.write(str(pid))
-    os.rename("pid.new", "pid")
+    if "FORKED_PID_FILE" in os.environ:
+        path = os.environ["FORKED_PID_FILE"]
+        with open(f"{path}.new", "w") as file:
+            file.write(str(pid))
+        os.rename(f"{path}.new", path)
     for number in FORWARDED:
         signal.signal(number, lambda number, _: os.kill(pid, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
