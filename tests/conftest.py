@@ -26,7 +26,7 @@ import keras_allreduce
 
 gc.freeze()
 gc.enable()
-gc.set_threshold(20_000, 50, 50)
+gc.set_threshold(20_000, 10, 10)
 
 DEVICES = keras_allreduce.host_devices(5)
 

@@ -13,6 +13,7 @@ import pytest
 import small_model
 import tensorflow as tf
 from conftest import DEVICES
+from graph_walk import ops_of_type
 
 from keras_allreduce import AllReduceStrategy
 from keras_allreduce.compat import (
@@ -573,6 +574,43 @@ def test_functions_with_an_unknown_argument_are_refused():
     )
     with pytest.raises(TypeError, match="Received"):
         functions._what(tf.constant("another"))
+
+
+# Parts -----------------------------------------------------------------------
+
+
+def _of_elements(*sizes):
+    return tf.data.Dataset.from_tensor_slices(
+        tf.ragged.constant([list(range(size)) for size in sizes])
+    )
+
+
+@pytest.mark.parametrize(
+    "data",
+    [numbers(7, 3), _of_elements(1, 0, 2, 3, 1, 1, 2).batch(3)],
+    ids=["dense", "ragged"],
+)
+def test_each_batch_becomes_one_part_for_every_replica(data):
+    # So no replica has to be asked whether it has a part.
+    rows = [part.shape[0] for part in split_datasets._parts(data, 4)]
+    assert rows == [1, 1, 1, 0, 1, 1, 1, 0, 1, 0, 0, 0]
+
+
+def test_a_step_reads_its_parts_without_a_condition():
+    both = strategy()
+    iterator = iter(both.experimental_distribute_dataset(numbers(7, 3)))
+
+    @tf.function
+    def read_one():
+        return both.experimental_local_results(next(iterator))
+
+    graph = read_one.get_concrete_function().graph
+    assert len(ops_of_type(graph, "IteratorGetNext")) == 2
+    assert not {op.type for op in graph.get_operations()} & {"If", "While"}
+    rows = [[len(part) for part in read_one()] for _ in range(3)]
+    assert rows == [[2, 1], [2, 1], [1, 0]]
+    with pytest.raises(tf.errors.OutOfRangeError):
+        read_one()
 
 
 # Other versions of TensorFlow ------------------------------------------------

@@ -177,7 +177,7 @@ if __name__ == "__main__":
     # end: that takes longer than a small process.
     gc.freeze()
     gc.enable()
-    gc.set_threshold(20_000, 50, 50)
+    gc.set_threshold(20_000, 10, 10)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     request = Server(sys.argv[1]).serve()
     signal.signal(signal.SIGINT, signal.default_int_handler)

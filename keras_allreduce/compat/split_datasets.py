@@ -20,7 +20,15 @@ class SplitDataset(DistributedDataset):
     To shard it over one worker, TensorFlow rewrites its graph, and all that
     comes of it is the split. A last batch from files is split evenly here, as
     all others are.
+
+    Each batch becomes one part for every replica, an empty one if it has too
+    few samples. So at the end of the data no replica has a part: the iterator
+    need not ask for each whether there is one.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._enable_get_next_as_optional = False
 
     def _create_cloned_datasets_from_dataset(
         self,
