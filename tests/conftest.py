@@ -1,42 +1,16 @@
-"""Five host devices for every test, so that no test needs a GPU.
-
-Where there are GPUs, those of `test_on_gpus.py` run too, on two of them or on
-one that is split in two.
-"""
+"""What holds for all tests: how they start, and in which order they run."""
 
 import gc
 import os
 
-# What is imported here stays: to look for garbage in it, meanwhile and with
-# each graph that is traced, takes a tenth of the time of the tests.
-gc.disable()
+import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Whether there is one depends on how busy the machine is.
 os.environ.setdefault("KERAS_ALLREDUCE_HINT", "0")
-
-import command_line
-import keras
-import mpi_jobs
-import pytest
-import tensorflow as tf
-import worker_cases
-
-import keras_allreduce
-
-gc.freeze()
-gc.enable()
+# What TensorFlow and Keras import is a million objects. To look for garbage in
+# them as often as Python does takes a tenth of the time of the tests.
 gc.set_threshold(20_000, 10, 10)
-
-DEVICES = keras_allreduce.host_devices(5)
-
-
-# Grows on real GPUs: workers of the tests share them.
-GPUS = (
-    command_line.devices(2, on_gpus=True)
-    if tf.config.list_physical_devices("GPU")
-    else []
-)
 
 
 # They start processes, or train for seconds: not in `make test-fast`. All are
@@ -93,6 +67,13 @@ SLOW_FILES = [
 ]
 
 
+def pytest_collection(session):
+    """Makes the devices before a test can start TensorFlow."""
+    runs_no_test = session.config.getoption("numprocesses", None)
+    if not runs_no_test or "PYTEST_XDIST_WORKER" in os.environ:
+        import five_devices  # noqa: F401
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name in SLOW_FILES:
@@ -111,6 +92,8 @@ def pytest_xdist_auto_num_workers():
 
 @pytest.fixture(autouse=True)
 def _same_start():
+    import keras
+
     keras.utils.set_random_seed(7)
     yield
     keras.utils.clear_session(free_memory=False)
@@ -118,6 +101,8 @@ def _same_start():
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_folder(tmp_path_factory, worker_id):
+    import worker_cases
+
     own = tmp_path_factory.getbasetemp()
     # That of a process of pytest-xdist is in that of the run.
     shared = own if worker_id == "master" else own.parent
@@ -128,5 +113,7 @@ def _shared_folder(tmp_path_factory, worker_id):
 @pytest.fixture(scope="session")
 def needs_mpirun():
     """Skips where `mpirun` and mpi4py are not there, or do not fit."""
+    import mpi_jobs
+
     if mpi_jobs.missing():
         pytest.skip(mpi_jobs.missing())

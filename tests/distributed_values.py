@@ -2,7 +2,7 @@
 
 import numpy as np
 import tensorflow as tf
-from conftest import DEVICES
+from five_devices import DEVICES
 
 from keras_allreduce.compat import distribute
 

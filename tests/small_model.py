@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import tensorflow as tf
-from conftest import DEVICES
+from five_devices import DEVICES
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=[24, 3]).astype("float32")

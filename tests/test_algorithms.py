@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import DEVICES
 from distributed_values import local, per_replica
+from five_devices import DEVICES
 from test_pack_sizes import DOCUMENT, table_of
 
 from keras_allreduce import AllReduceStrategy, BatchAllReduce

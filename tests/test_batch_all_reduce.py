@@ -6,7 +6,6 @@ import operator
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import DEVICES
 from distributed_values import (
     DTYPES,
     gradient,
@@ -14,6 +13,7 @@ from distributed_values import (
     per_replica,
     sparse_value,
 )
+from five_devices import DEVICES
 
 from keras_allreduce import BatchAllReduce
 from keras_allreduce.reduce import algorithms

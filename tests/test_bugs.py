@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import DEVICES
+from five_devices import DEVICES
 from graph_walk import ops_of_type
 
 import keras_allreduce

@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 import workers
 from call_path import Recorder, returns
-from conftest import DEVICES
+from five_devices import DEVICES
 
 from keras_allreduce import AllReduceStrategy
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import DEVICES
+from five_devices import DEVICES
 from graph_walk import ancestors, ops_of_type
 
 from keras_allreduce import AllReduceStrategy

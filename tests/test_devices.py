@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import warm_python
-from conftest import DEVICES
+from five_devices import DEVICES
 
 from keras_allreduce import AllReduceStrategy, BatchAllReduce, host_devices
 

@@ -2,7 +2,7 @@
 
 import keras
 import numpy as np
-from conftest import DEVICES
+from five_devices import DEVICES
 from linear_model import X, Y, compiled
 
 import keras_allreduce

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from absl import logging
-from conftest import DEVICES
+from five_devices import DEVICES
 from small_model import make_model, stock
 
 from keras_allreduce import AllReduceStrategy, Link

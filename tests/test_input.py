@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import small_model
 import tensorflow as tf
-from conftest import DEVICES
+from five_devices import DEVICES
 from graph_walk import ops_of_type
 
 from keras_allreduce import AllReduceStrategy

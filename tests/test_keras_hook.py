@@ -6,7 +6,7 @@ import warnings
 
 import keras
 import pytest
-from conftest import DEVICES
+from five_devices import DEVICES
 from small_model import fit, make_model
 
 from keras_allreduce import AllReduceLogger, AllReduceStrategy

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import tensorflow as tf
-from conftest import DEVICES
+from five_devices import DEVICES
 from linear_model import X, Y, compiled, linear
 
 import keras_allreduce

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import DEVICES
+from five_devices import DEVICES
 from linear_model import X, Y, compiled, linear
 
 import keras_allreduce

@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import tensorflow as tf
-from conftest import DEVICES
+from five_devices import DEVICES
 from graph_walk import ancestors, ops_of_type
 
 from keras_allreduce.workers.collectives import CollectiveGroup

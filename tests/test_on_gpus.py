@@ -16,8 +16,8 @@ import pytest
 import tensorflow as tf
 import worker_cases
 import workers
-from conftest import GPUS
 from distributed_values import REAL_DTYPES
+from five_devices import GPUS
 
 from keras_allreduce import AllReduceStrategy, BatchAllReduce
 from keras_allreduce.compat import distribute

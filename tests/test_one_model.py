@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import warm_python
-from conftest import DEVICES
+from five_devices import DEVICES
 from programs import Custom, Keeps, X, Y, dense, fit
 
 import keras_allreduce

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import tensorflow as tf
-from conftest import DEVICES
+from five_devices import DEVICES
 from graph_walk import ancestors, ops_of_type
 
 from keras_allreduce import BatchAllReduce

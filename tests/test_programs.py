@@ -7,7 +7,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from conftest import DEVICES
+from five_devices import DEVICES
 from programs import COMPARING, PROGRAMS
 
 import keras_allreduce

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from absl import logging
-from conftest import DEVICES
+from five_devices import DEVICES
 from small_model import X, Y, fit, make_model, stock
 
 from keras_allreduce import AllReduceLogger, AllReduceStrategy

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import DEVICES
+from five_devices import DEVICES
 from small_model import X, fit, make_model, stock
 
 from keras_allreduce import AllReduceStrategy

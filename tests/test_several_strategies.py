@@ -5,7 +5,7 @@ import concurrent.futures
 import keras
 import numpy as np
 import pytest
-from conftest import DEVICES
+from five_devices import DEVICES
 
 from keras_allreduce import AllReduceStrategy
 

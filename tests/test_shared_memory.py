@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import DEVICES
+from five_devices import DEVICES
 
 from keras_allreduce.reduce import shared_memory
 

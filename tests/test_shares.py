@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import DEVICES
+from five_devices import DEVICES
 
 import keras_allreduce
 from keras_allreduce.one_device.shares import (

@@ -4,7 +4,7 @@ from dataclasses import replace
 from threading import Thread
 
 import pytest
-from conftest import DEVICES
+from five_devices import DEVICES
 from linear_model import X, Y, compiled, linear
 
 import keras_allreduce

@@ -2,7 +2,7 @@
 
 import keras
 import pytest
-from conftest import DEVICES
+from five_devices import DEVICES
 from small_model import X, Y, make_model, stock
 from tensorboard.backend.event_processing.event_accumulator import (
     EventAccumulator,

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import DEVICES
+from five_devices import DEVICES
 from graph_walk import ancestors, ops_of_type
 from small_model import X, Y, make_model, stock
 

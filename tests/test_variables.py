@@ -5,7 +5,7 @@ import copy
 import keras
 import pytest
 import tensorflow as tf
-from conftest import DEVICES
+from five_devices import DEVICES
 from small_model import fit, make_model
 
 import keras_allreduce

@@ -6,8 +6,8 @@ The sums of several workers are in `test_wire.py`, also in the toy format.
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import DEVICES
 from distributed_values import per_replica
+from five_devices import DEVICES
 from toy_wire_format import NAME, ScaledFloat16
 
 from keras_allreduce import MultiWorkerAllReduceStrategy
