@@ -194,12 +194,17 @@ def compiled(setup: Setup) -> keras.Model:
     return model
 
 
-def endless(
-    samples: tuple[np.ndarray, np.ndarray], batch_size: int
+def batches(
+    samples: tuple[np.ndarray, np.ndarray],
+    batch_size: int,
+    repeats: int | None = None,
 ) -> tf.data.Dataset:
-    """Batches without an end, of a size that is not known in advance.
+    """Batches of a size that is not known in advance.
 
-    As `fit` makes them of arrays.
+    Args:
+        samples: Inputs and targets.
+        batch_size: Samples in a batch.
+        repeats: How often they come; `None`: without an end.
     """
     data = tf.data.Dataset.from_tensor_slices(samples)
-    return data.repeat().batch(batch_size)
+    return data.repeat(repeats).batch(batch_size)

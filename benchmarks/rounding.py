@@ -36,7 +36,7 @@ def weights_by_steps(strategy: tf.distribute.Strategy, name: str) -> list:
     keras.utils.set_random_seed(1)
     with strategy.scope():
         model = models.compiled(setup)
-    data = models.endless(models.batch(setup, BATCH_SIZE), BATCH_SIZE)
+    data = models.batches(models.batch(setup, BATCH_SIZE), BATCH_SIZE)
     found = []
     for steps in np.diff([0, *STEPS]):
         model.fit(data, steps_per_epoch=int(steps), verbose=0)

@@ -92,6 +92,9 @@ GPU_MODELS = {
 }
 GPU_POLICY = "mixed_bfloat16"
 
+# Of the data, for all steps of a run.
+ENOUGH_REPEATS = 1_000_000
+
 # How far weights may be apart: a part of the largest update of the tensor, and
 # what rounding comes to where the update is tiny.
 TOLERANCE = 1e-2
@@ -145,6 +148,7 @@ class Trainer:
         replicas: Number of devices, but for "no strategy".
         batch_size: Samples in a global batch.
         on_gpus: Whether the devices are GPUs.
+        ends: Whether the data has an end, as arrays have.
         package: Folder that the package must come from.
     """
 
@@ -155,6 +159,7 @@ class Trainer:
         replicas: int,
         batch_size: int,
         on_gpus: bool,
+        ends: bool,
         package: str,
     ):
         command_line.check_package(package)
@@ -163,6 +168,7 @@ class Trainer:
         self._replicas = replicas
         self._batch_size = batch_size
         self._on_gpus = on_gpus
+        self._repeats = ENOUGH_REPEATS if ends else None
         self._devices: list[str] = []
 
     def make(self) -> None:
@@ -182,7 +188,7 @@ class Trainer:
             self._model = models.compiled(setup)
         x, y = models.batch(setup, self._batch_size)
         self._labels = y.size
-        self._data = models.endless((x, y), self._batch_size)
+        self._data = models.batches((x, y), self._batch_size, self._repeats)
         if self._on_gpus:
             self._data = self._data.prefetch(tf.data.AUTOTUNE)
 
@@ -387,6 +393,7 @@ def measure(
                 "replicas": replicas,
                 "batch_size": size.batch,
                 "on_gpus": args.gpus,
+                "ends": args.ends,
                 "package": package,
             }
             rival = rivals.Rival(
@@ -534,6 +541,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--gpus", action="store_true", help="instead of host devices"
+    )
+    parser.add_argument(
+        "--ends",
+        action="store_true",
+        help="the data has an end, as arrays and files have; default: none",
     )
     parser.add_argument("--rival", help=argparse.SUPPRESS)
     args = parser.parse_args()

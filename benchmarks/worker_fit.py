@@ -77,7 +77,7 @@ def make_strategy(job: Job) -> Any:
 
 def samples(job: Job) -> tf.data.Dataset:
     size = job.local_batch_size if job.alone else BATCH_SIZE
-    data = models.endless(models.batch(models.MODELS[job.model], size), size)
+    data = models.batches(models.batch(models.MODELS[job.model], size), size)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.DATA
