@@ -1,16 +1,15 @@
 """What holds for all tests: how they start, and in which order they run."""
 
-import gc
 import os
 
+import garbage
 import pytest
+import xdist
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Whether there is one depends on how busy the machine is.
 os.environ.setdefault("KERAS_ALLREDUCE_HINT", "0")
-# What TensorFlow and Keras import is a million objects. To look for garbage in
-# them as often as Python does takes a tenth of the time of the tests.
-gc.set_threshold(20_000, 10, 10)
+garbage.look_seldom()
 
 
 # They start processes, or train for seconds: not in `make test-fast`. All are
@@ -69,8 +68,7 @@ SLOW_FILES = [
 
 def pytest_collection(session):
     """Makes the devices before a test can start TensorFlow."""
-    runs_no_test = session.config.getoption("numprocesses", None)
-    if not runs_no_test or "PYTEST_XDIST_WORKER" in os.environ:
+    if not xdist.is_xdist_controller(session):  # It runs no test.
         import five_devices  # noqa: F401
 
 

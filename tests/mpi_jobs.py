@@ -152,7 +152,7 @@ def running(
     deadline_seconds=DEADLINE_SECONDS,
     num_workers=2,
     environment=None,
-    python=(sys.executable,),
+    python=sys.executable,
 ):
     """Starts workers that call a function of `worker_script.py`.
 
@@ -162,14 +162,15 @@ def running(
         deadline_seconds: When processes that are still there are killed.
         num_workers: Number of workers.
         environment: Variables of all workers, besides those of this process.
-        python: What `mpirun` starts with the arguments of `python`.
+        python: What `mpirun` starts with the arguments of `python`; see
+            `warm_python.executable` for one that is there sooner.
 
     Yields:
         A `Job`. At the end of the block all its processes are gone.
     """
     command = [mpirun(), "-n", str(num_workers), "sh", "-c", _COMMAND]
     call = json.dumps([function, *arguments])
-    script = [*python, str(workers.SCRIPT), call, "result"]
+    script = [python, str(workers.SCRIPT), call, "result"]
     # They also end if the tests are killed before they kill them.
     script += [str(int(deadline_seconds) + 1)]
     without = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
@@ -204,22 +205,13 @@ def _end(process, ranks):
     process.wait()
 
 
-def forking():
-    """A `python` for `running` that has imported TensorFlow already.
-
-    Not where the subject is how `mpirun` deals with a process: its own child
-    is `forked_python.py`, which only stands for it.
-    """
-    return [warm_python.executable()]
-
-
 def results(function, *arguments, **options):
-    """What the function returns on each worker; see `running`, `forking`.
+    """What the function returns on each worker; see `running`.
 
     Raises:
         RuntimeError: If a worker fails or is too slow, with its output.
     """
-    options["python"] = forking()
+    options["python"] = warm_python.executable()
     with running(function, *arguments, **options) as job:
         code = job.wait()
         if code != 0:

@@ -560,7 +560,7 @@ def test_two_workers_measure_together_and_the_chief_prints():
 def test_workers_of_mpirun_measure_grpc_mpi_and_a_plain_allreduce():
     done = subprocess.run(
         [
-            *[mpi_jobs.mpirun(), "-n", "2", *mpi_jobs.forking()],
+            *[mpi_jobs.mpirun(), "-n", "2", warm_python.executable()],
             *["-m", "keras_allreduce.benchmark", "--algorithm", "all"],
             *["--min-bytes", "4K", "--max-bytes", "4K", "--rounds", "1"],
             *["--warmup", "0", "--json"],

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import test_multi_worker
 import test_wire
+import warm_python
 import worker_cases
 import workers
 from deadlines import DEADLINE_SECONDS
@@ -24,7 +25,7 @@ from deadlines import DEADLINE_SECONDS
 pytestmark = pytest.mark.usefixtures("needs_mpirun")
 
 # Where the subject is what mpirun does with a process, it is its own child.
-PYTHON = [sys.executable]
+PYTHON = sys.executable
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "two_workers.py"
 
@@ -91,7 +92,7 @@ def test_mpi_tells_the_host_of_rank_0_where_nothing_else_does():
 
 def test_the_example_runs_under_mpirun_and_says_so():
     done = subprocess.run(
-        [mpi_jobs.mpirun(), "-n", "2", *mpi_jobs.forking(), str(EXAMPLE)],
+        [mpi_jobs.mpirun(), "-n", "2", warm_python.executable(), str(EXAMPLE)],
         env={**os.environ, **mpi_jobs.ENVIRONMENT},
         capture_output=True,
         text=True,
@@ -146,7 +147,7 @@ def test_collectives_run_in_any_order(size):
 
 def ends(function, *arguments, **options):
     """Exit code and output of a job that has to end by itself, all of it."""
-    options = {"python": mpi_jobs.forking()} | options
+    options = {"python": warm_python.executable()} | options
     with mpi_jobs.running(function, *arguments, **options) as job:
         code = job.wait()
         assert code is not None, job.output
@@ -201,7 +202,7 @@ def test_a_worker_that_leaves_before_the_others_is_named():
 
 def test_workers_that_differ_all_say_in_what():
     with mpi_jobs.running(
-        "fit_what_differs", "shape", python=mpi_jobs.forking()
+        "fit_what_differs", "shape", python=warm_python.executable()
     ) as job:
         assert job.wait() not in (0, None), job.output
         for rank in job.ranks:
@@ -219,7 +220,7 @@ def test_a_worker_that_never_makes_a_strategy_is_named(absent):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_to_mpirun_ends_all(name):
-    python = PYTHON if name == "SIGINT" else mpi_jobs.forking()
+    python = PYTHON if name == "SIGINT" else warm_python.executable()
     with mpi_jobs.running("fit_until_ended", 600, python=python) as job:
         job.wait_for("an epoch has ended", 0)
         job.process.send_signal(getattr(signal, name))

