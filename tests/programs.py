@@ -233,6 +233,25 @@ def metric_that_is_a_maximum():
     return fit(dense(), metrics=[Largest()], epochs=2)
 
 
+class Smallest(Largest):
+    """The smallest target; it starts from infinity."""
+
+    def __init__(self, name="smallest"):
+        super().__init__(name)
+        self.reset_state()
+
+    def reset_state(self):
+        self.value.assign(np.inf)
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.value.assign(ops.minimum(self.value, ops.min(y_true)))
+
+
+@program
+def metric_that_is_a_minimum():
+    return fit(dense(), metrics=[Smallest()], epochs=2)
+
+
 # Custom steps ---------------------------------------------------------------
 
 
@@ -319,6 +338,48 @@ class CustomLoss(keras.Sequential):
 def custom_compute_loss():
     model = CustomLoss([keras.Input([6]), keras.layers.Dense(1)])
     return fit(model, optimizer=sgd(0.003), metrics=["mae"])
+
+
+class StartsFrom(Custom):
+    """Backprop starts from values that the step gives."""
+
+    def gradients(self, x, y):
+        with tf.GradientTape() as tape:
+            errors = tf.square(self.loss_of(self, x, y))
+        size = ops.cast(ops.shape(x)[0], "float32")
+        start = tf.where(errors > 0.5, 1.0, 0.1) / size
+        return ops.mean(errors), tape.gradient(
+            errors, self.trainable_variables, output_gradients=start
+        )
+
+
+@program
+def output_gradients_that_a_step_gives():
+    return fit(StartsFrom(lambda model, x, y: y - model(x)))
+
+
+class Totals(Custom):
+    """Adds up a sum and a mean of each batch in Keras's own metrics."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_sums = keras.metrics.Sum("of_sums")
+        self.of_means = keras.metrics.Sum("of_means")
+
+    @property
+    def metrics(self):
+        return [self.of_sums, self.of_means]
+
+    def train_step(self, data):
+        super().train_step(data)
+        self.of_sums.update_state(ops.sum(ops.abs(data[1])))
+        self.of_means.update_state(ops.mean(ops.abs(data[1])))
+        return {metric.name: metric.result() for metric in self.metrics}
+
+
+@program
+def sums_over_batches_of_a_sum_and_of_a_mean():
+    return fit(Totals(), epochs=2)
 
 
 class Clips(Custom):

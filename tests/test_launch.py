@@ -363,6 +363,30 @@ def test_after_the_last_restart_the_failure_stays(write_script, tmp_path):
     assert len((tmp_path / "tries1").read_text().splitlines()) == 2
 
 
+def test_a_job_that_is_told_to_end_does_not_start_again(write_script, tmp_path):
+    script = write_script("""
+with open(FOLDER / f"tries{INDEX}", "a") as file:
+    file.write("a try\\n")
+if INDEX == 1:
+    wait_for(FOLDER / "ready")
+    sys.exit(3)
+# It goes on after the failure of the other, until Ctrl+C.
+signal.signal(signal.SIGTERM, lambda *_: print("told"))
+signal.signal(signal.SIGINT, lambda *_: sys.exit(1))
+(FOLDER / "ready").touch()
+forever()
+""")
+    words = ["--workers", "2", "--restarts", "2"]
+    words += ["--grace-seconds", str(DEADLINE_SECONDS), script]
+    with running(*words) as launcher:
+        read_until(launcher, "[worker 0] told")
+        launcher.send_signal(signal.SIGINT)
+        _, err = launcher.communicate(timeout=DEADLINE_SECONDS)
+        assert launcher.returncode == 3
+        assert "starts again" not in err
+    assert (tmp_path / "tries0").read_text() == "a try\n"
+
+
 def test_a_launcher_that_is_killed_leaves_nothing(write_script, tmp_path):
     script = write_script("""
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -116,6 +116,22 @@ def test_an_observer_is_told_what_is_sent(reduce):
     assert [len(pack.results) for pack in record.packs] == [2, 2]
 
 
+def test_packs_name_the_gradients_that_come_after_a_sparse_one():
+    rows = tf.IndexedSlices(
+        tf.ones([1, 2]), tf.constant([0]), tf.constant([4, 2])
+    )
+    values = [
+        per_replica([rows] * 2),
+        *map(per_replica, [[tf.ones([5])] * 2] * 2),
+    ]
+    with observe() as records:
+        BatchAllReduce("shared_memory", 64).batch_reduce(
+            SUM, [(value, value) for value in values]
+        )
+    packs = [pack.indices for pack in records[0].plan.packs]
+    assert packs == [(2, 1), (0,)]
+
+
 def test_an_observer_of_a_graph_sees_the_tensors_of_each_pack(reduce):
     with observe() as records:
         graph = tf.function(reduce).get_concrete_function().graph

@@ -48,6 +48,30 @@ def test_a_counter_of_a_step_stays_exact():
     assert [part.numpy() for part in model.count.value.values] == [21.0] * 3
 
 
+def test_a_whole_number_that_is_a_mean_is_rounded_as_on_one_device():
+    class Rounds(keras.layers.Layer):
+        """Keeps the rounded mean of a batch."""
+
+        def __init__(self):
+            super().__init__()
+            self.mean = self.add_weight(
+                dtype="int32", initializer="zeros", trainable=False
+            )
+
+        def call(self, x):
+            mean = keras.ops.round(keras.ops.mean(x))
+            self.mean.assign(keras.ops.cast(mean, "int32"))
+            return x
+
+    with on(2).scope():
+        layer = Rounds()
+        model = keras.Sequential([layer, keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    # Replicas have 3 and 4; the mean of both, 3.5, is rounded to 4.
+    model.fit(np.array([[3.0], [4.0]]), np.ones([2, 1]), verbose=0)
+    assert [part.numpy() for part in layer.mean.value.values] == [4, 4]
+
+
 def test_the_largest_value_that_float8_knows_is_that_of_the_batch():
     def largest_inputs():
         model = dense()

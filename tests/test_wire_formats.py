@@ -111,6 +111,33 @@ def test_what_cannot_be_moved_crosses_bit_for_bit():
     np.testing.assert_array_equal(tf.bitcast(decoded, tf.int16), bits)
 
 
+class Gathers:
+    """`HostCollectives` of a worker that gathers the rows of two others."""
+
+    device = DEVICES[0]
+
+    def __init__(self, *others):
+        self._others = others
+
+    def sums(self, tensor):
+        return False
+
+    def all_gather(self, tensor, purpose):
+        return tf.concat([tensor, *self._others], 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "large"), [(tf.bfloat16, 256), (tf.float16, 2048)], ids=str
+)
+def test_half_precision_of_several_workers_is_added_in_float32(dtype, large):
+    # In half precision large + 1 is rounded to large.
+    one = EXACT.encode(tf.ones([1, 1], dtype))
+    wire = Wire(Gathers(one, one), 3)
+    total = wire.all_reduce(tf.constant([large], dtype), "gradients")
+    assert total.dtype == dtype
+    assert float(total[0]) == large + 2
+
+
 class TestANewFormat:
     def test_may_be_asked_for(self, toy):
         assert wire_formats.wire_dtypes() == ["bfloat16", "float16", NAME]
