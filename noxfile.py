@@ -25,17 +25,17 @@ TOOLS = ["pytest>=8", "pytest-xdist>=3", "scikit-learn"]
 
 # What versions of TensorFlow and Keras can break.
 TESTS = [
-    "tests/test_batch_all_reduce.py",
-    "tests/test_clocks.py",
-    "tests/test_drop_in.py",
-    "tests/test_observe.py",
-    "tests/test_programs.py",
-    "tests/test_randomness.py",
-    "tests/test_sparse.py",
-    "tests/test_update.py",
-    "tests/test_versions.py",
-    "tests/test_keras_assumptions.py",
-    "tests/test_multi_worker.py::"
+    "tests/reduce/test_batch_all_reduce.py",
+    "tests/fit_output/test_clocks.py",
+    "tests/strategy/test_drop_in.py",
+    "tests/reduce/test_observe.py",
+    "tests/programs/test_programs.py",
+    "tests/one_device/test_randomness.py",
+    "tests/reduce/test_sparse.py",
+    "tests/one_device/test_update.py",
+    "tests/compat/test_versions.py",
+    "tests/compat/test_keras_assumptions.py",
+    "tests/workers/test_multi_worker.py::"
     "test_workers_train_as_one_device_does[even_batches]",
 ]
 

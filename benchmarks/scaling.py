@@ -5,10 +5,10 @@
 
 Measures with `python -m keras_allreduce.benchmark`: host devices of one
 process, workers on loopback, and workers in network namespaces with a link of
-1 Gbit/s (`tests/namespaces.py`). Each pass runs all settings, in turns, in new
-processes. The model of `scaling_model.py` is fitted to 2 workers (and 2 host
-devices), and what it says of more is put next to what was measured; then it
-says what a model would see on up to 4096 workers. The second command prints
+1 Gbit/s (`tests/harness/namespaces.py`). Each pass runs all settings, in turns,
+in new processes. The model of `scaling_model.py` is fitted to 2 workers (and 2
+host devices), and what it says of more is put next to what was measured; then
+it says what a model would see on up to 4096 workers. The second command prints
 and draws again what was measured before.
 """
 
@@ -28,7 +28,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "harness"))
 import command_line
 import namespaces
 import scaling_report

@@ -26,10 +26,10 @@ bound to no cores, as those of the others are.
 With `--against`, "other checkout" is our strategy of another commit, and
 `--strategies` may have "other checkout MPI" as well.
 
-A link other than loopback is one of `tests/namespaces.py`: each worker in a
-network namespace of its own, with that rate in each direction, and no other
-delay. After the first step all workers must have the weights of the rival's;
-those of DistributedDataParallel must have each other's.
+A link other than loopback is one of `tests/harness/namespaces.py`: each worker
+in a network namespace of its own, with that rate in each direction, and no
+other delay. After the first step all workers must have the weights of the
+rival's; those of DistributedDataParallel must have each other's.
 """
 
 import argparse
@@ -67,7 +67,7 @@ from worker_jobs import (
 
 from keras_allreduce.launch.job import free_ports
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "harness"))
 import mpi_jobs
 import namespaces
 

@@ -1,5 +1,6 @@
 """What holds for all tests: how they start, and in which order they run."""
 
+import collections
 import os
 
 import garbage
@@ -12,60 +13,6 @@ os.environ.setdefault("KERAS_ALLREDUCE_HINT", "0")
 garbage.look_seldom()
 
 
-# They start processes, or train for seconds: not in `make test-fast`. All are
-# in `make test`. The longest come first: a long one that begins last has one
-# core work while the others are idle.
-SLOW_FILES = [
-    "test_multi_worker.py",
-    "test_one_device.py",
-    "test_mpi.py",
-    "test_programs.py",
-    "test_drop_in.py",
-    "test_data_forms.py",
-    "test_worker_failures.py",
-    "test_progress_bar.py",
-    "test_drift.py",
-    "test_examples.py",
-    "test_package.py",
-    "test_input.py",
-    "test_docs.py",
-    "test_benchmark.py",
-    "test_keras_assumptions.py",
-    "test_sharp_bits.py",
-    "test_timeline.py",
-    "test_random_faults.py",
-    "test_restart.py",
-    "test_notebook.py",
-    "test_migrating.py",
-    "test_namespaces.py",
-    "test_wire.py",
-    "test_randomness.py",
-    "test_ray.py",
-    "test_slurm.py",
-    "test_saving.py",
-    "test_several_strategies.py",
-    "test_tensorboard.py",
-    "test_explain.py",
-    "test_pack_independence.py",
-    "test_custom_loop.py",
-    "test_launch.py",
-    "test_rendezvous.py",
-    "test_reduce_in_strategy.py",
-    "test_one_model.py",
-    "test_measurement.py",
-    "test_resolvers.py",
-    "test_shuffled_arrays.py",
-    "test_variables.py",
-    "test_keras_calls.py",
-    "test_call_path.py",
-    "test_bugs.py",
-    "test_malloc.py",
-    "test_mpi_graph.py",
-    "test_hooks.py",
-    "test_on_gpus.py",
-]
-
-
 def pytest_collection(session):
     """Makes the devices before a test can start TensorFlow."""
     if not xdist.is_xdist_controller(session):  # It runs no test.
@@ -73,11 +20,17 @@ def pytest_collection(session):
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.name in SLOW_FILES:
-            item.add_marker("slow")
-    place = {name: number for number, name in enumerate(SLOW_FILES)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    """Slow files first, the large ones of them before the others.
+
+    A long one that begins last has one core work while the others are idle.
+    """
+    size = collections.Counter(item.path for item in items)
+    items.sort(
+        key=lambda item: (
+            item.get_closest_marker("slow") is None,
+            -size[item.path],
+        )
+    )
 
 
 @pytest.hookimpl(optionalhook=True)

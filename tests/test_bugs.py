@@ -15,6 +15,8 @@ import keras_allreduce
 from keras_allreduce import BatchAllReduce
 from keras_allreduce.compat import distribute
 
+pytestmark = pytest.mark.slow
+
 GPUS = ["/device:GPU:0", "/device:GPU:1"]
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # Writes 16 MiB a few times. Without keeping, each time every page is new.
 SCRIPT = """
 import ctypes, resource

@@ -22,7 +22,10 @@ from five_devices import GPUS
 from keras_allreduce import AllReduceStrategy, BatchAllReduce
 from keras_allreduce.compat import distribute
 
-pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not GPUS, reason="needs a GPU"),
+]
 
 NUM_PHYSICAL = len(tf.config.list_physical_devices("GPU"))
 NCCL_RUNS = (

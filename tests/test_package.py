@@ -19,6 +19,8 @@ from deadlines import DEADLINE_SECONDS
 
 import keras_allreduce
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parent.parent
 
 PROGRAM = """

@@ -2,7 +2,7 @@
 
 In: TensorFlow and Keras objects. Out: facts that have no public API. Private
 names are imported only here, each with its reason, and each assumption about
-behaviour has a test (`tests/test_keras_assumptions.py`).
+behaviour has a test (`tests/compat/test_keras_assumptions.py`).
 
     keras.py               what Keras's trainer, layers and losses do
     keras_optimizers.py    what Keras's optimizers do

@@ -1,7 +1,7 @@
 """Assumptions about Keras's trainer, layers and losses, one function each.
 
 `keras_optimizers.py` has those about optimizers. Each has a test of its name in
-`tests/test_keras_assumptions.py`.
+`tests/compat/test_keras_assumptions.py`.
 """
 
 import warnings

@@ -1,0 +1,190 @@
+"""What Keras must do for its calls to be compared, one test for each.
+
+Keras runs without a strategy of ours, as in `test_keras_assumptions.py`.
+"""
+
+import gc
+import weakref
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from five_devices import DEVICES
+
+from keras_allreduce.compat import keras_calls
+
+pytestmark = pytest.mark.slow
+
+X = np.arange(16, dtype="float32").reshape(8, 2) / 8
+Y = np.zeros([8, 1], "float32")
+
+
+class SpyStrategy(tf.distribute.MirroredStrategy):
+    """TensorFlow's own strategy, which notes the calls of Keras."""
+
+    def __init__(self):
+        super().__init__(DEVICES[:2], tf.distribute.ReductionToOneDevice())
+        self.calls, self.epochs, self.shuffled, self.arrays = [], [], [], []
+        self.iterators, self.ended = [], []
+
+    def experimental_distribute_dataset(self, dataset, options=None):
+        call = keras_calls.current_call()
+        iterator = call.epoch_iterator
+        self.calls.append(str(call))
+        self.shuffled.append(keras_calls.shuffled_arrays(iterator))
+        self.arrays.append(keras_calls.arrays(iterator))
+        self.iterators.append(weakref.ref(iterator))
+        assert keras_calls.on_epochs(iterator, self.begin_epoch, self.end_epoch)
+        return super().experimental_distribute_dataset(dataset, options)
+
+    def begin_epoch(self):
+        call = keras_calls.current_call()
+        self.epochs.append((str(call), call.is_first_epoch))
+
+    def end_epoch(self):
+        self.ended.append(str(keras_calls.current_call()))
+
+    def reduce(self, reduce_op, value, axis):
+        if keras.tree.is_nested(value):
+            return keras.tree.map_structure(
+                lambda leaf: self.experimental_local_results(leaf)[0], value
+            )
+        return super().reduce(reduce_op, value, axis)
+
+
+@pytest.fixture
+def under_spy():
+    strategy = SpyStrategy()
+    with strategy.scope():
+        model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    return strategy, model
+
+
+def test_a_call_and_its_epochs_are_told_from_the_frames(under_spy):
+    strategy, model = under_spy
+    model.fit(X, Y, batch_size=4, epochs=2, validation_data=(X, Y), verbose=0)
+    model.evaluate(X, Y, batch_size=4, verbose=0)
+    model.predict(X, batch_size=4, verbose=0)
+    assert strategy.calls == [
+        "fit",
+        "fit, epoch 1 of 2",
+        "evaluate",
+        "predict",
+    ]
+    assert strategy.epochs == [
+        ("fit, epoch 1 of 2", True),
+        ("evaluate in fit, epoch 1 of 2", True),
+        ("fit, epoch 2 of 2", False),
+        ("evaluate in fit, epoch 2 of 2", False),
+        ("evaluate", False),
+        ("predict", False),
+    ]
+
+
+def test_every_epoch_begins_also_where_an_iterator_goes_on(under_spy):
+    strategy, model = under_spy
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4).repeat()
+    model.fit(data, steps_per_epoch=1, epochs=3, verbose=0)
+    assert [name for name, _ in strategy.epochs] == [
+        f"fit, epoch {number} of 3" for number in (1, 2, 3)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("steps", [None, 2])
+def test_every_epoch_ends_after_its_last_batch(steps, under_spy):
+    strategy, model = under_spy
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
+    if steps is None:
+        data = data.filter(lambda *_: True)  # Its length is not known.
+    model.fit(data, steps_per_epoch=steps, epochs=2, verbose=0)
+    ends = [each for each in strategy.ended if "epoch" in each]
+    assert ends == ["fit, epoch 1 of 2", "fit, epoch 2 of 2"]
+
+
+def test_no_call_is_found_outside_of_one():
+    assert keras_calls.current_call() is None
+
+
+def test_the_iterator_and_its_data_are_gone_when_the_call_has_ended(under_spy):
+    strategy, model = under_spy
+    gc.collect()
+    gc.disable()
+    try:
+        model.fit(X, Y, batch_size=4, verbose=0)
+        assert strategy.iterators[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_arrays_are_seen_with_how_keras_shuffles_them(under_spy):
+    strategy, model = under_spy
+    model.fit(X, Y, batch_size=3, verbose=0)
+    model.fit(X, Y, batch_size=3, shuffle=False, verbose=0)
+    model.fit(X, Y, batch_size=3, shuffle="batch", verbose=0)
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(3)
+    model.fit(data, verbose=0)
+    shuffled, *others = strategy.shuffled
+    assert (shuffled.num_samples, shuffled.batch_size) == (8, 3)
+    np.testing.assert_array_equal(shuffled.tensors[0], X)
+    np.testing.assert_array_equal(shuffled.tensors[1], Y)
+    assert others == [None, None, None]
+    assert [each is None for each in strategy.arrays] == [0, 0, 0, 1]
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return X[4 * index : 4 * index + 4], Y[4 * index : 4 * index + 4]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_py_dataset_is_shuffled_by_python(under_spy, shuffle):
+    strategy, model = under_spy
+    found = []
+    distribute = strategy.experimental_distribute_dataset
+
+    def spied(dataset, options=None):
+        iterator = keras_calls.current_call().epoch_iterator
+        found.append(keras_calls.shuffles_in_python(iterator))
+        return distribute(dataset, options)
+
+    strategy.experimental_distribute_dataset = spied
+    model.fit(Batches(), shuffle=shuffle, verbose=0)
+    assert found == [shuffle]
+
+
+def test_the_path_of_a_variable_is_known_while_it_is_made():
+    paths = []
+
+    def make(next_creator, **kwargs):
+        paths.append(keras_calls.path_of_new_variable())
+        return next_creator(**kwargs)
+
+    with tf.variable_creator_scope(make):
+        keras.layers.Dense(3, name="named").build([None, 2])
+    assert paths == ["named/kernel", "named/bias"]
+    assert keras_calls.path_of_new_variable() is None
+
+
+def test_the_first_batch_of_a_generator_is_the_one_that_is_read(under_spy):
+    strategy, model = under_spy
+    firsts = []
+
+    def distribute(dataset, options=None):
+        iterator = keras_calls.current_call().epoch_iterator
+        firsts.append(keras_calls.first_batch(iterator))
+        return type(strategy).experimental_distribute_dataset(
+            strategy, dataset, options
+        )
+
+    strategy.experimental_distribute_dataset = distribute
+    batches = ((X[first : first + 4], Y[:4]) for first in range(4))
+    model.fit(batches, steps_per_epoch=2, verbose=0)
+    model.evaluate(X, Y, verbose=0)
+    np.testing.assert_array_equal(firsts[0][0], X[:4])
+    assert firsts[-1] is None

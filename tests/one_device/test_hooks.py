@@ -1,0 +1,178 @@
+"""Methods of classes are hooked while a step runs, and put back after it."""
+
+from threading import Barrier, Thread
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from five_devices import DEVICES
+from programs import Custom, X, Y
+
+import keras_allreduce
+from keras_allreduce.one_device import hooks
+
+pytestmark = pytest.mark.slow
+
+
+class OwnApply(keras.optimizers.SGD):
+    """An optimizer that overrides `apply`."""
+
+    def apply(self, grads, trainable_variables=None):
+        return super().apply(grads, trainable_variables)
+
+
+class Fails(Custom):
+    """Fails while its step is traced, or runs."""
+
+    def __init__(self, in_graph):
+        super().__init__()
+        self.in_graph = in_graph
+
+    def train_step(self, data):
+        logs = super().train_step(data)
+        if not self.in_graph:
+            raise KeyError("of the user")
+        with tf.control_dependencies(
+            [tf.debugging.Assert(tf.reduce_sum(data[0]) > 1e9, ["of the user"])]
+        ):
+            return {name: tf.identity(log) for name, log in logs.items()}
+
+    test_step = train_step
+
+    def predict_step(self, data):
+        return self.train_step((data, self(data) + 1.0))["own"]
+
+
+def methods():
+    """All that is ever replaced, as it is now."""
+    found = [
+        (owner, name, vars(owner).get(name))
+        for owner, name, _ in hooks.hooked_methods()
+    ]
+    for name in ("_maybe_symbolic_build", "_symbolic_build"):
+        found.append((keras.Model, name, vars(keras.Model).get(name)))
+    found.append((tf.distribute.Strategy, "run", tf.distribute.Strategy.run))
+    return found
+
+
+def are_as_before(before):
+    now = methods()
+    return len(now) == len(before) and all(
+        found[2] is wanted[2] for found, wanted in zip(now, before, strict=True)
+    )
+
+
+def compiled(model, eager=False):
+    model.compile(OwnApply(0.05), "mse", run_eagerly=eager)
+    return model
+
+
+def call(model, name):
+    data = (X,) if name == "predict" else (X, Y)
+    getattr(model, name)(*data, batch_size=13, verbose=0)
+
+
+@pytest.mark.parametrize("name", ["fit", "evaluate", "predict"])
+def test_all_methods_are_as_before_after_a_call_of_keras(name):
+    before = methods()
+    assert any(owner is OwnApply for owner, _, _ in before)
+    with keras_allreduce.AllReduceStrategy(DEVICES[:2]).scope():
+        model = compiled(Custom())
+    own = set(vars(model))
+    call(model, name)
+    assert are_as_before(before)
+    added = set(vars(model)) - own
+    assert not {"train_step", "_symbolic_build"} & added
+
+
+@pytest.mark.parametrize("name", ["fit", "evaluate", "predict"])
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "traced"])
+@pytest.mark.parametrize("in_graph", [True, False], ids=["op", "python"])
+def test_all_methods_are_as_before_after_a_call_that_fails(
+    name, eager, in_graph
+):
+    before = methods()
+    strategy = keras_allreduce.AllReduceStrategy(
+        DEVICES[:2], weigh_samples=True
+    )
+    with strategy.scope():
+        model = compiled(Fails(in_graph), eager)
+    with pytest.raises((KeyError, tf.errors.InvalidArgumentError)):
+        call(model, name)
+    assert are_as_before(before)
+
+
+class Notes:
+    """A handler that notes which thread has asked it."""
+
+    def __init__(self):
+        self.seen = []
+
+    def next_seed(self, draw, generator, *args, **kwargs):
+        self.seen.append(generator)
+        return draw(generator, *args, **kwargs)
+
+
+def test_the_innermost_handler_takes_part():
+    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:2])
+    before = methods()
+    generator = keras.random.SeedGenerator(1)
+    outer, inner = Notes(), Notes()
+    in_replica = tf.distribute.ReplicaContext(strategy, 0)
+    with hooks.handled(strategy, outer), strategy.scope(), in_replica:
+        with hooks.handled(strategy, inner):
+            generator.next()
+        generator.next()
+    generator.next()
+    assert (len(inner.seen), len(outer.seen)) == (1, 1)
+    assert are_as_before(before)
+
+
+def test_threads_of_several_strategies_ask_their_own_handlers():
+    before = methods()
+    count = 4
+    strategies = [
+        keras_allreduce.AllReduceStrategy(DEVICES[:2]) for _ in range(count)
+    ]
+    handlers = [Notes() for _ in range(count)]
+    generators = [keras.random.SeedGenerator(index) for index in range(count)]
+    barrier = Barrier(count)
+
+    def run(index):
+        strategy = strategies[index]
+        barrier.wait()
+        for _ in range(50):
+            with (
+                hooks.handled(strategy, handlers[index]),
+                strategy.scope(),
+                tf.distribute.ReplicaContext(strategy, 0),
+            ):
+                generators[index].next()
+
+    threads = [Thread(target=run, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for handler, generator in zip(handlers, generators, strict=True):
+        assert handler.seen == [generator] * 50
+    assert are_as_before(before)
+
+
+def test_a_method_that_another_package_has_replaced_stays_replaced():
+    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:2])
+    stock = keras.metrics.Sum.update_state
+
+    def other(*args, **kwargs):
+        return stock(*args, **kwargs)
+
+    try:
+        with hooks.handled(strategy, Notes()):
+            keras.metrics.Sum.update_state = other
+        assert keras.metrics.Sum.update_state is other
+    finally:
+        keras.metrics.Sum.update_state = stock
+    metric = keras.metrics.Sum()
+    metric.update_state([1.0, 2.0])
+    np.testing.assert_equal(float(metric.result()), 3.0)

@@ -1,0 +1,178 @@
+"""Measuring a step leaves no trace, and happens once."""
+
+import random
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from five_devices import DEVICES
+from programs import Custom, X, Y, dense, fit, mean_squared, sgd
+
+import keras_allreduce
+from keras_allreduce.one_device import first_batch, known_natures, measurement
+from keras_allreduce.one_device.natures import Natures
+
+pytestmark = pytest.mark.slow
+
+
+class Restless(keras.Model):
+    """Changes whatever a step can change."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalize = keras.layers.BatchNormalization()
+        self.drop = keras.layers.Dropout(0.5)
+        self.out = keras.layers.Dense(1)
+        self.count = self.add_weight(initializer="zeros", trainable=False)
+        self.plain = tf.Variable(0, trainable=False)
+        self.generator = tf.random.Generator.from_seed(1)
+        self.shown = keras.metrics.Mean(name="shown")
+
+    def call(self, x, training=None):
+        x = self.drop(self.normalize(x, training=training), training=training)
+        return self.out(x)
+
+    def train_step(self, data):
+        x, y = data
+        x += 0.1 * self.generator.normal(tf.shape(x))
+        with tf.GradientTape() as tape:
+            loss = mean_squared(y, self(x, training=True))
+        weights = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        self.count.assign(self.count + 1.0)
+        self.plain.assign_add(1)
+        self.shown.update_state(loss * random.random() * np.random.rand())
+        return {"loss": loss}
+
+
+def state_of(model):
+    variables = [*model.variables, *model.optimizer.variables]
+    return [
+        *(variable.numpy() for variable in variables),
+        model.plain.numpy(),
+        model.generator.state.numpy(),
+        random.getstate(),
+        np.random.get_state()[1],
+    ]
+
+
+def restless():
+    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:2])
+    with strategy.scope():
+        model = Restless()
+        model.compile(keras.optimizers.Adam(), "mse")
+        model(X)
+        model.optimizer.build(model.trainable_variables)
+    return model, strategy
+
+
+def test_all_that_a_step_changes_is_put_back():
+    model, strategy = restless()
+    before = state_of(model)
+    data = (tf.constant(X), tf.constant(Y))
+    found = measurement.measure(model, model.train_step, data, strategy)
+    assert not found.failure
+    nature = found.of("gradient", 0)
+    assert (nature.kind, nature.is_exact) == ("mean", True)
+    for one, other in zip(before, state_of(model), strict=True):
+        np.testing.assert_equal(other, one)
+
+
+def test_hooks_and_shadows_are_gone_after_a_step():
+    owners = [
+        tf.GradientTape,
+        keras.optimizers.Optimizer,
+        keras.metrics.Mean,
+        keras.metrics.Sum,
+        keras.random.SeedGenerator,
+    ]
+    before = [dict(vars(owner)) for owner in owners]
+    with keras_allreduce.AllReduceStrategy(DEVICES[:2]).scope():
+        model = Custom()
+        fit(model)
+    assert [dict(vars(owner)) for owner in owners] == before
+    assert not {"train_step", "compute_loss"} & set(vars(model))
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "traced"])
+def test_a_step_is_measured_once_until_it_is_compiled_again(eager, monkeypatch):
+    measured = []
+
+    def measure(*arguments):
+        measured.append(arguments)
+        return Natures()
+
+    monkeypatch.setattr(measurement, "measure", measure)
+    with keras_allreduce.AllReduceStrategy(DEVICES[:2]).scope():
+        model = Custom()
+        fit(model, epochs=2, run_eagerly=eager)
+        # Traced again, for another shape.
+        model.fit(X[:6], Y[:6], batch_size=3, verbose=0)
+        assert len(measured) == 1
+        fit(model, run_eagerly=eager)
+    assert len(measured) == 2
+
+
+def test_keras_own_step_is_not_measured(monkeypatch):
+    def measure(*arguments):
+        raise AssertionError
+
+    monkeypatch.setattr(measurement, "measure", measure)
+    with keras_allreduce.AllReduceStrategy(DEVICES[:2]).scope():
+        fit(dense(keras.layers.Dense(3, kernel_regularizer="l2")))
+
+
+def test_what_cannot_be_measured_is_taken_for_a_mean_with_a_warning():
+    class OfThisSize(Custom):
+        def train_step(self, data):
+            # Fails on the three samples of half a measurement.
+            x = tf.ensure_shape(data[0], [None, 6])
+            tf.debugging.assert_greater(tf.shape(x)[0], 4)
+            return super().train_step(data)
+
+    with keras_allreduce.AllReduceStrategy(DEVICES[:2]).scope():
+        model = OfThisSize()
+        model.compile(sgd(), "mse")
+    with pytest.warns(UserWarning, match="which failed"):
+        model.fit(X[:26], Y[:26], batch_size=13, verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.fit(X[:26], Y[:26], batch_size=13, verbose=0)
+
+
+def test_an_example_is_made_up_where_none_was_seen():
+    data = (tf.ones([3, 5]), tf.zeros([3], tf.int32), tf.constant(["x"] * 3))
+    made = first_batch.like(Custom(), data)
+    assert [part.shape[1:] for part in made] == [[5], [], []]
+    assert [part.dtype for part in made] == [part.dtype for part in data]
+    whole, first, second = first_batch.halves(made)
+    for parts in zip(whole, first, second, strict=True):
+        sizes = [part.shape[0] for part in parts]
+        assert sizes == [sizes[1] * 2, sizes[1], sizes[1]]
+
+
+def test_one_sample_is_measured_twice():
+    whole, first, second = first_batch.halves((X[:1], None))
+    np.testing.assert_array_equal(whole[0], np.concatenate([X[:1], X[:1]]))
+    assert first[0].shape[0] == second[0].shape[0] == 1
+    assert first[1] is None
+
+
+def test_natures_cross_between_workers():
+    model, strategy = restless()
+    data = (tf.constant(X), tf.constant(Y))
+    found = measurement.measure(model, model.train_step, data, strategy)
+    assert Natures.from_json(found.to_json()) == found
+    failed = Natures(failure="ValueError: no")
+    assert Natures.from_json(failed.to_json()) == failed
+
+
+def test_what_is_known_keeps_no_model_alive():
+    model = Custom()
+    model.compile(sgd(), "mse")
+    known_natures.keep(model, "train_step", Natures())
+    assert known_natures.find(model, "train_step") == Natures()
+    model.compile(sgd(), "mse")
+    assert known_natures.find(model, "train_step") is None

@@ -1,0 +1,288 @@
+"""What MirroredStrategy does, AllReduceStrategy does: the same bits.
+
+Both train the same model from the same seed on the same two devices. Stock
+runs with ReductionToOneDevice: with its default a second strategy in one
+process ends in an error.
+"""
+
+import functools
+import json
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from five_devices import DEVICES
+
+from keras_allreduce import AllReduceStrategy, BatchAllReduce
+
+pytestmark = pytest.mark.slow
+
+RNG = np.random.default_rng(0)
+BATCH_SIZE = 8
+
+
+def dense():
+    model = keras.Sequential(
+        [
+            keras.Input([5]),
+            keras.layers.Dense(6, "relu"),
+            keras.layers.Dense(3, "softmax"),
+        ]
+    )
+    return model, RNG.normal(size=[32, 5])
+
+
+def conv():
+    model = keras.Sequential(
+        [
+            keras.Input([6, 6, 1]),
+            keras.layers.Conv2D(4, 3, activation="relu"),
+            # Moving statistics are the mean of the replicas here, and those of
+            # replica 0 in stock: tests/programs/test_one_model.py.
+            keras.layers.GroupNormalization(2),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(3, "softmax"),
+        ]
+    )
+    return model, RNG.normal(size=[32, 6, 6, 1])
+
+
+def embedding():
+    model = keras.Sequential(
+        [
+            keras.Input([4], dtype="int32"),
+            keras.layers.Embedding(7, 3),
+            keras.layers.Flatten(),
+            keras.layers.Dense(3, "softmax"),
+        ]
+    )
+    return model, RNG.integers(0, 7, [32, 4])
+
+
+def recurrent():
+    model = keras.Sequential(
+        [
+            keras.Input([4, 2]),
+            keras.layers.LSTM(3),
+            keras.layers.Dense(3, "softmax"),
+        ]
+    )
+    return model, RNG.normal(size=[32, 4, 2])
+
+
+def multi_input():
+    left, right = keras.Input([3], name="left"), keras.Input([2], name="right")
+    both = keras.layers.Concatenate()(
+        [keras.layers.Dense(4, "tanh")(left), keras.layers.Dense(2)(right)]
+    )
+    outputs = keras.layers.Dense(3, "softmax")(both)
+    model = keras.Model({"left": left, "right": right}, outputs)
+    data = {"left": RNG.normal(size=[32, 3]), "right": RNG.normal(size=[32, 2])}
+    return model, data
+
+
+MODELS = [dense, conv, embedding, recurrent, multi_input]
+LABELS = np.arange(32) % 3
+
+
+def stock(devices=DEVICES[:2]):
+    return tf.distribute.MirroredStrategy(
+        devices, cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+
+
+def ours(devices=DEVICES[:2]):
+    return AllReduceStrategy(devices)
+
+
+def build(strategy, make, **arguments):
+    """The same compiled model, data and names whatever the strategy."""
+    global RNG
+    RNG = np.random.default_rng(0)
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(5)
+    with strategy.scope():
+        model, x = make()
+        model.compile(
+            "adam",
+            "sparse_categorical_crossentropy",
+            metrics=["accuracy"],
+            **arguments,
+        )
+    return model, x
+
+
+def train(strategy, make, **arguments):
+    model, x = build(strategy, make, **arguments)
+    history = model.fit(x, LABELS, batch_size=BATCH_SIZE, epochs=2, verbose=0)
+    return model, x, history.history
+
+
+@functools.cache
+def outcome(strategy, make):
+    """All that a training leaves behind, by what it is called."""
+    model, x, history = train(strategy(), make)
+    return {
+        "weights": model.get_weights(),
+        "optimizer": [v.numpy() for v in model.optimizer.variables],
+        "history": history,
+        "evaluate": model.evaluate(x, LABELS, BATCH_SIZE, verbose=0),
+        "predict": [model.predict(x, BATCH_SIZE, verbose=0)],
+        "model": model,
+    }
+
+
+def assert_same_bits(got, expected):
+    assert len(got) == len(expected)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def assert_close(got, expected):
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+class TestEveryModel:
+    @pytest.mark.parametrize("what", ["weights", "optimizer", "predict"])
+    def test_has_the_same_numbers(self, make, what):
+        assert_same_bits(outcome(ours, make)[what], outcome(stock, make)[what])
+
+    @pytest.mark.parametrize("what", ["history", "evaluate"])
+    def test_has_the_same_metrics(self, make, what):
+        assert outcome(ours, make)[what] == outcome(stock, make)[what]
+
+    def test_is_saved_the_same(self, make, tmp_path):
+        contents = []
+        for strategy in (ours, stock):
+            path = tmp_path / f"{strategy.__name__}.keras"
+            outcome(strategy, make)["model"].save(path)
+            contents.append(contents_of(path))
+        assert contents[0] == contents[1]
+
+
+def without_address(config):
+    """The `shared_object_id` of Keras is an address in memory."""
+    config.pop("shared_object_id", None)
+    return config
+
+
+def contents_of(path):
+    """The members of a .keras file, without the date in them."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+        metadata = json.loads(members.pop("metadata.json"))
+        metadata.pop("date_saved")
+        config = json.loads(
+            members.pop("config.json"), object_hook=without_address
+        )
+        with archive.open("model.weights.h5") as file, h5py.File(file) as h5:
+            arrays = {}
+            h5.visititems(
+                lambda name, item: (
+                    arrays.update({name: item[()].tolist()})
+                    if isinstance(item, h5py.Dataset)
+                    else None
+                )
+            )
+        members.pop("model.weights.h5")
+    return {"config": config, "metadata": metadata, "h5": arrays} | members
+
+
+STRATEGIES = {
+    "ring": lambda: AllReduceStrategy(DEVICES[:2], algorithm="ring"),
+    "another op": lambda: AllReduceStrategy(
+        DEVICES[:2], tf.distribute.ReductionToOneDevice()
+    ),
+    "stock with BatchAllReduce": lambda: tf.distribute.MirroredStrategy(
+        DEVICES[:2], cross_device_ops=BatchAllReduce()
+    ),
+}
+
+
+@pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES.keys())
+def test_every_way_to_reduce_gives_the_same_bits(make):
+    model, _, history = train(make(), dense)
+    assert_same_bits(model.get_weights(), outcome(stock, dense)["weights"])
+    assert history == outcome(stock, dense)["history"]
+
+
+def test_one_device_is_training_without_a_strategy():
+    model, _, history = train(ours(DEVICES[:1]), dense)
+    expected, _, expected_history = train(tf.distribute.get_strategy(), dense)
+    assert_same_bits(model.get_weights(), expected.get_weights())
+    assert history == expected_history
+
+
+def test_four_devices_give_the_same_up_to_rounding():
+    # Sums of more than two terms depend on their order.
+    model, _, history = train(ours(DEVICES[:4]), dense)
+    expected, _, expected_history = train(stock(DEVICES[:4]), dense)
+    assert_close(model.get_weights(), expected.get_weights())
+    assert history["loss"] == pytest.approx(expected_history["loss"])
+
+
+def test_several_steps_per_execution_change_nothing():
+    # The epoch has 4 steps: 3 and 1.
+    model, _, history = train(ours(), dense, steps_per_execution=3)
+    assert_same_bits(model.get_weights(), outcome(ours, dense)["weights"])
+    assert history == outcome(ours, dense)["history"]
+
+
+def test_running_eagerly_changes_nothing():
+    model, _, history = train(ours(), dense, run_eagerly=True)
+    assert_close(model.get_weights(), outcome(ours, dense)["weights"])
+    assert history["loss"] == pytest.approx(
+        outcome(ours, dense)["history"]["loss"], rel=1e-5
+    )
+
+
+def test_batches_can_be_fed_one_by_one():
+    """A batch is divided here; stock gives all of it to every replica.
+
+    So numbers are the same up to rounding, and stock predicts each row twice.
+    """
+    results = []
+    for strategy in (ours(), stock()):
+        model, x = build(strategy, dense)
+        logs = [
+            model.train_on_batch(x[:8], LABELS[:8]),
+            model.train_on_batch(x[8:16], LABELS[8:16], return_dict=True),
+            model.test_on_batch(x[:8], LABELS[:8]),
+        ]
+        logs = keras.tree.map_structure(float, logs)
+        results.append((logs, model.predict_on_batch(x[:8])))
+    (own_logs, own_rows), (stock_logs, stock_rows) = results
+    for own, theirs in zip(own_logs, stock_logs, strict=True):
+        assert own == pytest.approx(theirs, rel=1e-5)
+    assert own_rows.shape == (8, 3)
+    np.testing.assert_allclose(own_rows, stock_rows[:8], rtol=1e-5)
+
+
+def test_a_dataset_is_shared_out_as_stock_does():
+    results = []
+    for strategy in (ours(), stock()):
+        model, x = build(strategy, dense)
+        data = tf.data.Dataset.from_tensor_slices((x, LABELS)).batch(8)
+        history = model.fit(data, epochs=2, verbose=0, shuffle=False)
+        results.append(
+            (history.history, model.predict(data, verbose=0).tolist())
+        )
+    assert results[0] == results[1]
+
+
+def test_it_is_a_mirrored_strategy():
+    strategy = ours()
+    assert isinstance(strategy, tf.distribute.MirroredStrategy)
+    assert strategy.num_replicas_in_sync == 2
+    assert not tf.distribute.has_strategy()
+    with strategy.scope():
+        assert tf.distribute.get_strategy() is strategy
+        variable = tf.Variable(1.0)
+    assert strategy.extended.variable_created_in_scope(variable)
+    assert [v.device[-5:] for v in variable.values] == ["CPU:0", "CPU:1"]

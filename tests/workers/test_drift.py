@@ -1,0 +1,217 @@
+"""What one worker does alone is shared, or ends in an error on all of them."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import workers
+
+pytestmark = pytest.mark.slow
+
+ERRORS = {
+    "learning_rate_on_one": (
+        "weights and optimizer",
+        "'sgd/learning_rate': worker 0 (",
+        "has 0.05, worker 1 (",
+        "has 0.01",
+        "strategy.broadcast(model)",
+    ),
+    "learning_rate_in_a_later_epoch": (
+        "weights and optimizer",
+        "/learning_rate': worker 0 (",
+    ),
+    "weights_in_the_last_step": (
+        "weights and optimizer",
+        "/bias': worker 0 (",
+        "has [1]",
+    ),
+    "weights_of_the_chief_alone": (
+        "weights and optimizer",
+        "kernel': worker 0 (",
+        "has [1 1 1 ...] (checksum ",
+    ),
+    "evaluate_other_weights": (
+        "weights and optimizer",
+        "/bias': worker 0 (",
+        "has [1 1 1 ...]",
+    ),
+    "arrays_of_its_own": ("calls of Keras and data", "arrays: worker 0 ("),
+    "other_number_of_samples": (
+        "calls of Keras and data",
+        "number of samples: worker 0 (",
+        "has 62, worker 1 (",
+        "has 63",
+    ),
+    "evaluate_on_the_chief": (
+        "calls of Keras and data",
+        "has evaluate (its data), worker 1 (",
+        "has fit (its data)",
+    ),
+    "validation_on_the_chief": (
+        "calls of Keras and data",
+        "has fit, epoch 1 of 2 (its data), worker 1 (",
+        "has fit, epoch 2 of 2",
+    ),
+    "early_stopping_on_the_chief": (
+        "calls of Keras and data",
+        "has predict (its data), worker 1 (",
+        "has fit, epoch 3 of 5",
+    ),
+    "seed_of_its_own": (
+        "calls of Keras and data",
+        "seeds of shuffles: worker 0 (",
+    ),
+}
+
+SHARED = [
+    "shuffle_without_a_seed",
+    "shuffle_of_a_py_dataset",
+    "broadcast",
+    "logs_of_steps",
+    "logs_of_accumulating_steps",
+    "terminate_on_nan",
+    "train_on_batch",
+    "numbers",
+    "warnings_of_order",
+    "warnings_of_generators",
+    "store_operations",
+    "decisions_on_validation",
+    "decisions_on_validation_of_parts",
+]
+
+
+@pytest.fixture(scope="module")
+def found(request):
+    """What each worker has found, by case; all run in one pair."""
+    return workers.results("drift_cases", [*ERRORS, *SHARED])
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_difference_ends_in_an_error_on_both_that_names_it(name, found):
+    chief, other = (each[name] for each in found)
+    assert chief == other
+    what, *parts = ERRORS[name]
+    rule = f"WorkersDifferError: All workers must have the same {what}"
+    assert chief["error"].startswith(rule), chief
+    for part in parts:
+        assert part in chief["error"]
+
+
+def shared(found, name):
+    chief, other = (each[name] for each in found)
+    assert not (isinstance(chief, dict) and "error" in chief), chief
+    assert chief == other
+    return chief
+
+
+def on_one_device(name):
+    import drift_cases
+
+    return drift_cases.run(name, tf.distribute.get_strategy())
+
+
+def test_arrays_are_shuffled_alike_without_a_seed(found):
+    used = shared(found, "shuffle_without_a_seed")
+    # The last batch has 6 samples, and its loss is their mean.
+    times = np.asarray(used["first"])
+    assert np.isclose(times, 1).sum() == 40
+    assert np.isclose(times, 8 / 6).sum() == 6
+    assert used["orders differ"]
+
+
+def test_a_py_dataset_is_shuffled_alike_without_a_seed(found):
+    used = shared(found, "shuffle_of_a_py_dataset")
+    # Each batch has one number, whose part each worker has trained on.
+    np.testing.assert_allclose(used, 3.0)
+
+
+def test_the_chiefs_weights_and_learning_rate_are_taken_where_asked_for(found):
+    result = shared(found, "broadcast")
+    assert np.isclose(result["rate"], 0.01)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["logs_of_steps", "logs_of_accumulating_steps", "train_on_batch"],
+)
+def test_logs_of_steps_are_those_of_one_device(name, found):
+    np.testing.assert_allclose(
+        shared(found, name), on_one_device(name), rtol=1e-5
+    )
+
+
+def test_a_loss_of_one_worker_that_is_not_a_number_stops_all(found):
+    assert shared(found, "terminate_on_nan") == 2
+    assert on_one_device("terminate_on_nan") == 2
+
+
+def test_variables_of_workers_are_numbers(found):
+    rate, iterations = shared(found, "numbers")
+    assert np.isclose(rate, 0.05)
+    assert iterations == 6
+
+
+def test_an_order_that_cannot_be_known_is_warned_of(found):
+    warnings = shared(found, "warnings_of_order")
+    assert sum("shuffles without a seed" in each for each in warnings) == 1
+
+
+def test_a_worker_asks_the_store_twice_in_an_epoch(found):
+    asked = shared(found, "store_operations")
+    # At most once to publish, and once to read.
+    assert asked["in an epoch"] <= 2
+    # The call, its first epoch and its end.
+    assert asked["in a fit"] <= 6
+
+
+def test_generators_that_begin_with_other_batches_are_warned_of(found):
+    counts = [
+        sum("first batch is not the same" in each for each in said)
+        for said in shared(found, "warnings_of_generators")
+    ]
+    assert counts == [0, 1]
+
+
+def test_callbacks_decide_on_validation_as_on_one_device(found):
+    decided = shared(found, "decisions_on_validation")
+    alone = on_one_device("decisions_on_validation")
+    assert decided["seen"] == alone["seen"]
+    for name, values in alone["history"].items():
+        np.testing.assert_allclose(
+            decided["history"][name], values, rtol=1e-4, err_msg=name
+        )
+    # Each of the three has decided.
+    rates, files = zip(*decided["seen"], strict=True)
+    assert len(set(rates)) > 1
+    assert 0 < len(files[-1]) < len(files) < 12
+
+
+def test_callbacks_decide_alike_on_validation_of_uneven_parts(found):
+    decided = shared(found, "decisions_on_validation_of_parts")
+    rates, files = zip(*decided["seen"], strict=True)
+    assert len(set(rates)) > 1
+    assert 0 < len(files[-1]) < len(files) < 12
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
+def test_a_worker_that_stops_in_an_epoch_ends_both_at_once(index):
+    # Long before the timeout, which is 600 s.
+    with workers.running("fit_and_stop_alone", index) as pair:
+        for worker in pair:
+            assert worker.wait() == 1, worker.output
+            last = worker.output.strip().splitlines()[-1]
+            assert "All workers must take part in each step and sum" in last
+            assert "waits in a step (fit, epoch 1 of 5)" in last
+            assert "waits for a sum outside of steps (fit, epoch 1" in last
+
+
+@pytest.mark.parametrize("seconds", [0, 3])
+@pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
+def test_a_call_after_the_other_script_has_ended_says_so(index, seconds):
+    with workers.running("predict_alone", index, seconds) as pair:
+        ended = pair[1 - index]
+        assert ended.wait() == 0, ended.output
+        assert pair[index].wait() == 1, pair[index].output
+        last = pair[index].output.strip().splitlines()[-1]
+        assert f"worker {1 - index} (127.0.0.1:" in last
+        assert "has ended its script" in last
+        assert "killed" not in last
