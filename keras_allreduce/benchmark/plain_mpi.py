@@ -10,8 +10,6 @@ from keras_allreduce.benchmark.timed_loop import Message
 from keras_allreduce.reduce.observe import BatchRecord
 from keras_allreduce.workers.mpi import library
 
-NAME = "MPI_Allreduce"
-
 
 class PlainMpi:
     """Sums one gradient after the other with blocking calls, on arrays.

@@ -18,9 +18,8 @@ from keras_allreduce.benchmark.options import (
     loops_for,
     workers_in,
 )
-from keras_allreduce.benchmark.plain_mpi import NAME as PLAIN_MPI
 from keras_allreduce.benchmark.plain_mpi import PlainMpi, can_sum
-from keras_allreduce.benchmark.table import Row, Setting
+from keras_allreduce.benchmark.table import REFERENCE, Row, Setting
 from keras_allreduce.benchmark.timed_loop import (
     Gradient,
     Message,
@@ -134,7 +133,7 @@ def measure(
         for size in options.bytes_per_pack
     }
     if len(strategies) > 1 and MPI in strategies and can_sum(message):
-        timed[Setting(PLAIN_MPI, 0)] = PlainMpi(message)
+        timed[Setting(REFERENCE, 0)] = PlainMpi(message)
     seconds = _take_turns(message, timed, options, loops)
     return [
         _row(setting, timed[setting], nbytes, loops, any_strategy, times)

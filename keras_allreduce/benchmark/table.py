@@ -15,6 +15,9 @@ CLASSES = (
 )
 """Size classes: what they are called, least and most bytes."""
 
+REFERENCE = "MPI_Allreduce"
+"""The rival that no strategy can select: in the table, but never fastest."""
+
 # Name of a column, its width, its format.
 _COLUMNS = (
     ("bytes", 11, "d"),
@@ -125,6 +128,8 @@ def line(row: Row) -> str:
 def fastest(rows: Sequence[Row]) -> dict[str, dict[Setting, float]]:
     """Settings from the fastest on, over all sizes and in each size class.
 
+    Only settings that a strategy can be told to use.
+
     Their times are geometric means of medians: a size that is 2x slower
     weighs as much as one that is 2x faster.
 
@@ -132,6 +137,7 @@ def fastest(rows: Sequence[Row]) -> dict[str, dict[Setting, float]]:
         By "overall" and the classes that have a row: settings in ascending
         order of their times, with these, in seconds.
     """
+    rows = [row for row in rows if row.setting.algorithm != REFERENCE]
     groups = {"overall": list(rows)}
     for name, least, most in CLASSES:
         groups[name] = [row for row in rows if least <= row.nbytes <= most]

@@ -103,7 +103,8 @@ def _totals(
     lines = [
         (
             "Dense gradients",
-            f"{plan.num_gradients} in {plan.num_packs} packs ({size})",
+            f"{plan.num_gradients} in {plan.num_packs} "
+            f"{'pack' if plan.num_packs == 1 else 'packs'} ({size})",
         )
     ]
     if plan.num_sparse:
@@ -145,7 +146,12 @@ def _predicted(
 
 def _notes(model: keras.Model, gradients: ModelGradients) -> Iterator[str]:
     """What is not sure."""
-    if not gradients.traced:
+    if not gradients.callable:
+        yield (
+            "The model has no `call`, so all gradients are taken for dense "
+            "ones."
+        )
+    elif not gradients.traced:
         yield (
             "The inputs of the model are not known, so all gradients are "
             "taken for dense ones. Pass a batch as `x`."

@@ -28,6 +28,7 @@ class ModelGradients:
         every: They are sent once in so many steps.
         traced: Whether this was found by tracing. If not, each variable was
             taken to have a dense gradient.
+        callable: Whether the model has a `call` that could be traced.
     """
 
     paths: tuple[str, ...]
@@ -35,6 +36,7 @@ class ModelGradients:
     without: tuple[str, ...] = ()
     every: int = 1
     traced: bool = True
+    callable: bool = True
 
 
 def gradients_of(
@@ -56,7 +58,9 @@ def gradients_of(
         ValueError: If the model is not built.
     """
     variables = _variables_of(model)
-    inputs = _inputs_of(model) if x is None else x
+    inputs = x
+    if inputs is None or not _has_call(model):
+        inputs = _inputs_of(model)
     if inputs is None:
         found: list[Any] = [_dense(variable) for variable in variables]
     else:
@@ -73,29 +77,56 @@ def gradients_of(
         tuple(variable.path for variable, spec in pairs if spec is None),
         every,
         inputs is not None,
+        _has_call(model),
     )
 
 
 def _variables_of(model: keras.Model) -> list[Any]:
     """The variables of a built model that Keras updates by a gradient."""
+    if not _is_built(model):
+        raise ValueError(
+            "Only a model that is built has a plan. Received: model "
+            f"{model.name!r}, which is not built. Give it a `keras.Input`, or "
+            "call it on a batch."
+        )
     variables = [
         variable
         for variable in model.trainable_variables
         if not takes_gradient_as_value(variable)
     ]
-    if not model.built or not variables:
+    if not variables:
         raise ValueError(
-            "Only a model that is built and has something to train has a "
-            f"plan. Received: model {model.name!r}, which is "
-            f"{'built' if model.built else 'not built'} and has "
-            f"{len(variables)} trainable variables. Give it a `keras.Input`, "
-            "or call it on a batch."
+            "Only a model that trains something has a plan. Received: model "
+            f"{model.name!r}, with {len(model.variables)} variables, none of "
+            "them trainable, so `fit` sends no gradients. Set "
+            "`trainable = True` on the layers to train, then compile it."
         )
     return variables
 
 
+def _has_call(model: keras.Model) -> bool:
+    """Whether a model can be called: a GAN may only have a `train_step`."""
+    return type(model).call is not keras.Model.call
+
+
+def _is_built(model: keras.Model) -> bool:
+    """Whether all variables of a model exist."""
+    if _has_call(model):
+        return bool(model.built)
+    return bool(model.layers) and all(map(_is_built_layer, model.layers))
+
+
+def _is_built_layer(layer: Any) -> bool:
+    """Whether all variables of a layer, or of a model in it, exist."""
+    if isinstance(layer, keras.Model):
+        return _is_built(layer)
+    return bool(layer.built)
+
+
 def _inputs_of(model: keras.Model) -> Any:
     """The structure of symbolic inputs that a model knows of, or `None`."""
+    if not _has_call(model):
+        return None
     if isinstance(model, keras.Sequential):
         inputs = getattr(model, "inputs", None)
         return inputs and inputs[0]

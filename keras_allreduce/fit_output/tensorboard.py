@@ -37,6 +37,8 @@ class AllReduceTensorBoard(keras.callbacks.TensorBoard):
     ```
 
     The scalars go to TensorBoard only, not to History or other callbacks.
+    Epoch scalars, Keras's too, are written every epoch, whatever `update_freq`
+    is; Keras's own callback drops them if it does not divide the last step.
 
     Raises:
         ValueError: If the model is trained without an `AllReduceStrategy`.
@@ -76,7 +78,10 @@ class AllReduceTensorBoard(keras.callbacks.TensorBoard):
                 shown[f"{GROUP}/{name}"] = value
             elif name not in _SHOWN_ANYWAY:
                 shown[name] = value
-        super().on_epoch_end(epoch, shown)
+        # Keras leaves the condition of batch scalars on, so that it drops
+        # every epoch whose last step `update_freq` does not divide.
+        with tf.summary.record_if(True):
+            super().on_epoch_end(epoch, shown)
 
 
 def _scalars(stats: ReduceStats | None) -> dict[str, float]:

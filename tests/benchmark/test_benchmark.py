@@ -229,6 +229,12 @@ class TestTable:
             "(1.50x as fast as ring, packs of 1024 bytes)",
         ]
 
+    def test_the_fastest_is_one_that_a_strategy_can_select(self):
+        rows = [row("MPI_Allreduce", 4096, [0.001]), row("mpi", 4096, [0.002])]
+        found = fastest(rows)
+        assert list(found["overall"]) == [Setting("mpi", 0)]
+        assert verdict(rows)[0].startswith("# fastest overall: mpi,")
+
     def test_one_setting_alone_is_called_so(self):
         assert "One setting" in verdict([row("ring", 4096, [0.1])])[-1]
 

@@ -1,12 +1,16 @@
 """The documents speak of what is there, and their examples run."""
 
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
 import warm_python
+
+import keras_allreduce
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +25,9 @@ TESTS = {
     path.name: path.read_text(encoding="utf-8")
     for path in REPOSITORY.glob("tests/**/*.py")
 }
+
+# Documented by TensorFlow.
+OVERRIDDEN = dir(tf.distribute.Strategy)
 
 # Pages of the site that are made of files elsewhere: see docs/hooks.py.
 MADE = {"results.md", "changelog.md", "contributing.md"}
@@ -100,4 +107,20 @@ def test_the_site_builds_without_a_warning(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "reference.html").exists()
+    page = (tmp_path / "reference.html").read_text(encoding="utf-8")
+    missing = [name for name in public_names() if f'id="{name}"' not in page]
+    assert not missing
+
+
+def public_names():
+    """All of `__all__`, and the methods that our strategies add."""
+    for name in keras_allreduce.__all__:
+        yield f"keras_allreduce.{name}"
+    for strategy in (
+        keras_allreduce.AllReduceStrategy,
+        keras_allreduce.MultiWorkerAllReduceStrategy,
+    ):
+        for name, method in inspect.getmembers(strategy, inspect.isfunction):
+            ours = method.__module__.startswith("keras_allreduce")
+            if ours and not name.startswith("_") and name not in OVERRIDDEN:
+                yield f"keras_allreduce.{strategy.__name__}.{name}"

@@ -355,6 +355,55 @@ class TestWhatIsNotKnown:
         ):
             strategy.explain(model)
 
+    def test_a_frozen_model_is_told_to_train_something(self, strategy):
+        with strategy.scope():
+            model = keras.Sequential(
+                [keras.Input([2]), L.Dense(3)], name="frozen"
+            )
+        model.trainable = False
+        with pytest.raises(ValueError, match=r"trains something.*'frozen'"):
+            strategy.explain(model)
+
+    def test_a_model_without_a_call_is_planned_by_its_variables(self, strategy):
+        class Gan(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.generator = keras.Sequential(
+                    [keras.Input([2]), L.Dense(3)]
+                )
+                self.critic = keras.Sequential([keras.Input([3]), L.Dense(1)])
+
+            def train_step(self, data):
+                return {}
+
+        with strategy.scope():
+            model = Gan()
+        assert strategy.plan(model).num_gradients == 4
+        rows = lines(strategy, model)
+        assert any("has no `call`" in row for row in rows)
+        assert not any("Pass a batch" in row for row in rows)
+        # Inputs cannot help where nothing can be called.
+        assert strategy.plan(model, WORDS).num_gradients == 4
+
+    def test_of_a_model_without_a_call_each_part_is_built(self, strategy):
+        class Gan(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.generator = keras.Sequential([L.Dense(3)])
+
+            def train_step(self, data):
+                return {}
+
+        with strategy.scope():
+            model = Gan()
+        with pytest.raises(ValueError, match="which is not built"):
+            strategy.explain(model)
+
+    def test_one_pack_is_not_called_packs(self):
+        strategy = AllReduceStrategy(DEVICES[:2])
+        rows = lines(strategy, make_model(strategy))
+        assert any(" in 1 pack (" in row for row in rows)
+
     def test_a_model_of_another_strategy_is_an_error(self, strategy):
         with pytest.raises(ValueError, match="inside the scope of the strat"):
             strategy.plan(make_model(stock()))

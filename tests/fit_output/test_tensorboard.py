@@ -132,3 +132,11 @@ def test_under_another_strategy_it_is_an_error(tmp_path):
         match=r"AllReduceTensorBoard reports on an AllReduceStrategy\. Rec",
     ):
         fit(make_model(stock()), AllReduceTensorBoard(tmp_path))
+
+
+def test_epochs_are_written_whatever_the_frequency_of_batches(model, tmp_path):
+    """Six steps an epoch: 4 divides neither 6 nor 12 + 6."""
+    fit(model, AllReduceTensorBoard(tmp_path, update_freq=4), epochs=3)
+    found = scalars(tmp_path / "train")
+    for tag in ("epoch_loss", *OF_EPOCHS):
+        assert [step for step, _ in found[tag]] == [0, 1, 2]
