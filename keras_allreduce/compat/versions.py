@@ -27,7 +27,7 @@ WHY = {
     "Keras": "With older versions the History of several replicas is wrong.",
 }
 
-INSTALL = "pip install 'keras_allreduce[tensorflow]'"
+INSTALL = "pip install 'tensorflow>=2.16' 'keras>=3.10'"
 
 _warned: set[str] = set()
 

@@ -11,6 +11,7 @@ from keras_allreduce.devices import host_devices
 from keras_allreduce.environment import HOST_DEVICES
 from keras_allreduce.fit_output.step_log import StepLog
 from keras_allreduce.strategy.base import StrategyBase
+from keras_allreduce.strategy.foreign_arguments import explained
 from keras_allreduce.strategy.multi_worker_extended import (
     MultiWorkerAllReduceExtended,
 )
@@ -68,6 +69,7 @@ class MultiWorkerAllReduceStrategy(
             options or devices. A `RuntimeError`.
     """
 
+    @explained
     def __init__(
         self,
         cluster_resolver: Any = None,

@@ -13,6 +13,7 @@ from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.strategy.base import StrategyBase
 from keras_allreduce.strategy.datasets import distribute
 from keras_allreduce.strategy.extended import ExtendedBase
+from keras_allreduce.strategy.foreign_arguments import explained
 
 
 class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
@@ -55,6 +56,7 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
             an argument; or if the Keras backend is not TensorFlow.
     """
 
+    @explained
     def __init__(
         self,
         devices: Iterable[Any] | None = None,

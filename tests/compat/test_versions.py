@@ -201,14 +201,14 @@ def run_without(module, code):
 
 
 @pytest.mark.parametrize("module", ["tensorflow", "keras"])
-def test_without_tensorflow_the_error_names_the_extra(module):
+def test_without_tensorflow_the_error_names_what_to_install(module):
     done = run_without(
         module, "import keras_allreduce\nkeras_allreduce.AllReduceStrategy"
     )
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: keras_allreduce needs TensorFlow")
     assert f"Received: no module {module!r}" in last
-    assert "pip install 'keras_allreduce[tensorflow]'" in last
+    assert "pip install 'tensorflow>=2.16' 'keras>=3.10'" in last
 
 
 def test_other_import_errors_are_shown_as_they_are():

