@@ -4,9 +4,8 @@ Unlike a process id, a lock is let go at the death, whoever reaps it.
 """
 
 import fcntl
-import time
 
-DEADLINE_SECONDS = 60
+from deadlines import wait_until
 
 
 def is_none_left(path):
@@ -19,7 +18,4 @@ def is_none_left(path):
 
 
 def wait_until_none_is_left(path):
-    give_up = time.monotonic() + DEADLINE_SECONDS
-    while not is_none_left(path):
-        assert time.monotonic() < give_up, "A process is left."
-        time.sleep(0.01)
+    wait_until(lambda: is_none_left(path), "A process is left.")

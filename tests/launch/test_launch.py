@@ -9,11 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from process_lock import (
-    DEADLINE_SECONDS,
-    is_none_left,
-    wait_until_none_is_left,
-)
+from deadlines import DEADLINE_SECONDS
+from process_lock import is_none_left, wait_until_none_is_left
 
 from keras_allreduce.launch.job import free_ports
 

@@ -6,7 +6,7 @@ from concurrent import futures
 
 import pytest
 import tensorflow as tf
-from deadlines import DEADLINE_SECONDS
+from deadlines import DEADLINE_SECONDS, wait_until
 
 from keras_allreduce.workers import board as board_module
 from keras_allreduce.workers import lookout as lookout_module
@@ -254,8 +254,7 @@ def test_a_chief_that_fails_stays_until_all_know_why(pair, has_place):
         args=[WorkerLostError("worker 0 (a:1) has failed"), DEADLINE_SECONDS],
     )
     telling.start()
-    while of_other._board.failure_of(0) is None:
-        pass
+    wait_until(lambda: of_other._board.failure_of(0))
     assert telling.is_alive()
     of_other.look()
     telling.join(DEADLINE_SECONDS)

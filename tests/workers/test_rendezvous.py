@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import workers
+from deadlines import wait_until
 
 from keras_allreduce.addresses import parse_address
 from keras_allreduce.workers import reports
@@ -49,14 +50,17 @@ def cluster(addresses, rank):
 
 def connected(address, data=b""):
     """A connection to whoever listens there, as soon as somebody does."""
-    address = parse_address(address)
-    while True:
+    address, made = parse_address(address), []
+
+    def connects():
         with contextlib.suppress(ConnectionError):
-            made = socket.create_connection((address.host, address.port))
-            break
+            made.append(socket.create_connection((address.host, address.port)))
+        return made
+
+    wait_until(connects, f"Nobody listens at {address}.")
     with contextlib.suppress(OSError):
-        made.sendall(data)
-    return made
+        made[0].sendall(data)
+    return made[0]
 
 
 class Strangers:

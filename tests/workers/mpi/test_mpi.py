@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mpi_jobs
@@ -20,7 +19,7 @@ import test_wire
 import warm_python
 import worker_cases
 import workers
-from deadlines import DEADLINE_SECONDS
+from deadlines import DEADLINE_SECONDS, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("needs_mpirun")]
 
@@ -155,12 +154,12 @@ def ends(function, *arguments, **options):
         return code, job.output
 
 
-def all_gone(job, seconds=30):
+def all_gone(job):
     """Waits until all processes of a job, whose `mpirun` has ended, have."""
-    end = time.monotonic() + seconds
-    while any(rank.is_there for rank in job.ranks):
-        assert time.monotonic() < end, job.output
-        time.sleep(0.1)
+    wait_until(
+        lambda: not any(rank.is_there for rank in job.ranks),
+        lambda: job.output,
+    )
 
 
 def test_a_killed_worker_ends_all_and_is_named_by_mpirun():

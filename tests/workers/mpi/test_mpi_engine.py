@@ -4,6 +4,7 @@ import threading
 from types import SimpleNamespace
 
 import numpy as np
+from deadlines import wait_until
 
 from keras_allreduce.workers.mpi import engine as engine_module
 from keras_allreduce.workers.mpi.engine import Engine
@@ -107,8 +108,7 @@ def test_what_mpi_fails_at_ends_in_one_reason_and_nothing_waits():
     engine = start(reasons)
     engine.submit(call(fails, results))
     # Also what comes later.
-    while not reasons:
-        pass
+    wait_until(lambda: reasons)
     engine.submit(call(returns, results))
     assert results.wait() == [None, None]
     (reason,) = reasons
