@@ -1,6 +1,7 @@
 # make demo           the main job on real data
-# make test           the tests
+# make test           the tests of a push
 # make test-fast      those for the loop of a developer
+# make test-nightly   those of the schedule: packages, examples, clusters
 # make test-versions  those for other versions, in environments of their own
 # make lint           format, lint and types, in seconds
 # make check          lint and tests: the one command before a push
@@ -12,18 +13,23 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 PYTEST_ARGS ?=
+# Tests of a file share workers that they start.
+BY_FILE = -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast test-versions lint check docs clean
+.PHONY: demo test test-fast test-nightly test-versions lint check docs clean
 
 demo: $(VENV)/.demo
 	@$(SHARED) $(BIN)/python examples/digits.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
-		$(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(BY_FILE) -m 'not nightly' $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto -m 'not slow and not nightly' \
+		$(PYTEST_ARGS)
+
+test-nightly: $(VENV)/.dev
+	$(BIN)/python -m pytest $(BY_FILE) -m nightly $(PYTEST_ARGS)
 
 test-versions: $(VENV)/.dev
 	$(BIN)/python -m nox -s start versions

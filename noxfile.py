@@ -21,7 +21,13 @@ PAIRS = {
     "newest": ["--pre", "tf-nightly-cpu"],  # Brings keras-nightly.
 }
 
-TOOLS = ["pytest>=8", "pytest-xdist>=3", "scikit-learn"]
+TOOLS = [
+    "hypothesis>=6.100",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3",
+    "scikit-learn",
+]
 
 # What versions of TensorFlow and Keras can break.
 TESTS = [

@@ -19,11 +19,13 @@ def pytest_collection(session):
         import five_devices  # noqa: F401
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Slow files first, the large ones of them before the others.
 
     A long one that begins last has one core work while the others are idle.
     """
+    if config.pluginmanager.hasplugin("randomly"):
+        return
     size = collections.Counter(item.path for item in items)
     items.sort(
         key=lambda item: (

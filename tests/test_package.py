@@ -19,7 +19,7 @@ from deadlines import DEADLINE_SECONDS
 
 import keras_allreduce
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from deadlines import DEADLINE_SECONDS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "random_faults.py"
 

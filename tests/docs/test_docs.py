@@ -96,6 +96,7 @@ def test_an_example_in_a_page_runs(page):
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.nightly
 def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(
         [

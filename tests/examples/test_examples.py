@@ -72,7 +72,15 @@ def test_every_example_has_its_check():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(PRINTS)
 
 
-@pytest.mark.parametrize("name", PRINTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[] if name == "readme.py" else pytest.mark.nightly
+        )
+        for name in PRINTS
+    ],
+)
 def test_an_example_prints_what_it_promises(name, tmp_path):
     if name in NEEDS:
         package, command = NEEDS[name]

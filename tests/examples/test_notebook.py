@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from deadlines import DEADLINE_SECONDS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")

@@ -12,7 +12,7 @@ import pytest
 import workers
 from test_multi_worker import agree
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 CASES = ["even_batches", "uneven_last_batch", "predict"]
 

@@ -13,7 +13,7 @@ from deadlines import DEADLINE_SECONDS
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_train.py"
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.skipif(
         importlib.util.find_spec("ray") is None,
         reason='Ray is not installed: pip install "ray[train]"',

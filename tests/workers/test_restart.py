@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import warm_python
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 # Every worker of the job. Without the file "died", worker 1 dies in the middle
 # of the third epoch.
