@@ -59,7 +59,7 @@ HEAD = (
 
 
 @nox.session(python=False)
-def start(session: nox.Session) -> None:
+def start(_session: nox.Session) -> None:
     """Begins a new table."""
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(HEAD, encoding="utf-8")

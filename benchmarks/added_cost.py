@@ -203,8 +203,8 @@ def serve_floor(job: Job) -> None:
 
     nbytes = (job.replicas + 1) * gradient_sets.nbytes(job.shapes)
 
-    def turn(groups: int) -> float:
-        """Seconds that moving the bytes takes, however many `groups`."""
+    def turn(_groups: int) -> float:
+        """Seconds that moving the bytes takes, however many groups."""
         best = min(go() for _ in range(FLOOR_GOES))
         return best * nbytes / (len(buffers) * FLOOR_BYTES)
 

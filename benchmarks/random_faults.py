@@ -185,7 +185,7 @@ def train(fault: Fault, timeout_seconds: float, rank: int) -> None:
         model.compile("sgd", "mse")
     lines = []
 
-    def note(epoch: int, logs: Any) -> None:
+    def note(_epoch: int, _logs: Any) -> None:
         weights = b"".join(w.tobytes() for w in model.get_weights())
         lines.append(f"{weights.hex()}\n")
 

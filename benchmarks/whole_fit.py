@@ -261,7 +261,7 @@ def serve(**options: Any) -> None:
         faulthandler.dump_traceback_later(DEADLINE_SECONDS, exit=True)
         try:
             return {"value": getattr(trainer, ask)(**arguments)}
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - Raised by who asked.
             return {"error": describe(error)}
         finally:
             faulthandler.cancel_dump_traceback_later()

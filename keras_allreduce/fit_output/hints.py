@@ -114,7 +114,7 @@ def _of_step(ms: float, measured: Measured) -> str:
     return f"{milliseconds(ms)} of {step} per step ({share:.0%})"
 
 
-def _straggler(measured: Measured, options: Options) -> _Advice | None:
+def _straggler(measured: Measured, _options: Options) -> _Advice | None:
     late, exposed = measured.lateness_ms, measured.exposed_ms
     # Not if it is hidden behind backprop of the others.
     if not late > 0 or exposed < late / 2:
@@ -200,7 +200,7 @@ def _sparse(measured: Measured, options: Options) -> _Advice | None:
     )
 
 
-def _between(measured: Measured, options: Options) -> _Advice | None:
+def _between(measured: Measured, _options: Options) -> _Advice | None:
     between = measured.between_ms
     return _Advice(
         between,

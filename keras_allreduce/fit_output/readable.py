@@ -23,8 +23,8 @@ BAR_COLUMNS = 20
 MIN_BAR_COLUMNS = 4
 """Columns of a bar that still shows how far an epoch is."""
 
-# " 1:03 15ms/step" of a running epoch, " - 12s - 15ms/step" of one with
-# verbose=2.
+# " 1:03 15ms/step" of a running epoch, and " - 12s - 15ms/step" of one
+# without a bar (verbose=2).
 _TIME_COLUMNS = 15
 _TIME_COLUMNS_WITHOUT_BAR = 19
 

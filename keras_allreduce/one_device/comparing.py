@@ -33,7 +33,7 @@ def check(model: keras.Model, loss: Any, y_true: Any, y_pred: Any) -> None:
         # A thread of its own is in no replica, graph or tape.
         with ThreadPoolExecutor(1) as thread:
             differs = thread.submit(_compares, loss, y_true, y_pred).result()
-    except Exception:  # The user's code, on what it may not expect.
+    except Exception:  # noqa: BLE001 - The user's code may raise anything.
         return
     if differs:
         warn.of_comparing(model, f"loss {loss.name!r}", "of made-up samples")

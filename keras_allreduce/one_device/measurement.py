@@ -99,7 +99,7 @@ def measure(
         # A thread of its own is in no replica, graph or tape.
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(in_thread).result()
-    except Exception as error:  # The user's code, on what it may not expect.
+    except Exception as error:  # noqa: BLE001 - The user's code runs here.
         lines = str(error).strip().splitlines() or [""]
         return Natures(failure=f"{type(error).__name__}: {lines[0]}")
     finally:
@@ -232,7 +232,9 @@ def _moving_statistics_used(model: keras.Model) -> Iterator[None]:
 
     def shadow(call: Callable[..., Any]) -> Callable[..., Any]:
         def without_training(
-            inputs: Any, training: Any = None, **kwargs: Any
+            inputs: Any,
+            training: Any = None,  # noqa: ARG001 - Keras passes it.
+            **kwargs: Any,
         ) -> Any:
             return call(inputs, training=False, **kwargs)
 

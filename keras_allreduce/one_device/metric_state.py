@@ -111,7 +111,7 @@ class SharedMetricState:
             # A thread of its own is in no replica, graph or tape.
             with ThreadPoolExecutor(1) as thread:
                 return thread.submit(in_thread).result()
-        except Exception:  # The user's code, on what it may not expect.
+        except Exception:  # noqa: BLE001 - The user's code may raise anything.
             return []
 
 

@@ -122,7 +122,7 @@ class Step:
         kwargs: Any,
     ) -> Any:
         """Runs `fn` on every replica, as `call_for_each_replica` does."""
-        # data[replica]
+        # On data[replica]:
         #   [1] shares[replica], and a spare sample for those without one
         #   [2] shadows and hooks: losses, optimizers, metrics, seeds
         #   [3] a custom step is measured: what is a mean, what a sum?

@@ -12,11 +12,11 @@ Sums = list[list[tf.Tensor]]
 """`sums[pack][replica]`, like the packs; all replicas of a pack are equal."""
 
 
-def _takes_all(dtype: tf.DType) -> bool:
+def _takes_all(_dtype: tf.DType) -> bool:
     return True
 
 
-def _runs_anywhere(devices: Sequence[str]) -> str:
+def _runs_anywhere(_devices: Sequence[str]) -> str:
     return ""
 
 

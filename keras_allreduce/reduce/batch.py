@@ -105,7 +105,7 @@ class Batch:
         """
         order = list(self.dense)
         variables = [[order[at] for at in each.indices] for each in buckets]
-        # gradients[pack][replica][i]
+        # Here they are gradients[pack][replica][i].
         gradients = [
             list(zip(*(self.dense[index] for index in pack), strict=True))
             for pack in variables

@@ -85,7 +85,7 @@ def shown(error: BaseException) -> str:
     name = type(error).__name__
     try:
         lines = str(error).splitlines()
-    except Exception:
+    except Exception:  # noqa: BLE001 - A user's `__str__` may raise anything.
         return name
     said = [
         line.strip()

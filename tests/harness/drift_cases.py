@@ -32,7 +32,7 @@ def run(name, strategy):
     """What a case returns or how it fails, ready for JSON."""
     try:
         found = CASES[name](strategy, worker_cases.worker_index())
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - The test shows it.
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}"}
     keras.utils.clear_session(free_memory=False)

@@ -79,7 +79,7 @@ def in_threads(function, arguments):
     def run(number, argument):
         try:
             ends[number] = function(argument)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - The test looks at it.
             ends[number] = error
 
     threads = [

@@ -97,7 +97,7 @@ class Engine:
         try:
             exchange = call.collective(comm, call.own, self._buffers)
             received = self._run_for_a_moment(_Running(call, exchange))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - Whatever MPI fails at.
             self._break_off(error)
             return None
         finally:
@@ -152,7 +152,7 @@ class Engine:
     def _run(self) -> None:
         try:
             self._loop()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # Else everybody would wait for a thread that is gone.
             self._break_off(error)
 
