@@ -18,9 +18,8 @@ from keras_allreduce.strategy.multi_worker_extended import (
 from keras_allreduce.workers.group import WorkerOptions
 from keras_allreduce.workers.lateness import lateness_ms
 from keras_allreduce.workers.mpi.start import TRANSPORTS, choose_transport
+from keras_allreduce.workers.timing import TIMING
 from keras_allreduce.workers.wire_formats import wire_dtypes
-
-TIMEOUT_SECONDS = 600.0
 
 _CommunicationOptions = tf.distribute.experimental.CommunicationOptions
 
@@ -76,7 +75,7 @@ class MultiWorkerAllReduceStrategy(
         communication_options: Any = None,
         *,
         bytes_per_pack: int = 0,
-        timeout_seconds: float = TIMEOUT_SECONDS,
+        timeout_seconds: float = TIMING.timeout,
         wire_dtype: str | None = None,
         sparse_as_dense: bool = False,
         weigh_samples: bool | None = None,

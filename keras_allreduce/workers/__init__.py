@@ -3,7 +3,7 @@
 In: TF_CONFIG and the packs of this worker. Out: sums over all workers, or an
 error that names the failed worker.
 
-    start     cluster.py --> rendezvous.py --> connect.py
+    start     cluster.py --> gather.py --> rendezvous.py --> connect.py
     group     group.py: all of the below, of one strategy
     agree     agreement.py --> store.py
               calls.py: calls of Keras; data_facts.py, drift.py: data, models

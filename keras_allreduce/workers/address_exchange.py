@@ -1,32 +1,19 @@
 """Every process tells rank 0 where it listens, and learns the same of all.
 
-    rank 1                     rank 0                      rank 2
-       |--- rank 1, port 5001 --->|                           |
-       |                          |<--- rank 2, port 5002 ----|
-       |<-- three addresses ------|------ three addresses --->|
-
 Only rank 0 must be found; the host of the others is where they come from.
-`reports.py` has the messages.
 """
 
 import contextlib
 import ipaddress
 import socket
-import time
 from collections.abc import Mapping
+from typing import Any
 
 from keras_allreduce.addresses import Address
+from keras_allreduce.workers.gather import Gathering, first_free
 from keras_allreduce.workers.ranks import Placement
-from keras_allreduce.workers.rendezvous import listen
-from keras_allreduce.workers.reports import (
-    NoAnswer,
-    Reception,
-    Report,
-    deliver,
-)
+from keras_allreduce.workers.reports import Report
 
-_PATIENCE_SECONDS = 5.0
-_NUMBERS = ("rank", "size", "port")
 _BYTES_PER_RANK = 300
 _MAX_BYTES = 2**16
 
@@ -50,95 +37,80 @@ def exchange_addresses(
     Raises:
         NoExchange: If a process does not come, or all are not of one job.
     """
+    gathering = _gathering(placement, timeout_seconds, token)
     # It stays bound, without listening, until all have another.
     with contextlib.closing(_bound()) as own:
         port = own.getsockname()[1]
-        if placement.rank == 0:
-            return _collect(placement, port, timeout_seconds, token)
-        return _tell(placement, port, timeout_seconds, token)
+        if placement.rank:
+            chief = [Address(placement.leader, p) for p in placement.ports]
+            found = gathering.report(
+                chief,
+                {"rank": placement.rank, "size": placement.size, "port": port},
+            )
+            return _listed(placement, found)
+        return _collect(placement, gathering, port)
+
+
+def _gathering(
+    placement: Placement, timeout_seconds: float, token: str
+) -> Gathering:
+    return Gathering(
+        placement.size,
+        timeout_seconds,
+        token,
+        _MAX_BYTES + _BYTES_PER_RANK * placement.size,
+        lambda message: _check(placement, message),
+        lambda missing, found: _never_came(
+            placement, missing, timeout_seconds, found
+        ),
+        _came_twice,
+    )
 
 
 def _collect(
-    placement: Placement, port: int, timeout_seconds: float, token: str
+    placement: Placement, gathering: Gathering, port: int
 ) -> list[str]:
     """The side of rank 0."""
-    end = time.monotonic() + timeout_seconds
-    ranks = range(1, placement.size)
-    here: dict[int, Report] = {}
-    server = _first_free(placement)
-    with Reception(server, token, _limit_bytes(placement)) as reception:
-        problem = None
-        while problem is None and len(here) < len(ranks):
-            for report in reception.wait(0.1):
-                found = _take(placement, here, report)
-                problem = problem or found
-            here = {r: c for r, c in here.items() if not c.has_ended}
-            missing = [rank for rank in ranks if rank not in here]
-            if problem is None and missing and time.monotonic() > end:
-                problem = _never_came(placement, missing, timeout_seconds)
-        addresses = [str(Address(placement.leader, port))]
-        addresses += [_address(placement, here[r]) for r in sorted(here)]
-        for report in here.values():
-            report.answer({"problem": problem, "addresses": addresses})
+    server = first_free(placement.ports, placement.size)
+    if server is None:
+        raise NoExchange(
+            "Rank 0 must have a free port to exchange addresses. Received: "
+            f"{', '.join(map(str, placement.ports))}, in use. MASTER_PORT "
+            "gives another one, on all processes."
+        )
+    addresses = [str(Address(placement.leader, port))]
+
+    def answer(reports: Mapping[int, Report]) -> Mapping[str, Any]:
+        addresses[1:] = [
+            _address(placement, reports[r]) for r in sorted(reports)
+        ]
+        return {"addresses": addresses}
+
+    problem = gathering.collect(server, answer)
     if problem is not None:
         raise NoExchange(problem)
     return addresses
 
 
-def _take(
-    placement: Placement, here: dict[int, Report], report: Report
-) -> str | None:
-    """Notes who is here. Returns the problem, if any."""
-    content = report.content
-    if not all(type(content.get(key)) is int for key in _NUMBERS):
+def _check(
+    placement: Placement, message: Mapping[str, Any]
+) -> int | str | None:
+    values = [message.get(key) for key in ("rank", "size", "port")]
+    numbers = [value for value in values if type(value) is int]
+    if len(numbers) < len(values):
         return None
-    rank, size, port = (int(content[key]) for key in _NUMBERS)
+    rank, size, port = numbers
     if size != placement.size:
-        problem = (
+        return (
             "All processes must be of one job. Received: "
             f"{placement.size} processes on rank 0, {size} on rank {rank}."
         )
-    elif not 0 < rank < size or not 0 < port < 65536:
-        return None
-    elif rank in here and not here[rank].has_ended:
-        problem = (
-            "All processes must be of one job. Received: two that are rank "
-            f"{rank}. MASTER_PORT gives each job its own port."
-        )
-    else:
-        here[rank] = report
-        return None
-    # The others are told when this returns.
-    report.answer({"problem": problem})
-    return problem
+    return rank if 0 < rank < size and 0 < port < 65536 else None
 
 
-def _tell(
-    placement: Placement, port: int, timeout_seconds: float, token: str
-) -> list[str]:
-    """The side of another rank."""
-    chief = [Address(placement.leader, each) for each in placement.ports]
-    report = {"rank": placement.rank, "size": placement.size, "port": port}
-    try:
-        answer = deliver(
-            chief,
-            report,
-            token,
-            timeout_seconds,
-            # Rank 0 may have begun a little later.
-            _PATIENCE_SECONDS,
-            _limit_bytes(placement),
-        )
-    except NoAnswer as reason:
-        missing = _never_came(placement, [0], timeout_seconds)
-        raise NoExchange(f"{missing} At {chief[0]}: {reason}.") from None
-    problem = answer.get("problem")
-    if problem is not None:
-        raise NoExchange(str(problem))
-    return _listed(placement, answer)
-
-
-def _listed(placement: Placement, answer: Mapping[str, object]) -> list[str]:
+def _listed(placement: Placement, answer: Mapping[str, Any]) -> list[str]:
+    if answer["problem"] is not None:
+        raise NoExchange(answer["problem"])
     addresses = answer.get("addresses")
     if not isinstance(addresses, list) or len(addresses) != placement.size:
         raise NoExchange(
@@ -159,17 +131,6 @@ def _address(placement: Placement, report: Report) -> str:
     return str(Address(host, int(report.content["port"])))
 
 
-def _first_free(placement: Placement) -> socket.socket:
-    for port in placement.ports:
-        with contextlib.suppress(OSError):
-            return listen(port, max(128, placement.size))
-    raise NoExchange(
-        "Rank 0 must have a free port to exchange addresses. Received: "
-        f"{', '.join(map(str, placement.ports))}, in use. MASTER_PORT gives "
-        "another one, on all processes."
-    )
-
-
 def _bound() -> socket.socket:
     dual = socket.has_dualstack_ipv6()
     own = socket.socket(socket.AF_INET6 if dual else socket.AF_INET)
@@ -179,12 +140,18 @@ def _bound() -> socket.socket:
     return own
 
 
-def _limit_bytes(placement: Placement) -> int:
-    return _MAX_BYTES + _BYTES_PER_RANK * placement.size
+def _came_twice(rank: int) -> str:
+    return (
+        "All processes must be of one job. Received: two that are rank "
+        f"{rank}. MASTER_PORT gives each job its own port."
+    )
 
 
 def _never_came(
-    placement: Placement, missing: list[int], timeout_seconds: float
+    placement: Placement,
+    missing: list[int],
+    timeout_seconds: float,
+    found: str,
 ) -> str:
     ranks = ", ".join(map(str, missing))
     return (
@@ -193,4 +160,5 @@ def _never_came(
         f"reached: rank {ranks}. All must make the strategy; rank 0 is looked "
         f"for at {placement.leader!r} (MASTER_ADDR), port "
         f"{', '.join(map(str, placement.ports))} (MASTER_PORT)."
+        f"{f' {found}.' if found else ''}"
     )

@@ -40,22 +40,24 @@ class Statement:
     Attributes:
         facts: Values by name, whose `str` must be the same on all workers.
         labels: What messages call a fact, if not by its name; may differ.
-        offer: A text that counts if it is the chief's.
+        offer: Values by name that may differ, for whoever reads them.
     """
 
     facts: Mapping[str, Any]
     labels: Mapping[str, str] = field(default_factory=dict)
-    offer: str = ""
+    offer: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Returns the text that `from_json` reads."""
         facts = {key: str(value) for key, value in self.facts.items()}
-        return json.dumps([facts, dict(self.labels), self.offer])
+        return json.dumps(
+            {"facts": facts, "labels": {**self.labels}, "offer": {**self.offer}}
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "Statement":
         """Reads what `to_json` has written."""
-        return cls(*json.loads(text))
+        return cls(**json.loads(text))
 
 
 class Agreement:
@@ -215,9 +217,8 @@ class Agreement:
         path = keras_calls.path_of_new_variable()
 
         def compared() -> Any:
-            value = (
-                initial_value() if callable(initial_value) else initial_value
-            )
+            made = callable(initial_value)
+            value = initial_value() if made else initial_value
             tensor = getattr(value, "wrapped_value", value)
             if isinstance(tensor, tf.Tensor):
                 labels = {} if path is None else {"variable": f"{path!r}"}
@@ -236,8 +237,9 @@ class Agreement:
         Raises:
             WorkerError: See `compare`.
         """
-        statement = Statement({}, offer=text)
-        return self.compare("models and steps", statement)[0].offer
+        own = Statement({}, offer={"text": text})
+        (chief, *_) = self.compare("models and steps", own)
+        return str(chief.offer["text"])
 
 
 def _difference(

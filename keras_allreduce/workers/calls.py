@@ -81,8 +81,8 @@ class Calls:
         statement = Statement(facts, offer=_offer(iterator))
         found = self._agreement.state(statement)
         self._agreement.raise_differences(CALLS, found, _remedy(found))
-        seed = int(found[0].offer.split()[0])
-        if _differ(found, 2):
+        seed = int(found[0].offer["seed"])
+        if _differ(found, "first batch"):
             data_facts.warn_of_first_batches()
         seeds = _seeds(iterator, found, seed)
         begin = partial(self._begin_epoch, number, seeds)
@@ -129,22 +129,26 @@ def _remedy(found: Sequence[Statement]) -> str:
     return data_facts.REMEDY
 
 
-def _offer(iterator: Any) -> str:
-    """Words that may differ: a seed, and checksums to compare."""
-    state = data_facts.state_of_random()
-    first_batch = data_facts.checksum_of_first_batch(iterator)
-    return f"{secrets.randbits(31)} {state} {first_batch}"
+def _offer(iterator: Any) -> dict[str, Any]:
+    """Values that may differ: a seed, and checksums to compare."""
+    return {
+        "seed": secrets.randbits(31),
+        "state of random": data_facts.state_of_random(),
+        "first batch": data_facts.checksum_of_first_batch(iterator),
+    }
 
 
 def _seeds(
     iterator: Any, found: Sequence[Statement], seed: int
 ) -> random.Random | None:
     """Seeds for Python's `random`, if Keras shuffles by it and it differs."""
-    if keras_calls.shuffles_in_python(iterator) and _differ(found, 1):
+    if keras_calls.shuffles_in_python(iterator) and _differ(
+        found, "state of random"
+    ):
         return random.Random(seed)
     return None
 
 
-def _differ(found: Sequence[Statement], place: int) -> bool:
-    """Whether the words at a place of the offers differ."""
-    return len({each.offer.split()[place] for each in found}) > 1
+def _differ(found: Sequence[Statement], name: str) -> bool:
+    """Whether the offers differ in a value."""
+    return len({each.offer[name] for each in found}) > 1

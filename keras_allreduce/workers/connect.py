@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
+from absl import logging
 
 from keras_allreduce.compat import runtime
 from keras_allreduce.environment import JOB_TOKEN, TF_CONFIG
@@ -18,11 +20,9 @@ from keras_allreduce.workers.cluster import (
     read_tf_config,
 )
 from keras_allreduce.workers.errors import WorkerStartError
-from keras_allreduce.workers.patience import waits_for_start
 from keras_allreduce.workers.rendezvous import meet
 from keras_allreduce.workers.time_limit import limited
-
-_LATER_THAN_TENSORFLOW_SECONDS = 5
+from keras_allreduce.workers.timing import TIMING
 
 
 def read_cluster(resolver: Any) -> Cluster | None:
@@ -89,6 +89,32 @@ def starting(resolver: Any, timeout_seconds: float) -> Iterator[Cluster | None]:
         yield cluster
 
 
+@contextlib.contextmanager
+def waits_for_start(worker: str, timeout_seconds: float) -> Iterator[None]:
+    """Says once that the others are not there, if the block takes long.
+
+    Args:
+        worker: What messages call this worker.
+        timeout_seconds: How long the block may take.
+    """
+    said = threading.Timer(
+        TIMING.quiet_start,
+        logging.warning,
+        (
+            "keras_allreduce: %s waits for the other workers to start, for at "
+            "most timeout_seconds=%g.",
+            worker,
+            timeout_seconds,
+        ),
+    )
+    said.daemon = True
+    said.start()
+    try:
+        yield
+    finally:
+        said.cancel()
+
+
 def _configure(cluster: Cluster, timeout_seconds: float) -> None:
     jobs = [task.removeprefix("/job:").split("/")[0] for task in cluster.tasks]
     runtime.configure_coordination(
@@ -105,7 +131,7 @@ def _connecting(cluster: Cluster, timeout_seconds: float) -> Iterator[None]:
     remedy = "Look for the worker whose log ends first, and start all again."
     # TensorFlow has the same limit, but not wherever it waits.
     began = time.monotonic()
-    limit_seconds = timeout_seconds + _LATER_THAN_TENSORFLOW_SECONDS
+    limit_seconds = timeout_seconds + TIMING.late_tensorflow
     limit = limited(
         limit_seconds,
         "keras_allreduce: All workers must stay while they connect. Received: "

@@ -17,11 +17,14 @@ What the script itself does wrong, such as a TF_CONFIG that makes no sense, is
 a `ValueError`.
 """
 
+import re
 from typing import Any
 
 import tensorflow as tf
 
 _SHOWN_CHARACTERS = 200
+_TAG = "[keras_allreduce"
+_TAGGED = re.compile(r'\[keras_allreduce:(\w+)\] ([^\n\\"]*)')
 _NO_REASONS = ("Graph execution error", "Detected at ", "<stack", " ", "\t")
 
 
@@ -73,6 +76,30 @@ def from_name(name: str, message: str) -> WorkerError:
     if isinstance(kind, type) and issubclass(kind, WorkerError):
         return kind(message)
     return WorkerError(message)
+
+
+def tagged(error: WorkerError) -> str:
+    """The text with which collectives are aborted; `from_tagged` reads it.
+
+    TensorFlow passes it on to the other workers inside of errors of its own,
+    some of which put it in quotes.
+
+    Args:
+        error: Why they are.
+    """
+    name, message = name_and_message(error)
+    line = message.replace("\n", " ").replace('"', "'").replace("\\", "/")
+    return f"{_TAG}:{name}] {line}"
+
+
+def from_tagged(text: str) -> WorkerError | None:
+    """The error that `tagged` has put into a text, if it has.
+
+    Args:
+        text: Message of an error of TensorFlow, of this worker or another.
+    """
+    found = _TAGGED.search(text)
+    return None if found is None else from_name(*found.groups())
 
 
 def shown(error: BaseException) -> str:

@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import faulthandler
 import os
-import re
 import sys
 import threading
 import time
@@ -19,18 +18,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce.workers.errors import WorkerError, WorkerLostError
+from keras_allreduce.workers.errors import (
+    WorkerError,
+    WorkerLostError,
+    from_tagged,
+)
+from keras_allreduce.workers.timing import TIMING
 from keras_allreduce.workers.watchdog import Watchdog
-
-# TensorFlow's tear-down waits for a worker that does not answer.
-_TEAR_DOWN_SECONDS = 20.0
-
-# How long the chief stays for those that have to know: others look out twice
-# per second, on a busy machine less often. A failure is also seen without that.
-_GOODBYE_SECONDS, _FAILURE_SECONDS = 10.0, 2.0
-
-# Launchers name the process that ends first.
-_AFTER_THE_CAUSE_SECONDS = 1.0
 
 _watchdogs: weakref.WeakSet[Watchdog] = weakref.WeakSet()
 _state: dict[str, Any] = {"installed": False, "failed": False}
@@ -60,7 +54,7 @@ def install(watchdog: Watchdog) -> None:
             explanation = explain(error)
             if explanation is not None:
                 print(f"keras_allreduce: {explanation}", file=sys.stderr)
-                _end_within(_TEAR_DOWN_SECONDS)
+                _end_within(TIMING.tear_down)
                 error = WorkerLostError(explanation)
             if not _is_interactive():
                 _tell_of_failure(error)
@@ -76,9 +70,9 @@ def _is_interactive() -> bool:
 
 def _tell_of_failure(error: BaseException) -> None:
     watchdogs = list(_watchdogs)
-    _for_each(watchdogs, lambda w: w.say_failure(error, _FAILURE_SECONDS))
+    _for_each(watchdogs, lambda w: w.say_failure(error, TIMING.linger_failed))
     if isinstance(error, WorkerError):
-        time.sleep(_AFTER_THE_CAUSE_SECONDS)
+        time.sleep(TIMING.after_cause)
 
 
 def _end_within(seconds: float) -> None:
@@ -94,7 +88,7 @@ def _leave() -> None:
     if _state["failed"]:
         return
     watchdogs = [each for each in _watchdogs if each.lost is None]
-    _for_each(watchdogs, lambda w: w.say_goodbye(_GOODBYE_SECONDS))
+    _for_each(watchdogs, lambda w: w.say_goodbye(TIMING.linger))
 
 
 def _for_each(
@@ -113,7 +107,7 @@ def _for_each(
     for each in told:
         each.start()
     for each in told:
-        each.join(_GOODBYE_SECONDS)
+        each.join(TIMING.linger)
 
 
 def explain(error: BaseException | None) -> str | None:
@@ -131,9 +125,9 @@ def explain(error: BaseException | None) -> str | None:
         return None
     # Where another worker has noticed it first, its error has come here. That
     # worker may have ended since, which is not the cause.
-    told = re.search(r"All workers must [^\n\\\"]*", error.message)
-    if told:
-        return told.group()
+    told = from_tagged(error.message)
+    if told is not None:
+        return str(told)
     for watchdog in list(_watchdogs):
         lost = watchdog.ask_until_sure()
         if lost is not None:

@@ -11,7 +11,8 @@ worker of another job) is turned away and costs the chief no time:
        |<-- answer to all ------|
 
 A message is one line: `keras_allreduce` and a JSON object. It is parsed only
-if it begins so, ends within `limit_bytes` and came within `_PATIENCE_SECONDS`.
+if it begins so, ends within `limit_bytes` and came within
+`TIMING.report`; a worker whose message is late tries again.
 The job token keeps jobs apart; it is sent as it is and authenticates nobody.
 """
 
@@ -25,16 +26,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keras_allreduce.addresses import Address
+from keras_allreduce.workers.timing import TIMING
 
 _BEGIN = b"keras_allreduce "
 _RECEIVED = {"received": True}
 _NO_WORKER = "what listens there is no worker of this job"
-
-# For the bytes of one message, and for the word that it was received. A
-# worker whose message is late tries again.
-_PATIENCE_SECONDS = 10.0
-_CONNECT_SECONDS = 2.0
-_RETRY_SECONDS = 0.1
 
 # Connections without a report yet; the oldest gives way to a new one.
 _MAX_UNKNOWN = 256
@@ -50,7 +46,7 @@ class Report:
     def answer(self, message: Mapping[str, Any]) -> None:
         """Answers, as far as the worker is still there."""
         with contextlib.suppress(OSError):
-            self.connection.settimeout(_CONNECT_SECONDS)
+            self.connection.settimeout(TIMING.connect)
             self.connection.sendall(_encode(message))
 
     @property
@@ -73,7 +69,7 @@ class _Unknown:
     received: bytearray = field(default_factory=bytearray)
 
 
-class Reception:
+class GatherServer:
     """Takes the reports of workers at a port, and turns away the rest.
 
     Never blocks on one connection, whatever it sends or does not send.
@@ -95,13 +91,22 @@ class Reception:
         server.setblocking(False)
         self._selector.register(server, selectors.EVENT_READ)
 
-    def __enter__(self) -> "Reception":
+    def __enter__(self) -> "GatherServer":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._selector.close()
         for each in [self._server, *self._unknown, *self._taken]:
             each.close()
+
+    @property
+    def turned_away(self) -> str:
+        """How many others connected, for a message; empty without any."""
+        return (
+            f"{self.strangers} other connections were turned away"
+            if self.strangers
+            else ""
+        )
 
     def wait(self, seconds: float) -> Iterator[Report]:
         """Yields the reports that arrive now; waits if there is none yet."""
@@ -121,12 +126,10 @@ class Reception:
             connection, _ = self._server.accept()
         except OSError:
             # Out of file descriptors, or already closed by the other side.
-            time.sleep(_RETRY_SECONDS)
+            time.sleep(TIMING.retry)
             return
         connection.setblocking(False)
-        self._unknown[connection] = _Unknown(
-            time.monotonic() + _PATIENCE_SECONDS
-        )
+        self._unknown[connection] = _Unknown(time.monotonic() + TIMING.report)
         self._selector.register(connection, selectors.EVENT_READ)
         if len(self._unknown) > _MAX_UNKNOWN:
             self._turn_away(next(iter(self._unknown)))
@@ -213,7 +216,7 @@ def deliver(
                 found = str(reason)
             except OSError as error:
                 found = (error.strerror or "no answer in time").lower()
-        time.sleep(min(_RETRY_SECONDS, max(0.0, end - time.monotonic())))
+        time.sleep(min(TIMING.retry, max(0.0, end - time.monotonic())))
     raise NoAnswer(found)
 
 
@@ -223,11 +226,11 @@ def _deliver(
     begin = time.monotonic()
     with socket.create_connection(
         (address.host, address.port),
-        min(_CONNECT_SECONDS, max(0.1, end - begin)),
+        min(TIMING.connect, max(0.1, end - begin)),
     ) as connection:
         connection.sendall(line)
         lines = _lines(connection, limit_bytes)
-        first = _next(lines, connection, min(end, begin + _PATIENCE_SECONDS))
+        first = _next(lines, connection, min(end, begin + TIMING.report))
         if "refused" in first:
             raise NoAnswer(str(first["refused"])[:200])
         if first != _RECEIVED:

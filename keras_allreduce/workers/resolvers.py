@@ -18,9 +18,9 @@ from keras_allreduce.workers.address_exchange import (
     exchange_addresses,
 )
 from keras_allreduce.workers.cluster import read_tf_config
+from keras_allreduce.workers.connect import waits_for_start
 from keras_allreduce.workers.errors import WorkerStartError
 from keras_allreduce.workers.mpi.start import GRPC, MPI, host_of_rank_0
-from keras_allreduce.workers.patience import waits_for_start
 from keras_allreduce.workers.ranks import Placement, hint_of, placement_of
 
 _ALONE = "TF_CONFIG='{}' trains on this process alone."

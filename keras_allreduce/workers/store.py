@@ -28,11 +28,9 @@ from keras_allreduce.workers.errors import (
     WorkerLostError,
     WorkerTimeoutError,
 )
+from keras_allreduce.workers.timing import TIMING
 
 _numbers = itertools.count()
-
-_POLL_SECONDS = 1.0
-_GRACE_SECONDS = 10.0
 
 _ALL = "all"
 
@@ -111,7 +109,7 @@ class Store:
         if self._cluster.rank:
             self._publish(read, "")
             return
-        end = time.monotonic() + _GRACE_SECONDS
+        end = time.monotonic() + TIMING.linger
         with contextlib.suppress(WorkerError):
             for rank in self._cluster.others:
                 self._read(read, rank, end - time.monotonic())
@@ -125,7 +123,7 @@ class Store:
         """Returns when the value of this worker, or of all, is there."""
         key = self._key(name, self._cluster.rank if of is None else of)
         written = runtime.publish(key, value)
-        while not futures.wait([written], _POLL_SECONDS).done:
+        while not futures.wait([written], TIMING.poll).done:
             failure = self._failure()
             if failure is not None:
                 raise failure
@@ -140,7 +138,7 @@ class Store:
             left = max(end - time.monotonic(), 0)
             try:
                 return runtime.read_published(
-                    self._key(name, of), min(_POLL_SECONDS, left)
+                    self._key(name, of), min(TIMING.poll, left)
                 )
             except tf.errors.DeadlineExceededError:
                 failure = self._failure()
@@ -155,7 +153,7 @@ class Store:
         """The first worker that has not published; else the chief."""
         for rank in self._cluster.others[1:]:
             try:
-                runtime.read_published(self._key(name, rank), _POLL_SECONDS)
+                runtime.read_published(self._key(name, rank), TIMING.poll)
             except tf.errors.OpError:
                 return rank
         return 0

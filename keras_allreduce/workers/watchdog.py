@@ -23,6 +23,7 @@ from keras_allreduce.workers.errors import (
     WorkerLostError,
     WorkerTimeoutError,
     shown,
+    tagged,
 )
 from keras_allreduce.workers.heartbeats import IS_GONE, REFUSALS, Heartbeats
 from keras_allreduce.workers.in_flight import InFlight
@@ -207,7 +208,7 @@ class Watchdog:
 
     def _give_up(self, error: WorkerError) -> None:
         self._kind, self.lost = type(error), str(error)
-        runtime.abort_collectives(self.lost)
+        runtime.abort_collectives(tagged(error))
         for each in self.on_loss:
             each()
         if self._lookout is not None:

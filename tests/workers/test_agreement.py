@@ -87,10 +87,13 @@ def compare(mine, other):
 
 
 def test_workers_that_state_the_same_go_on_with_the_statements_of_all():
-    one = Statement({"a": 1, "b": "x"}, offer="of the chief")
-    other = Statement({"b": "x", "a": 1}, {"a": "label"}, "of the other")
+    one = Statement({"a": 1, "b": "x"}, offer={"of": "the chief"})
+    other = Statement({"b": "x", "a": 1}, {"a": "label"}, {"of": "the other"})
     found = compare(one, other)
-    assert [each.offer for each in found] == ["of the chief", "of the other"]
+    assert [each.offer for each in found] == [
+        {"of": "the chief"},
+        {"of": "the other"},
+    ]
 
 
 @pytest.mark.parametrize(

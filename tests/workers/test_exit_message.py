@@ -1,17 +1,33 @@
 """The last line of a process that fails because of another worker."""
 
+import pytest
 import tensorflow as tf
 
-from keras_allreduce.workers import exit_message
+from keras_allreduce.workers import errors, exit_message
+
+WHYS = {
+    "as we write them": "All workers must stay. Received: worker 1 (a:1) fell",
+    "other words": "Nobody is left but worker 1 ([::1]:5000).",
+    "quotes and lines": 'It says "no"\nin C:\\d',
+}
 
 
-def test_an_error_that_another_worker_has_sent_is_explained_by_its_words():
-    why = "All workers must stay until training ends. Received: worker 1 (a)"
+@pytest.mark.parametrize("why", WHYS.values(), ids=WHYS)
+def test_an_error_that_another_worker_has_sent_is_explained_by_its_tag(why):
+    sent = errors.tagged(errors.WorkerLostError(why))
     error = tf.errors.UnavailableError(
         None,
         None,
         "Collective ops is aborted by: Collective ops is aborted by: "
-        f"{why}\nThe error could be from a previous operation.\n"
-        f'{{grpc_message:"Collective ops is aborted by: {why}"}}',
+        f"{sent}\nThe error could be from a previous operation.\n"
+        f'{{grpc_message:"Collective ops is aborted by: {sent}"}}',
     )
-    assert exit_message.explain(error) == why
+    shown = why.replace('"', "'").replace("\n", " ").replace("\\", "/")
+    assert exit_message.explain(error) == shown
+    again = errors.from_tagged(error.message)
+    assert type(again) is errors.WorkerLostError
+
+
+def test_an_error_without_a_tag_is_none_of_ours_whatever_it_says():
+    text = "Collective: All workers must stay until training ends."
+    assert errors.from_tagged(text) is None

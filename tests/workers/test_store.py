@@ -7,6 +7,7 @@ worker is a thread.
 import threading
 from collections import Counter
 from concurrent import futures
+from dataclasses import replace
 
 import pytest
 import tensorflow as tf
@@ -19,6 +20,7 @@ from keras_allreduce.workers.errors import (
     WorkerTimeoutError,
 )
 from keras_allreduce.workers.store import Store
+from keras_allreduce.workers.timing import TIMING
 
 
 class FakeRuntime:
@@ -53,7 +55,7 @@ class FakeRuntime:
 def runtime(monkeypatch):
     fake = FakeRuntime()
     monkeypatch.setattr(store_module, "runtime", fake)
-    monkeypatch.setattr(store_module, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(store_module, "TIMING", replace(TIMING, poll=0.05))
     return fake
 
 

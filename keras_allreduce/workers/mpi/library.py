@@ -16,13 +16,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_allreduce.workers.errors import WorkerStartError
+from keras_allreduce.workers.timing import TIMING
 
 # Open MPI and PRRTE; MPICH and Intel MPI; `srun --mpi=pmix` and others.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _STARTED_BY_MPI = (*_SIZES, "PMIX_RANK")
-
-# Other workers fail at about the same time, and say why.
-_GRACE_SECONDS = 2.0
 
 _INSTALL = (
     "Install it with `pip install mpi4py`, and MPI itself, "
@@ -154,7 +152,8 @@ def _leave() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
-    time.sleep(_GRACE_SECONDS)
+    # Other workers fail at about the same time, and say why.
+    time.sleep(TIMING.finalize)
     mpi.COMM_WORLD.Abort(1)
 
 

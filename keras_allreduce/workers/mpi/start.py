@@ -9,14 +9,14 @@ from absl import logging
 
 from keras_allreduce.compat import runtime
 from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.errors import WorkerLostError, tagged
 from keras_allreduce.workers.mpi import library
 from keras_allreduce.workers.mpi.engine import Engine
 from keras_allreduce.workers.time_limit import limited
+from keras_allreduce.workers.timing import TIMING
 
 GRPC, MPI = "grpc", "mpi"
 TRANSPORTS = ("auto", GRPC, MPI)
-
-_LATER_THAN_TENSORFLOW_SECONDS = 5
 
 
 def choose_transport(asked: str, environment: Mapping[str, str]) -> str:
@@ -58,7 +58,11 @@ def engine_of(cluster: Cluster, timeout_seconds: float) -> Engine:
         # Ranks as TensorFlow counts them.
         comm = mpi.COMM_WORLD.Split(0, cluster.rank)
     warn_of_binding(os.environ)
-    return Engine(mpi, comm, runtime.abort_collectives)
+    return Engine(
+        mpi,
+        comm,
+        lambda why: runtime.abort_collectives(tagged(WorkerLostError(why))),
+    )
 
 
 def host_of_rank_0(timeout_seconds: float) -> str:
@@ -77,7 +81,7 @@ def host_of_rank_0(timeout_seconds: float) -> str:
 def _connecting(
     this: str, timeout_seconds: float
 ) -> contextlib.AbstractContextManager[None]:
-    limit_seconds = timeout_seconds + _LATER_THAN_TENSORFLOW_SECONDS
+    limit_seconds = timeout_seconds + TIMING.late_tensorflow
     return limited(
         limit_seconds,
         "keras_allreduce: All workers must stay while they connect. Received: "

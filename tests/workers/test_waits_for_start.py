@@ -2,7 +2,7 @@
 
 import pytest
 
-from keras_allreduce.workers import patience
+from keras_allreduce.workers import connect
 
 
 class FakeTimer:
@@ -28,9 +28,9 @@ def said(monkeypatch):
     """What is logged."""
     messages = []
     timers.clear()
-    monkeypatch.setattr(patience.threading, "Timer", FakeTimer)
+    monkeypatch.setattr(connect.threading, "Timer", FakeTimer)
     monkeypatch.setattr(
-        patience.logging,
+        connect.logging,
         "warning",
         lambda text, *arguments: messages.append(text % arguments),
     )
@@ -38,7 +38,7 @@ def said(monkeypatch):
 
 
 def test_a_worker_that_waits_for_long_says_so(said):
-    with patience.waits_for_start("worker 1 (b:1)", 600.0):
+    with connect.waits_for_start("worker 1 (b:1)", 600.0):
         (timer,) = timers
         assert timer.is_running
         assert timer.daemon
@@ -50,7 +50,7 @@ def test_a_worker_that_waits_for_long_says_so(said):
 
 
 def test_a_worker_whose_others_come_says_nothing(said):
-    with patience.waits_for_start("worker 1 (b:1)", 600.0):
+    with connect.waits_for_start("worker 1 (b:1)", 600.0):
         pass
     (timer,) = timers
     assert not timer.is_running
