@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         WorkerTimeoutError,
     )
     from keras_allreduce.workers.resolvers import LauncherClusterResolver
+    from keras_allreduce.workers.wire_formats import WireFormat
 
 __all__ = [
     "AllReduceLogger",
@@ -37,6 +38,7 @@ __all__ = [
     "Link",
     "MultiWorkerAllReduceStrategy",
     "ReduceStats",
+    "WireFormat",
     "WorkerError",
     "WorkerLostError",
     "WorkerStartError",
@@ -57,6 +59,7 @@ _HOMES = {
     "Link": "reduce.cost_model",
     "MultiWorkerAllReduceStrategy": "strategy.multi_worker",
     "ReduceStats": "fit_output.stats",
+    "WireFormat": "workers.wire_formats",
     "WorkerError": "workers.errors",
     "WorkerLostError": "workers.errors",
     "WorkerStartError": "workers.errors",

@@ -19,7 +19,12 @@ from keras_allreduce.workers.group import WorkerOptions
 from keras_allreduce.workers.lateness import lateness_ms
 from keras_allreduce.workers.mpi.start import TRANSPORTS, choose_transport
 from keras_allreduce.workers.timing import TIMING
-from keras_allreduce.workers.wire_formats import wire_dtypes
+from keras_allreduce.workers.wire_formats import (
+    EXACT,
+    WIRE_FORMATS,
+    WireFormat,
+    wire_dtypes,
+)
 
 _CommunicationOptions = tf.distribute.experimental.CommunicationOptions
 
@@ -50,6 +55,8 @@ class MultiWorkerAllReduceStrategy(
             summed in their own. Rounds what each worker sends to 8 bits
             (bfloat16) or 11 bits (float16, which overflows above 65504).
             `None`: gradients are sent without rounding.
+        compression: A `WireFormat`: any other way to send gradients, as a
+            communication hook of PyTorch DDP is. Replaces `wire_dtype`.
         sparse_as_dense: See `BatchAllReduce`.
         weigh_samples: See `AllReduceStrategy`.
         fit_log: See `AllReduceStrategy`.
@@ -61,6 +68,7 @@ class MultiWorkerAllReduceStrategy(
             gRPC.
 
     Raises:
+        TypeError: If `compression` is not a `WireFormat`.
         ValueError: If an argument is not one of the above, or TF_CONFIG does
             not describe workers.
         WorkerError: If a worker's port is in use, if a worker does not join
@@ -77,6 +85,7 @@ class MultiWorkerAllReduceStrategy(
         bytes_per_pack: int = 0,
         timeout_seconds: float = TIMING.timeout,
         wire_dtype: str | None = None,
+        compression: WireFormat | None = None,
         sparse_as_dense: bool = False,
         weigh_samples: bool | None = None,
         fit_log: bool = True,
@@ -87,12 +96,13 @@ class MultiWorkerAllReduceStrategy(
         self.measure_lateness = bool(measure_lateness)
         if HOST_DEVICES in os.environ:
             host_devices(int(os.environ[HOST_DEVICES]))
-        _check(timeout_seconds, wire_dtype, transport)
+        _check(timeout_seconds, transport)
+        wire_format = _wire_format(wire_dtype, compression)
         asked = communication_options or _CommunicationOptions()
         options = WorkerOptions(
             asked.bytes_per_pack or bytes_per_pack,
             asked.timeout_seconds or timeout_seconds,
-            wire_dtype,
+            wire_format,
             self.measure_lateness,
             sparse_as_dense,
             weigh_samples,
@@ -106,7 +116,10 @@ class MultiWorkerAllReduceStrategy(
             self, cluster_resolver, stock_options, options
         )
         tf.distribute.Strategy.__init__(self, extended)
-        self._set_options_of_hints(self.extended.gradient_ops, wire_dtype)
+        self._set_options_of_hints(
+            self.extended.gradient_ops,
+            None if wire_format is EXACT else wire_format.name,
+        )
 
     # MultiWorkerMirroredStrategy takes this from its class.
     _collective_key_base = 0
@@ -170,22 +183,45 @@ class MultiWorkerAllReduceStrategy(
         return super().reduce(reduce_op, value, axis)
 
 
-def _check(
-    timeout_seconds: float, wire_dtype: str | None, transport: str
-) -> None:
+def _check(timeout_seconds: float, transport: str) -> None:
     """Raises a `ValueError` if an argument is wrong."""
     if not timeout_seconds > 0:
         raise ValueError(
             "`timeout_seconds` must be positive. Received: "
             f"timeout_seconds={timeout_seconds!r}"
         )
-    if wire_dtype not in (None, *wire_dtypes()):
-        raise ValueError(
-            f"`wire_dtype` must be one of {', '.join(wire_dtypes())}, or "
-            f"None. Received: wire_dtype={wire_dtype!r}"
-        )
     if transport not in TRANSPORTS:
         raise ValueError(
             f"`transport` must be one of {', '.join(TRANSPORTS)}. "
             f"Received: transport={transport!r}"
         )
+
+
+def _wire_format(
+    wire_dtype: str | None, compression: WireFormat | None
+) -> WireFormat:
+    """The format that one of two arguments names.
+
+    Raises:
+        TypeError: If `compression` is not a format.
+        ValueError: If both are given, or there is no such dtype.
+    """
+    if compression is None:
+        if wire_dtype not in (None, *wire_dtypes()):
+            raise ValueError(
+                f"`wire_dtype` must be one of {', '.join(wire_dtypes())}, or "
+                f"None. Received: wire_dtype={wire_dtype!r}"
+            )
+        return WIRE_FORMATS[wire_dtype or EXACT.name]
+    if not isinstance(compression, WireFormat):
+        raise TypeError(
+            "`compression` must be an object of a subclass of "
+            f"`keras_allreduce.WireFormat`. Received: {compression!r}. For "
+            'half precision pass `wire_dtype="float16"` or `"bfloat16"`.'
+        )
+    if wire_dtype is not None:
+        raise ValueError(
+            "Pass either `wire_dtype` or `compression`. Received: wire_dtype="
+            f"{wire_dtype!r}, compression={compression.name!r}."
+        )
+    return compression

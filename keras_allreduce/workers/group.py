@@ -4,7 +4,7 @@ Workers.connect
     [1] watchdog        asks the others, from now on
     [2] agreement       same versions, devices and options?
     [3] collectives     between host devices (gRPC or MPI), between GPUs
-    [4] wires           exact, and in the format of `wire_dtype`
+    [4] wires           exact, and in the format of `compression`
     [5] gradient_ops    what sums gradients
 """
 
@@ -37,7 +37,7 @@ from keras_allreduce.workers.watch import watch
 from keras_allreduce.workers.watchdog import Watchdog
 from keras_allreduce.workers.whereabouts import Whereabouts
 from keras_allreduce.workers.wire import Wire
-from keras_allreduce.workers.wire_formats import EXACT, WIRE_FORMATS
+from keras_allreduce.workers.wire_formats import WireFormat
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class WorkerOptions:
     Attributes:
         bytes_per_pack: See `BatchAllReduce`.
         timeout_seconds: How long a worker waits for the others.
-        wire_dtype: Name of a wire format, or `None` for "exact".
+        wire_format: In which gradients cross between workers.
         measure_lateness: Whether waits are measured.
         sparse_as_dense: See `BatchAllReduce`.
         weigh_samples: See `AllReduceStrategy`.
@@ -56,11 +56,15 @@ class WorkerOptions:
 
     bytes_per_pack: int
     timeout_seconds: float
-    wire_dtype: str | None
+    wire_format: WireFormat
     measure_lateness: bool
     sparse_as_dense: bool
     weigh_samples: bool | None
     transport: str
+
+    def facts(self) -> dict[str, Any]:
+        """The options by name, as workers compare them."""
+        return {**vars(self), "wire_format": self.wire_format.name}
 
 
 class SingleWorker:
@@ -166,12 +170,11 @@ class Workers:
         self._agreement = agreement
         self._collectives = collectives
         self._in_flight = in_flight
-        wire_format = WIRE_FORMATS[options.wire_dtype or EXACT.name]
         # On GPUs NCCL sums, which TensorFlow's strategy numbers there.
         self._sums_eagerly = options.transport == MPI and not on_gpus()
         self._exact = Wire(collectives, num_workers)  # [4]
         self._calls = calls
-        self._wire = Wire(collectives, num_workers, wire_format)
+        self._wire = Wire(collectives, num_workers, options.wire_format)
         self.gradient_ops = WorkerAllReduce(  # [5]
             BetweenWorkers(
                 self._wire, gpus, num_workers, agreement.compare_gradients
@@ -209,7 +212,7 @@ class Workers:
         seconds, at = options.timeout_seconds, Whereabouts(in_flight)
         watchdog, store = watch(cluster, owner, seconds, in_flight, at)  # [1]
         agreement = Agreement(cluster, store, at, paths)  # [2]
-        facts: Mapping[str, Any] = environment(devices) | vars(options)
+        facts: Mapping[str, Any] = environment(devices) | options.facts()
         agreement.compare("versions, devices and options", Statement(facts))
         workers = len(cluster.tasks)
         group = CollectiveGroup(workers, host)  # [3]

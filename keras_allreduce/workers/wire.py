@@ -15,10 +15,16 @@ same bits.
 
 import tensorflow as tf
 
+from keras_allreduce.compat.distribute import ResourceVariable
+from keras_allreduce.graph_order import keep_with_graph
 from keras_allreduce.reduce.pack_sizes import small_bytes
 from keras_allreduce.reduce.packing import nbytes_of
 from keras_allreduce.workers.host_collectives import HostCollectives
-from keras_allreduce.workers.wire_formats import EXACT, WireFormat
+from keras_allreduce.workers.wire_formats import (
+    EXACT,
+    WireFormat,
+    is_stateful,
+)
 
 
 class Wire:
@@ -63,6 +69,22 @@ class Wire:
             on all workers, on the host device.
         """
         wire_format = self.format_of(tensor.dtype)
+        if not is_stateful(wire_format) or tf.executing_eagerly():
+            return self._sum(wire_format, tensor, purpose)
+
+        def exchange(part: tf.Tensor) -> tf.Tensor:
+            return self._sum(self.format_of(part.dtype), part, purpose)
+
+        with tf.device(self._collectives.device):
+            total = wire_format.all_reduce(
+                tensor, _new_state(wire_format, tensor), exchange
+            )
+            return tf.ensure_shape(tf.cast(total, tensor.dtype), tensor.shape)
+
+    def _sum(
+        self, wire_format: WireFormat, tensor: tf.Tensor, purpose: str
+    ) -> tf.Tensor:
+        """The sum of `tensor`, encoded as the format does."""
         nbytes = nbytes_of(tensor)
         small = nbytes is not None and nbytes <= small_bytes(self._num_workers)
         if wire_format is EXACT and self._collectives.sums(tensor):
@@ -116,6 +138,23 @@ class Wire:
         )
         sums = tf.reshape(wire_format.decode(gathered, mine), [-1])
         return tf.reshape(sums[:size], tf.shape(tensor))
+
+
+def _new_state(
+    wire_format: WireFormat, tensor: tf.Tensor
+) -> dict[str, tf.Variable]:
+    """The variables of one pack, which live as long as its graph.
+
+    So models, and traces of one step for several batch sizes, share nothing.
+    """
+    spec = tf.TensorSpec(tensor.shape, tensor.dtype)
+    with tf.init_scope():
+        state = {
+            name: ResourceVariable(value, trainable=False)
+            for name, value in wire_format.state(spec).items()
+        }
+    keep_with_graph(state)
+    return state
 
 
 def _sum(rows: tf.Tensor, count: int) -> tf.Tensor:

@@ -6,17 +6,46 @@
         |  decode
     rows[row, ...]      in their own dtype again, and summed there
 
-A new format is a subclass of `WireFormat` and an entry in `WIRE_FORMATS`.
+A format that needs more than that, such as what was lost in earlier steps,
+keeps it in the state of a pack, and sums the pack itself:
+
+    pack --> format.all_reduce(pack, state, exchange) --> sum
+                                  exchange(tensor): encode, cross, decode, sum
+
+A new format is a subclass of `WireFormat`, given to a strategy as
+`compression=`. Those in `WIRE_FORMATS` have a name besides.
 """
+
+from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
 
 class WireFormat:
-    """How tensors cross between workers.
+    """How gradients cross between workers: what `compression=` takes.
+
+    A subclass gives it a `name` and overrides `carries`, `encode`, `decode`
+    and `nbytes`. To keep something from step to step, it overrides `state` and
+    `all_reduce` too, as a communication hook of PyTorch DDP does:
+
+    ```python
+    class ErrorFeedback(keras_allreduce.WireFormat):
+        name = "feedback"
+        ...
+
+        def state(self, pack):
+            return {"error": tf.zeros(pack.shape, pack.dtype)}
+
+        def all_reduce(self, pack, state, exchange):
+            wanted = pack + state["error"]
+            row = wanted[tf.newaxis]
+            sent = self.decode(self.encode(row), row)[0]
+            state["error"].assign(wanted - sent)
+            return exchange(sent)
+    ```
 
     Attributes:
-        name: Value of the argument `wire_dtype`; the plan line shows it.
+        name: The plan line shows it, and all workers must have the same.
     """
 
     name: str
@@ -54,6 +83,42 @@ class WireFormat:
     def nbytes(self, nbytes: float, dtype: tf.DType) -> float:
         """Returns the bytes that cross for `nbytes` bytes of `dtype`."""
         raise NotImplementedError
+
+    def state(self, pack: tf.TensorSpec) -> Mapping[str, tf.Tensor]:
+        """Returns what is kept for a pack from step to step.
+
+        Called once per pack of each traced step. A step that is traced again,
+        for batches of another shape, begins anew.
+
+        Args:
+            pack: Spec of shape `[n]` of the pack, in a dtype that the format
+                carries.
+
+        Returns:
+            Initial values by name. Each worker has its own; they are not
+            saved with the model. `{}`: nothing is kept.
+        """
+        return {}
+
+    def all_reduce(
+        self,
+        pack: tf.Tensor,
+        state: Mapping[str, tf.Variable],
+        exchange: Callable[[tf.Tensor], tf.Tensor],
+    ) -> tf.Tensor:
+        """Sums a pack over the workers.
+
+        Args:
+            pack: Tensor of shape `[n]`: this worker's sum of a pack.
+            state: Variables with the names and values of `state`.
+            exchange: Sums a tensor over the workers, in this format; must be
+                called for the same shapes in the same order on all workers.
+
+        Returns:
+            The sum in the shape and dtype of `pack`, the same bits on all
+            workers, which holds for what `exchange` returns.
+        """
+        return exchange(pack)
 
     def sum_dtype(self, dtype: tf.DType) -> tf.DType | None:
         """Dtype in which one op may move and add up tensors of `dtype`.
@@ -146,6 +211,11 @@ WIRE_FORMATS: dict[str, WireFormat] = {
     "float16": Narrow(tf.float16),
 }
 """By name. `wire_dtype` takes all but "exact", which is what `None` means."""
+
+
+def is_stateful(wire_format: WireFormat) -> bool:
+    """Whether a format sums packs itself."""
+    return type(wire_format).all_reduce is not WireFormat.all_reduce
 
 
 def wire_dtypes() -> list[str]:

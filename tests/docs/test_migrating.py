@@ -11,7 +11,13 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-import warm_python
+from scripts_of_docs import (
+    PRELUDE,
+    REPORT,
+    assert_two_the_same,
+    run_workers,
+    weights_in,
+)
 
 import keras_allreduce
 from keras_allreduce.launch.options import environments, parse
@@ -29,23 +35,6 @@ BLOCKS = dict(
 )
 DIFFS = ["one machine", "several machines", "horovod"]
 
-# What the snippets expect of the reader's own script. 84 samples: with 40 in a
-# batch the last one has 4, and 5 replicas.
-PRELUDE = """
-import numpy as np
-
-def load_data():
-    x = np.random.default_rng(0).normal(size=(84, 3)).astype("float32")
-    return x, x.sum(axis=1, keepdims=True)
-
-def build_model():
-    return keras.Sequential([keras.layers.Dense(4), keras.layers.Dense(1)])
-"""
-
-REPORT = """
-print("weights", [w.ravel().tolist() for w in model.get_weights()], flush=True)
-"""
-
 
 def side(block, without):
     """One side of a diff: without the lines that begin with `without`."""
@@ -57,50 +46,6 @@ def fenced(text, heading, language):
     """The first block of a language below a heading."""
     _, section = text.split(f"## {heading}\n", 1)
     return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
-
-
-def run_workers(tmp_path, code, *, per_worker=None):
-    """Output of two workers with the code, each its own lines."""
-    script = tmp_path / "train.py"
-    script.write_text(code)
-    command = [str(script)]
-    each = per_worker or [{}]
-    if per_worker is None:
-        command[:0] = ["-m", "keras_allreduce.launch", "--workers", "2"]
-    outputs = [tmp_path / f"output{index}" for index in range(len(each))]
-    processes = [
-        warm_python.Process(
-            command,
-            folder=tmp_path,
-            environment={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", **added},
-            stdout=output,
-            stderr=output,
-            forks=True,
-        )
-        for added, output in zip(each, outputs, strict=True)
-    ]
-    try:
-        codes = [process.wait() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    said = [output.read_text() for output in outputs]
-    assert not any(codes), said
-    return "\n".join(said)
-
-
-def weights_in(output):
-    return [
-        ast.literal_eval(text)
-        for text in re.findall(r"weights (\[\[.*\]\])", output)
-    ]
-
-
-def assert_two_the_same(weights):
-    assert len(weights) == 2
-    assert weights[0] == weights[1]
-    assert all(np.all(np.isfinite(each)) for each in weights[0])
 
 
 @pytest.mark.parametrize("name", DIFFS)
