@@ -34,7 +34,7 @@ def inner_optimizer(optimizer: Any) -> Any | None:
 def accumulates(optimizer: Any) -> bool:
     """Whether an optimizer adds up the gradients of several steps."""
     inner = inner_optimizer(optimizer) or optimizer
-    return bool(inner.gradient_accumulation_steps)
+    return bool(getattr(inner, "gradient_accumulation_steps", None))
 
 
 def gradient_accumulators(
@@ -69,16 +69,6 @@ def iterations(optimizer: Any) -> Any:
     The public `iterations` counts updates, which are fewer if it accumulates.
     """
     return optimizer._iterations.value
-
-
-def assigns_gradients(optimizer: Any) -> bool:
-    """Whether Keras assigns variables of `optimizer` their gradients.
-
-    To them it matters by what the loss was scaled.
-    """
-    inner = inner_optimizer(optimizer) or optimizer
-    known = getattr(inner, "_trainable_variables", None) or ()
-    return any(map(takes_gradient_as_value, known))
 
 
 def takes_gradient_as_value(variable: Any) -> bool:

@@ -1,9 +1,19 @@
-"""Gradients of a custom step, summed over the replicas where they are taken.
+"""Gradients summed over the replicas before a step looks at them.
 
-`tf.GradientTape.gradient` is the one place that every step passes: what it
-returns on a replica is the gradient of the whole batch, as on one device,
-whatever the step then does with it: clip it, look at its norm, add it up, hand
-it to an optimizer of its own.
+Every step takes its gradients from `tf.GradientTape.gradient` and gives them to
+`Optimizer.apply`. What the tape returns on a replica is the gradient of the
+whole batch, as on one device, whatever the step then does with it: clip it,
+look at its norm, add it up, hand it to any optimizer. So the finite check,
+accumulation and clipping of Keras see the sum.
+
+    tape.gradient      [1] the target scaled by the weight of the replica
+                       [2] backprop
+                       [3] the sum over all replicas
+    optimizer.apply    [4] the sum of what no tape has taken
+                       [5] the update, on each replica alike
+
+A step of Keras whose optimizer accumulates leaves out [3]: each replica adds
+up its own gradients, and [4] sums them in the step that applies them.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,17 +22,17 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.compat import keras_optimizers
 from keras_allreduce.one_device import counted, replica
 from keras_allreduce.one_device.natures import Natures
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.one_device.update import (
-    already_reduced,
     sum_over_replicas,
+    sum_when_applied,
     update,
 )
+from keras_allreduce.reduce.observe import BatchRecord
 from keras_allreduce.reduce.scaling import scale
 
 
@@ -31,11 +41,15 @@ class GradientsOfTheBatch:
 
     Args:
         replicas: The replicas of this worker.
-        natures: What is a mean, and what a sum.
+        natures: Which gradients are those of a mean, and which of a sum.
         sums: The sums that layers make.
         shares_on_host: float32 scalars, the share of each replica; empty: all
             are 1.
-        on_workers: Whether the step trains on several workers.
+        is_custom: Whether the step is not Keras's own.
+        accumulates: Whether the step leaves gradients to the accumulators of
+            its optimizer.
+        note: Called with the records of accumulated gradients, inside the
+            branch that reduces them.
     """
 
     def __init__(
@@ -45,14 +59,23 @@ class GradientsOfTheBatch:
         sums: SynchronizedSums,
         shares_on_host: Sequence[tf.Tensor],
         *,
-        on_workers: bool,
+        is_custom: bool,
+        accumulates: bool,
+        note: Callable[[Sequence[BatchRecord]], None],
     ):
         self._replicas = replicas
         self._natures = natures
         self._sums = sums
         self._shares_on_host = shares_on_host
+        self._is_custom = is_custom
+        self._accumulates = accumulates
+        self._note = note
         # Backprop would wait for the shares of all workers.
-        self._may_scale_gradients = on_workers and not tf.executing_eagerly()
+        self._may_scale_gradients = (
+            replicas.num_workers > 1
+            and not tf.executing_eagerly()
+            and not accumulates
+        )
 
     def gradient(
         self,
@@ -67,32 +90,41 @@ class GradientsOfTheBatch:
         key = counted.gradient(tape, sources)
         if key is None:
             return gradient(tape, target, sources, output_gradients, **kwargs)
-        this = replica.current()
         variables = tf.nest.flatten(sources)
-        weight, host_weights = self._weights(variables, *key)
+        is_sum = self._natures.is_sum(*key) or self._adds_up(target)
+        weight, host_weights = self._weights(variables, is_sum=is_sum)
         self._sums.in_backprop = True
-        found = gradient(
-            tape,
-            target,
-            sources,
-            _seeds(target, output_gradients, weight),
-            **kwargs,
-        )
+        seeds = _seeds(target, output_gradients, weight)  # [1]
+        found = gradient(tape, target, sources, seeds, **kwargs)  # [2]
         self._sums.in_backprop = False
+        if self._accumulates:
+            return found
         flat = tf.nest.flatten(found)
-        this.reduced.update(map(keras_compat.identity_of, variables))
-        flat = sum_over_replicas(self._replicas, flat, host_weights, variables)
-        this.gradients.update(
-            (id(each), each) for each in flat if each is not None
+        flat = sum_over_replicas(  # [3]
+            self._replicas, flat, host_weights, variables
         )
+        replica.current().have_summed(variables, flat)
         return tf.nest.pack_sequence_as(sources, flat)
 
+    def _adds_up(self, target: Any) -> bool:
+        """Whether Keras's step differentiates a loss that is not reduced.
+
+        Backprop then adds up the samples.
+        """
+        return not self._is_custom and bool(len(getattr(target, "shape", ())))
+
     def _weights(
-        self, variables: Sequence[Any], *key: Any
+        self, variables: Sequence[Any], *, is_sum: bool
     ) -> tuple[Any, Sequence[tf.Tensor]]:
-        """What scales the loss, and what scales the gradients on the host."""
+        """Scales of the target, and of the gradients on the host.
+
+        A scaled target also scales gradients that cross between replicas in
+        synchronized layers. But backprop then waits for the shares of all
+        workers. Without such layers gradients are scaled as they leave, which
+        costs nothing where all replicas have as many samples.
+        """
         this = replica.current()
-        if self._natures.is_sum(*key):
+        if is_sum:
             if this.has_samples is None:
                 return None, ()
             return tf.cast(this.has_samples, tf.float32), ()
@@ -116,31 +148,33 @@ class GradientsOfTheBatch:
         Gradients that no tape has taken are summed here.
         """
         apply = partial(apply, optimizer, **kwargs)
-        if already_reduced() or not replica.sees_one_device():
+        if replica.updates_locally() or not replica.sees_one_device():
             # Called by another optimizer, or by `super()`: a
             # `LossScaleOptimizer` calls its inner one in threads of its own.
             return update(apply, grads, trainable_variables)
         grads = list(grads)
         variables = trainable_variables and list(trainable_variables)
-        is_sum = self._natures.is_sum(*counted.update())
-        if not self._are_reduced(variables or optimizer.variables):
-            grads = self._sums_of(grads, variables, is_sum=is_sum)
+        grads = self._reduced(optimizer, grads, variables)  # [4]
         if keras_optimizers.inner_optimizer(optimizer) is not None:
+            # Checks all replicas' gradients at once, in a merge_call.
             return apply(grads, variables)
-        return update(apply, grads, variables)
+        return update(apply, grads, variables)  # [5]
 
-    def _sums_of(
-        self, grads: list[Any], variables: list[Any] | None, *, is_sum: bool
+    def _reduced(
+        self, optimizer: Any, grads: list[Any], variables: list[Any] | None
     ) -> list[Any]:
-        """Sums of gradients that no tape has taken."""
+        """Gradients of the whole batch; sums of what no tape has taken."""
         this = replica.current()
+        is_sum = self._natures.is_sum(*counted.update())
+        if self._accumulates:
+            return sum_when_applied(
+                self._replicas, optimizer, grads, variables, self._note
+            )
+        if this.has_summed_any(variables or optimizer.variables):
+            return grads
         weight = this.has_samples if is_sum else this.weight
         grads = [g if g is None else scale(g, weight) for g in grads]
         return sum_over_replicas(self._replicas, grads, (), variables or grads)
-
-    def _are_reduced(self, variables: Sequence[Any]) -> bool:
-        reduced = replica.current().reduced
-        return any(keras_compat.identity_of(v) in reduced for v in variables)
 
 
 def _seeds(target: Any, output_gradients: Any, weight: Any) -> Any:

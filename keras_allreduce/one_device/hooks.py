@@ -1,10 +1,9 @@
-"""Lets the running step of a strategy take part in methods of classes.
+"""Lets the current step take part in methods of classes.
 
-A custom step finds its optimizers, metrics and random generators wherever it
-likes, so they cannot be shadowed one by one as those of Keras's own step are.
-While any step runs, a few methods of public classes ask whether the strategy
-of the calling thread runs one; in all other threads, and once no step runs,
-they are what they were.
+A step finds its optimizers, metrics and random generators wherever it likes,
+so they cannot be replaced one by one. While any step runs, a few methods of
+public classes ask whether the calling thread runs a replica of one; in all
+other threads, and once no step runs, they are what they were.
 """
 
 import contextlib
@@ -16,7 +15,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-# Class, its method, and the method of the handler that takes part in it.
+from keras_allreduce.one_device import replica
+from keras_allreduce.one_device.replica import Current, Replica
+
+# Class, its method, and the method of the step that takes part in it.
 _HOOKED = (
     (tf.GradientTape, "gradient", "gradient"),
     (keras.optimizers.Optimizer, "apply", "apply"),
@@ -27,41 +29,37 @@ _HOOKED = (
 )
 
 _lock = threading.Lock()
-# Handlers of each strategy, the innermost last. Never changed in place: other
-# threads read them without the lock.
-_handlers: dict[int, tuple[Any, ...]] = {}
+_running: list[Any] = []
 _replaced: list[tuple[Any, str, Any, Any]] = []
 
 
 @contextlib.contextmanager
-def handled(strategy: tf.distribute.Strategy, handler: Any) -> Iterator[None]:
-    """`handler` takes part in what replicas of `strategy` do in the block.
+def taking_part(
+    step: Any, this: Replica = replica.NO_REPLICA
+) -> Iterator[None]:
+    """`step` is the current step of this thread in the block.
 
     Args:
-        strategy: The strategy.
-        handler: Has methods by the names above; each is called with the
-            method that it takes part in, and with its arguments.
+        step: Has methods by the names above; each is called with the method
+            that it takes part in, and with its arguments.
+        this: The replica of the step that this thread runs.
     """
-    key = id(strategy.extended)
     with _lock:
-        if not _handlers:
+        if not _running:
             _install()
-        _handlers[key] = (*_handlers.get(key, ()), handler)
+        _running.append(step)
     try:
-        yield
+        with replica.entered(Current(step, this)):
+            yield
     finally:
         with _lock:
-            *others, _ = _handlers[key]
-            if others:
-                _handlers[key] = tuple(others)
-            else:
-                del _handlers[key]
-            if not _handlers:
+            _running.remove(step)
+            if not _running:
                 _uninstall()
 
 
 def hooked_methods() -> list[tuple[Any, str, str]]:
-    """Class, its method, and the method of a handler that takes part in it.
+    """Class, its method, and the method of a step that takes part in it.
 
     An optimizer that overrides `apply` need not call Keras's, so its own takes
     part too.
@@ -103,18 +101,11 @@ def _uninstall() -> None:
 def _hook(method: Any, part: str) -> Any:
     @functools.wraps(method)
     def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handler = _current()
-        if handler is None:
+        # A merge_call has no replica context, and is no replica's.
+        step = replica.current_step()
+        if step is None or tf.distribute.get_replica_context() is None:
             return method(self, *args, **kwargs)
-        return getattr(handler, part)(method, self, *args, **kwargs)
+        return getattr(step, part)(method, self, *args, **kwargs)
 
     # Plain Python, also inside a tf.function of the user's.
     return tf.autograph.experimental.do_not_convert(hooked)
-
-
-def _current() -> Any:
-    """The handler of the strategy that this thread runs a replica of."""
-    if tf.distribute.get_replica_context() is None:
-        return None
-    handlers = _handlers.get(id(tf.distribute.get_strategy().extended), ())
-    return handlers[-1] if handlers else None

@@ -15,7 +15,6 @@ batch. Other losses are corrected, so that the same holds for them:
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +22,11 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.compat import keras_losses, keras_optimizers
+from keras_allreduce.compat import keras_losses
 from keras_allreduce.one_device import comparing, replica
 from keras_allreduce.one_device.natures import Natures
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shares import part_of_sum
-from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.reduce.scaling import scale
 
 
@@ -159,44 +157,3 @@ class LossOfTheReplica:
             return scale(value, total / size)
         part = part_of_sum(scale(total, this.has_samples), self._replicas)
         return scale(value, part * this.inverse_weight())
-
-
-def scale_losses(
-    optimizers: list[Any], sums: SynchronizedSums, *, on_workers: bool
-) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Shadows `scale_loss`, to scale the loss that is differentiated.
-
-    That also scales gradients that cross between replicas in synchronized
-    layers. But backprop waits for the shares of all workers. Without such
-    layers gradients are scaled, as they leave, which costs nothing where all
-    replicas have as many samples.
-
-    Args:
-        optimizers: Those of the model.
-        sums: The sums that its layers make.
-        on_workers: Whether the step trains on several workers.
-    """
-    gradients_can_be_scaled = (
-        on_workers
-        and not tf.executing_eagerly()
-        and not any(map(keras_optimizers.accumulates, optimizers))
-        and not any(map(keras_optimizers.assigns_gradients, optimizers))
-    )
-
-    def scale_loss(keras_scale_loss: Callable[..., Any], loss: Any) -> Any:
-        sums.in_backprop = True
-        this = replica.current()
-        if this.recorder is not None:
-            return keras_scale_loss(loss)
-        weight = this.weight
-        scaled = "loss"
-        if len(loss.shape):  # Not reduced: backprop adds up the samples.
-            weight = this.has_samples
-        elif gradients_can_be_scaled and not sums.used:
-            weight, scaled = 1 / this.num_replicas, "gradients"
-        replica.become(replace(this, scaled=scaled))
-        return keras_scale_loss(scale(loss, weight))
-
-    for optimizer in optimizers:
-        shadow = partial(scale_loss, optimizer.scale_loss)
-        yield optimizer, {"scale_loss": shadow}

@@ -24,7 +24,6 @@ from keras_allreduce.one_device import (
     hooks,
     known_natures,
     nature,
-    replica,
 )
 from keras_allreduce.one_device.natures import Key, Natures
 from keras_allreduce.one_device.recorder import ValueRecorder
@@ -93,7 +92,7 @@ def measure(
             tf.distribute.ReplicaContext(strategy, 0),
             tf.device(strategy.extended.worker_devices[0]),
         ):
-            return _measured(model, step, data, strategy)
+            return _measured(model, step, data)
 
     try:
         # A thread of its own is in no replica, graph or tape.
@@ -112,18 +111,16 @@ def _measured(
     model: keras.Model,
     step: Callable[[Any], Any],
     data: Any,
-    strategy: tf.distribute.Strategy,
 ) -> Natures:
     whole, *halves = first_batch.halves(first_batch.like(model, data))
     keys: list[Key] = []
 
     @tf.autograph.experimental.do_not_convert
     def run(batch: Any, share: tf.Tensor) -> list[tf.Tensor]:
-        recorder = ValueRecorder()
+        recorder = ValueRecorder(model)
         this = Replica(share=share, recorder=recorder)
         with (
-            hooks.handled(strategy, recorder),
-            replica.running(this),
+            hooks.taking_part(recorder, this),
             _moving_statistics_used(model),
         ):
             recorder.record_logs(step(batch))

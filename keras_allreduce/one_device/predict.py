@@ -13,14 +13,14 @@ from keras_allreduce.one_device.natures import Natures
 from keras_allreduce.one_device.replica import Replica
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shares import divided, replicas_with_samples
-from keras_allreduce.one_device.view import OneDeviceView
+from keras_allreduce.one_device.view import CurrentStep
 
 _do_not_convert = tf.autograph.experimental.do_not_convert
 
 
 def run(
+    model: keras.Model,
     replicas: Replicas,
-    strategy: tf.distribute.Strategy,
     call_for_each_replica: Callable[..., Any],
     fn: Callable[..., Any],
     args: Any,
@@ -40,14 +40,17 @@ def run(
     spare = None
     if has_samples is not None:
         spare = empty_replica.spare_sample(data, replicas)
-    call = partial(_on_replica, fn, spare, keras_threads.settings(), count)
-    with hooks.handled(strategy, OneDeviceView(Natures(), None)):
+    step = CurrentStep(model, Natures())
+    settings = keras_threads.settings()
+    call = partial(_on_replica, step, fn, spare, settings, count)
+    with hooks.taking_part(step):
         return call_for_each_replica(
             _do_not_convert(call), (has_samples, data, *rest), kwargs
         )
 
 
 def _on_replica(
+    step: CurrentStep,
     fn: Callable[..., Any],
     spare: Any,
     settings: dict[str, Any],
@@ -59,7 +62,7 @@ def _on_replica(
 ) -> Any:
     keras_threads.take_over(settings)
     this = Replica(has_samples=has_samples, num_replicas=count)
-    with replica.running(this):
+    with replica.running(this, step):
         if has_samples is None:
             return fn(data, *args, **kwargs)
         data = empty_replica.with_a_sample(data, has_samples, spare)

@@ -9,16 +9,23 @@ import tensorflow as tf
 from keras_allreduce.one_device import counted, replica
 from keras_allreduce.one_device.natures import Key
 from keras_allreduce.one_device.shared_state import read_outside_of_branches
-from keras_allreduce.one_device.update import alike
 
 # Elements of each gradient that are looked at.
 _ELEMENTS = 4096
 
 
 class ValueRecorder:
-    """Takes part in a step that is measured, and records its values."""
+    """The current step where it is measured: records its values.
 
-    def __init__(self) -> None:
+    Attributes:
+        model: The model whose step it is.
+        sums: `None`: layers sum nothing over replicas.
+    """
+
+    sums = None
+
+    def __init__(self, model: keras.Model | None = None) -> None:
+        self.model = model
         self.values: dict[Key, Any] = {}
         self._assigned: list[tuple[Key, Any, tf.Tensor]] = []
 
@@ -66,7 +73,7 @@ class ValueRecorder:
         self, draw: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Seeds are drawn as ever; the measurement puts them back."""
-        with alike():
+        with replica.local_update():
             return draw(*args, **kwargs)
 
     def all_reduce(
@@ -80,7 +87,7 @@ class ValueRecorder:
         """One device has nothing to sum."""
         return value
 
-    def note(self, variable: Any) -> None:
+    def before_assignment(self, variable: Any) -> None:
         """A variable is about to be assigned."""
         this = replica.current()
         if id(variable) not in this.assigned:

@@ -1,13 +1,27 @@
-"""The state of one replica while its thread runs a step."""
+"""The step in flight, and the replica of it that a thread runs.
+
+One value per thread says both, and nothing else does, so that models of one
+strategy may train in several threads at once:
+
+    thread                                       step    replica
+    that called the step; merge_calls run here   it      NO_REPLICA
+    of a replica                                 it      its own
+    in which an optimizer, called in a           it      NO_REPLICA
+      merge_call, updates one replica
+    any other                                    None    NO_REPLICA
+"""
 
 import contextlib
+import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import tensorflow as tf
+
+from keras_allreduce.compat import keras as keras_compat
 
 
 @dataclass(frozen=True)
@@ -21,8 +35,6 @@ class Replica:
             of the sample weights is scaled by beside the share. `None`: 1.
         has_samples: bool scalar; false on an empty replica. `None`: true.
         num_replicas: Number of replicas of all workers.
-        scaled: `"loss"` or `"gradients"`: which of them the share scales.
-            `None` until Keras scales the loss.
         calls: How often the step has asked for each kind of thing; replicas
             ask in the same order.
         reduced: `id` of each variable whose gradient is the sum already.
@@ -36,7 +48,6 @@ class Replica:
     correction: Any = None
     has_samples: Any = None
     num_replicas: int = 1
-    scaled: str | None = None
     calls: Counter[str] = field(default_factory=Counter)
     reduced: set[int] = field(default_factory=set)
     gradients: dict[int, Any] = field(default_factory=dict)
@@ -45,6 +56,21 @@ class Replica:
     graph: Any = field(
         default_factory=lambda: _graph_of_thread(), compare=False
     )
+
+    def have_summed(
+        self, variables: Sequence[Any], gradients: Sequence[Any]
+    ) -> None:
+        """The gradients of variables are sums over all replicas now."""
+        self.reduced.update(map(keras_compat.identity_of, variables))
+        self.gradients.update(
+            (id(each), each) for each in gradients if each is not None
+        )
+
+    def has_summed_any(self, variables: Sequence[Any]) -> bool:
+        """Whether the gradient of one of the variables is a sum already."""
+        return any(
+            keras_compat.identity_of(each) in self.reduced for each in variables
+        )
 
     def has_summed(self, value: Any) -> bool:
         """Whether all of a value are gradients that are sums already."""
@@ -82,14 +108,54 @@ def _graph_of_thread() -> Any:
     return tf.compat.v1.get_default_graph()
 
 
-_thread = threading.local()
 NO_REPLICA = Replica()
-"""That of a thread that runs no step."""
+"""That of a thread that runs no replica."""
+
+
+@dataclass(frozen=True)
+class Current:
+    """What a thread runs.
+
+    Attributes:
+        step: The step in flight, a `CurrentStep`; `None` if there is none.
+        replica: The replica of it.
+        updates_locally: Whether the replicas update their variables alike,
+            each its own part.
+    """
+
+    step: Any = None
+    replica: Replica = NO_REPLICA
+    updates_locally: bool = False
+
+
+_NOTHING = Current()
+_thread = threading.local()
+
+
+def current_of_thread() -> Current:
+    """What this thread runs."""
+    return getattr(_thread, "current", _NOTHING)
+
+
+@contextlib.contextmanager
+def entered(current_of_thread: Current) -> Iterator[None]:
+    """This thread runs the same as another one inside the block."""
+    before = getattr(_thread, "current", _NOTHING)
+    _thread.current = current_of_thread
+    try:
+        yield
+    finally:
+        _thread.current = before
+
+
+def current_step() -> Any:
+    """The step that this thread runs, or runs a replica of; or `None`."""
+    return current_of_thread().step
 
 
 def current() -> Replica:
     """The replica of this thread; outside of a step one without a share."""
-    return getattr(_thread, "replica", NO_REPLICA)
+    return current_of_thread().replica
 
 
 def is_measured() -> bool:
@@ -98,21 +164,24 @@ def is_measured() -> bool:
 
 
 def sees_one_device() -> bool:
-    """Whether this thread runs a step, in which there is one device only."""
+    """Whether this thread runs a replica, for which there is one device."""
     return current() is not NO_REPLICA
 
 
-@contextlib.contextmanager
-def running(replica: Replica) -> Iterator[None]:
-    """This thread runs a step of `replica` inside the block."""
-    before = current()
-    _thread.replica = replica
-    try:
-        yield
-    finally:
-        _thread.replica = before
+def updates_locally() -> bool:
+    """Whether this thread updates variables with what is reduced already."""
+    return current_of_thread().updates_locally
 
 
-def become(replica: Replica) -> None:
-    """Replaces the replica of this thread until its step ends."""
-    _thread.replica = replica
+def running(
+    replica: Replica, step: Any = None
+) -> contextlib.AbstractContextManager[None]:
+    """This thread runs a replica of `step` inside the block."""
+    return entered(Current(step, replica))
+
+
+def local_update() -> contextlib.AbstractContextManager[None]:
+    """All replicas update their variables alike in the block, each its own."""
+    return entered(
+        dataclasses.replace(current_of_thread(), updates_locally=True)
+    )

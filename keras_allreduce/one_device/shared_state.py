@@ -148,20 +148,6 @@ class SharedState:
         return tf.add_n([first, *gaps])
 
 
-def note(variable: Any, state: SharedState | None) -> None:
-    """A replica is about to assign to its own part of a variable.
-
-    Args:
-        variable: The distributed variable.
-        state: That of the step that runs.
-    """
-    this = replica.current()
-    if this.recorder is not None:
-        this.recorder.note(variable)
-    elif state is not None and replica.sees_one_device():
-        state.note(variable)
-
-
 def read_outside_of_branches(variable: Any) -> tf.Tensor:
     """The value of this replica's part of a variable, before it is assigned.
 

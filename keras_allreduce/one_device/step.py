@@ -5,24 +5,24 @@ loss is that of the replica's part of the batch. What the replicas have is then
 combined by what it is: the mean of means, weighted by samples, and the sum of
 sums. Keras's own step says which it is; of a custom one, it is measured.
 
-In Keras's own step methods of the model's objects are shadowed by ours, in a
-custom one, that has what it needs wherever it likes, methods of classes ask
-first (`hooks.py`). Afterwards all is as it was.
+A step has what it needs wherever it likes, so methods of classes ask the
+current step first (`hooks.py`). What only a model has is replaced in the model
+(`shadowing.py`). Afterwards all is as it was.
 
-    Keras's own step             shadowed by
-    model.compute_loss           loss.py    empty replica: 0
-    losses, add_loss             loss.py    corrected to a mean over samples
-    optimizer.scale_loss         loss.py    scaled by the weight of the replica
-    optimizer.apply              update.py  all-reduce, then Keras's: finite
-                                            check, accumulate, clip, update
-
-    any step                     takes part
-    tape.gradient                gradients.py  custom steps: scaled, summed
-    optimizer.apply              gradients.py  custom steps: updates
-    metric.update_state          view.py    counts with the share
-    seed_generator.next          view.py    another one per replica
+    the current step takes part in
+    tape.gradient                gradients.py  scaled, summed
+    optimizer.apply              gradients.py  then Keras's: finite check,
+                                               accumulate, clip, update
+    metric.update_state          view.py       counts with the share
+    seed_generator.next          view.py       another one per replica
     variable.assign              shared_state.py
-                                            then one value for all replicas
+                                               then one value for all replicas
+
+    replaced in the model
+    compute_loss                 loss.py       empty replica: 0
+    losses, add_loss             loss.py       corrected to a mean over samples
+    custom metrics               metric_state.py
+                                               a maximum is that of all
 """
 
 import contextlib
@@ -44,7 +44,6 @@ from keras_allreduce.one_device import (
     empty_replica,
     hooks,
     logs,
-    loss,
     measurement,
     replica,
     shared_logs,
@@ -64,8 +63,7 @@ from keras_allreduce.one_device.shares import (
     shares_of_batch,
 )
 from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
-from keras_allreduce.one_device.update import SummedUpdate
-from keras_allreduce.one_device.view import OneDeviceView
+from keras_allreduce.one_device.view import CurrentStep
 from keras_allreduce.reduce.observe import BatchRecord
 
 _do_not_convert = tf.autograph.experimental.do_not_convert
@@ -83,9 +81,6 @@ class Step:
             `None`: it is measured.
         note: Called with the records of accumulated gradients.
 
-    Attributes:
-        sums: The sums that layers make over the replicas, while it runs.
-        state: What the replicas assign on their own, while they run.
     """
 
     def __init__(
@@ -111,8 +106,6 @@ class Step:
         self._trains = name == "train_step"
         self._metrics = SharedMetricState(model, replicas, strategy)
         self._measure: Callable[[], Natures] = Natures
-        self.sums: SynchronizedSums | None = None
-        self.state: SharedState | None = None
 
     def run(
         self,
@@ -124,7 +117,7 @@ class Step:
         """Runs `fn` on every replica, as `call_for_each_replica` does."""
         # On data[replica]:
         #   [1] shares[replica], and a spare sample for those without one
-        #   [2] shadows and hooks: losses, optimizers, metrics, seeds
+        #   [2] losses and metrics of the model replaced
         #   [3] a custom step is measured: what is a mean, what a sum?
         #   [4] every replica in its own thread:
         #       [4a] borrow the spare sample
@@ -136,20 +129,22 @@ class Step:
         data = divided(data, self._replicas)
         shares, spare = self._shares(data)  # [1]
         with contextlib.ExitStack() as stack:
-            for block in self._blocks(shares):  # [2]
+            for block in self._replaced():  # [2]
                 stack.enter_context(block)
             fn = keras_steps.plain(fn, self._model, self._name)
             self._measure = partial(self._measured, fn, data)
             measured = self._natures if self._is_measured else Natures()  # [3]
             natures = measured if self._is_custom else Natures()
-            self.state = SharedState(self._model, self._replicas, measured)
-            view = self._view(natures, shares)
-            stack.enter_context(hooks.handled(self._strategy, view))
-            on = partial(self._on_replica, fn, spare, keras_threads.settings())
+            state = SharedState(self._model, self._replicas, measured)
+            current = self._current_step(natures, shares, state)
+            stack.enter_context(hooks.taking_part(current))
+            on = partial(
+                self._on_replica, current, fn, spare, keras_threads.settings()
+            )
             outputs, seen = call_for_each_replica(  # [4]
                 _do_not_convert(on), (shares.of_replicas(), data, *rest), kwargs
             )
-        self.state.agree(shares.share, shares.has_samples)  # [5]
+        state.agree(shares.share, shares.has_samples)  # [5]
         self._metrics.agree()
         return shared_logs.rule(self._name, self._replicas)(  # [6]
             outputs, seen, shares.share, natures, self._replicas
@@ -169,6 +164,7 @@ class Step:
 
     def _on_replica(
         self,
+        current: CurrentStep,
         fn: Callable[..., Any],
         spare: Any,
         settings: dict[str, Any],
@@ -180,7 +176,7 @@ class Step:
         """The logs of one replica, and of how many samples they are means."""
         keras_threads.take_over(settings)
         this = Replica(*shares, num_replicas=self._count)
-        with replica.running(this):
+        with replica.running(this, current):
             if this.has_samples is None:
                 return fn(data, *args, **kwargs), None
             before = empty_replica.state(self._model)
@@ -211,25 +207,32 @@ class Step:
             warn.of_natures(self._model, found, is_custom=self._is_custom)
         return found
 
-    def _view(self, natures: Natures, shares: BatchShares) -> OneDeviceView:
+    def _current_step(
+        self, natures: Natures, shares: BatchShares, state: SharedState
+    ) -> CurrentStep:
+        """What takes part in the code of the step on every replica."""
+        sums = SynchronizedSums(
+            self._replicas, shares.has_samples, in_backprop=False
+        )
         gradients = None
-        if self._is_custom and self._trains and self.sums is not None:
+        if self._trains:
+            optimizer = getattr(self._model, "optimizer", None)
             gradients = GradientsOfTheBatch(
                 self._replicas,
                 natures,
-                self.sums,
+                sums,
                 shares.on_host,
-                on_workers=self._replicas.num_workers > 1,
+                is_custom=self._is_custom,
+                accumulates=not self._is_custom
+                and keras_optimizers.accumulates(optimizer),
+                note=self._note,
             )
-        return OneDeviceView(natures, gradients)
+        return CurrentStep(self._model, natures, gradients, sums, state)
 
-    def _blocks(
-        self, shares: BatchShares
+    def _replaced(
+        self,
     ) -> Iterator[contextlib.AbstractContextManager[Any]]:
-        """What is replaced while the step runs."""
-        self.sums = SynchronizedSums(
-            self._replicas, shares.has_samples, in_backprop=False
-        )
+        """What is replaced in the model while the step runs."""
         warns = self._trains and self._weigh_samples is None
         losses = LossOfTheReplica(
             self._model, self._replicas, lambda: self._natures, warns=warns
@@ -239,15 +242,5 @@ class Step:
         )
         for name, method in keras_steps.inlined_functions(self._model):
             yield shadowed(self._model, {name: method})
-        shadows = [*losses.shadows(), *self._metrics.shadows()]
-        if self._trains and not self._is_custom:
-            shadows += loss.scale_losses(
-                keras_optimizers.optimizers_of(self._model),
-                self.sums,
-                on_workers=self._replicas.num_workers > 1,
-            )
-            shadows += SummedUpdate(
-                self._model, self._replicas, shares.on_host, note=self._note
-            ).shadows()
-        for owner, methods in shadows:
+        for owner, methods in (*losses.shadows(), *self._metrics.shadows()):
             yield shadowed(owner, methods)

@@ -1,30 +1,58 @@
-"""What a step sees on a replica: metrics and seeds as on one device."""
+"""The current step, as the code that it runs meets it."""
 
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_allreduce.one_device import counted, replica
 from keras_allreduce.one_device.gradients import GradientsOfTheBatch
 from keras_allreduce.one_device.natures import Natures
-from keras_allreduce.one_device.update import alike
+from keras_allreduce.one_device.shared_state import SharedState
+from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.reduce.scaling import scale
 
 
-class OneDeviceView:
-    """Takes part in the methods of `hooks` while a step runs.
+class CurrentStep:
+    """Takes part in what a step calls, so that it sees one device.
+
+    `replica.current_step()` is it in every thread that runs a part of the
+    step. It takes part in the methods of `hooks`, and the strategy asks it.
 
     Args:
+        model: The model whose step it is.
         natures: What is a mean, and what a sum.
-        gradients: Takes part in gradients and updates of a custom step;
-            `None` in Keras's own, whose optimizer is shadowed.
+        gradients: Sums gradients; `None` where no variable is trained.
+        sums: The sums that layers make over the replicas; `None` if they are
+            TensorFlow's.
+        state: The variables that replicas assign on their own; `None` if
+            nothing becomes of them.
+
+    Attributes:
+        model: As above.
+        sums: As above.
     """
 
-    def __init__(self, natures: Natures, gradients: GradientsOfTheBatch | None):
+    def __init__(
+        self,
+        model: keras.Model,
+        natures: Natures,
+        gradients: GradientsOfTheBatch | None = None,
+        sums: SynchronizedSums | None = None,
+        state: SharedState | None = None,
+    ):
+        self.model = model
+        self.sums = sums
         self._natures = natures
         self._gradients = gradients
+        self._state = state
+
+    def before_assignment(self, variable: Any) -> None:
+        """A replica is about to assign to its own part of a variable."""
+        if self._state is not None and replica.sees_one_device():
+            self._state.note(variable)
 
     def gradient(
         self, gradient: Callable[..., Any], *args: Any, **kwargs: Any
@@ -50,7 +78,7 @@ class OneDeviceView:
         value: Any,
         **options: Any,
     ) -> Any:
-        """What the tape of a custom step gave is the sum already."""
+        """What the tape gave is the sum already."""
         if replica.current().has_summed(value):
             return value
         return all_reduce(context, reduce_op, value, **options)
@@ -95,7 +123,7 @@ class OneDeviceView:
         self, draw: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """A seed that no other replica has; replica 0 has Keras's."""
-        with alike():
+        with replica.local_update():
             seed = draw(*args, **kwargs)
         context = tf.distribute.get_replica_context()
         number = tf.cast(context.replica_id_in_sync_group, seed.dtype)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import (
@@ -18,12 +19,10 @@ from keras_allreduce.input.dataset import own
 from keras_allreduce.one_device import (
     predict,
     replica,
-    shared_state,
     shares,
 )
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.step import Step
-from keras_allreduce.one_device.update import already_reduced
 from keras_allreduce.reduce.observe import observe
 from keras_allreduce.strategy.checks import check_model
 from keras_allreduce.strategy.datasets import (
@@ -37,10 +36,6 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
     To be mixed into the `extended` of a strategy of TensorFlow's. Steps of
     Keras call it through the interface `Replicas`.
     """
-
-    # The step of Keras that is being run or traced.
-    _step: Step | None = None
-    _model: Any = None
 
     _workers: Peers
 
@@ -66,18 +61,19 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
 
     def before_assignment(self, variable: Any) -> None:
         """A replica is about to assign to its own part of a variable."""
-        if self._step is not None and not already_reduced():
-            shared_state.note(variable, self._step.state)
+        step = replica.current_step()
+        if step is not None and not replica.updates_locally():
+            step.before_assignment(variable)
 
     def _use_merge_call(self) -> bool:
         # Once gradients are reduced, each replica can update on its own, also
         # inside a conditional, where no merge_call can be.
-        return not already_reduced() and super()._use_merge_call()
+        return not replica.updates_locally() and super()._use_merge_call()
 
     def _replica_ctx_all_reduce(
         self, reduce_op: Any, value: Any, options: Any = None
     ) -> Any:
-        if already_reduced():
+        if replica.updates_locally():
             return value
         return super()._replica_ctx_all_reduce(reduce_op, value, options)
 
@@ -94,7 +90,8 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         sum_over_replicas = partial(
             self._sum_over_replicas, reduce_op, options=options
         )
-        sums = self._step.sums if self._step else None
+        step = replica.current_step()
+        sums = None if step is None else step.sums
         if sums is None or reduce_op != tf.distribute.ReduceOp.SUM:
             return sum_over_replicas(value_destination_pairs)
         return sums.sum(sum_over_replicas, value_destination_pairs)
@@ -128,7 +125,8 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
 
     def paths_of_gradients(self, count: int) -> Sequence[str]:
         """Paths of the variables of `count` gradients; none if not of all."""
-        variables = getattr(self._model, "trainable_variables", ())
+        model = getattr(replica.current_step(), "model", None)
+        variables = getattr(model, "trainable_variables", ())
         paths = [variable.path for variable in variables]
         return paths if len(paths) == count else []
 
@@ -171,28 +169,47 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
     def _call_for_each_replica(
         self, fn: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        strategy = self._container_strategy()
         versions.check_step_is_not_legacy(fn)
-        began = time.time()
         run = super()._call_for_each_replica
-        model, step_name = None, ""
-        if self._step is None and not already_reduced():
-            model, step_name = keras_steps.step_of(fn)
-        if step_name == keras_steps.PREDICT:
-            return predict.run(self, strategy, run, fn, args, kwargs)
+        if replica.current_step() is not None:
+            # Called in a merge_call of the current step.
+            return run(_in_current_step(fn), args, kwargs)
+        model, step_name = keras_steps.step_of(fn)
         if model is None:
-            with observe() as records:
-                result = run(fn, args, kwargs)
-            strategy.step_log.add(records, None, (args, kwargs), began)
-            return result
+            return self._run_custom(run, fn, args, kwargs)
+        if step_name == keras_steps.PREDICT:
+            return predict.run(model, self, run, fn, args, kwargs)
+        return self._run_step(model, step_name, run, fn, args, kwargs)
+
+    def _run_custom(
+        self, run: Callable[..., Any], fn: Callable[..., Any], *args: Any
+    ) -> Any:
+        """Runs a function of a custom loop, as TensorFlow does."""
+        began = time.time()
+        with observe() as records:
+            result = run(fn, *args)
+        log = self._container_strategy().step_log
+        log.add(records, None, args, began)
+        return result
+
+    def _run_step(
+        self,
+        model: keras.Model,
+        step_name: str,
+        run: Callable[..., Any],
+        fn: Callable[..., Any],
+        *args: Any,
+    ) -> Any:
+        """Runs a step of Keras, so that it sees one device."""
+        strategy = self._container_strategy()
+        began = time.time()
         check_model(model, strategy)
         trains = step_name == "train_step"
         if strategy.num_replicas_in_sync == 1:
             if trains:
                 strategy.step_log.add_alone(model)
-            return run(fn, args, kwargs)
-        self._model = model
-        self._step = Step(
+            return run(fn, *args)
+        step = Step(
             model,
             step_name,
             strategy,
@@ -200,11 +217,20 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
             strategy.weigh_samples,
             note=lambda found: strategy.step_log.add(found, model),
         )
-        try:
-            with observe() as records:
-                result = self._step.run(run, fn, args, kwargs)
-        finally:
-            self._step = self._model = None
+        with observe() as records:
+            result = step.run(run, fn, *args)
         if trains:
-            strategy.step_log.add(records, model, (args, kwargs), began)
+            strategy.step_log.add(records, model, args, began)
         return result
+
+
+def _in_current_step(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` in threads of its own, as a part of the step of this thread."""
+    current = replica.current_of_thread()
+
+    @tf.autograph.experimental.do_not_convert
+    def in_current_step(*args: Any, **kwargs: Any) -> Any:
+        with replica.entered(current):
+            return fn(*args, **kwargs)
+
+    return in_current_step

@@ -714,8 +714,6 @@ def test_keras_assigns_the_scales_of_float8_their_gradients():
     model.quantize("float8")
     model.compile(keras.optimizers.SGD(0.1), "mse")
     model.optimizer.build(model.trainable_variables)
-    assert keras_optimizers.assigns_gradients(model.optimizer)
-    assert not keras_optimizers.assigns_gradients(keras.optimizers.SGD())
     assigned = [
         variable
         for variable in model.trainable_variables

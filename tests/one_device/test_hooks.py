@@ -104,7 +104,7 @@ def test_all_methods_are_as_before_after_a_call_that_fails(
 
 
 class Notes:
-    """A handler that notes which thread has asked it."""
+    """A step that notes which thread has asked it."""
 
     def __init__(self):
         self.seen = []
@@ -114,14 +114,14 @@ class Notes:
         return draw(generator, *args, **kwargs)
 
 
-def test_the_innermost_handler_takes_part():
+def test_the_innermost_step_takes_part():
     strategy = keras_allreduce.AllReduceStrategy(DEVICES[:2])
     before = methods()
     generator = keras.random.SeedGenerator(1)
     outer, inner = Notes(), Notes()
     in_replica = tf.distribute.ReplicaContext(strategy, 0)
-    with hooks.handled(strategy, outer), strategy.scope(), in_replica:
-        with hooks.handled(strategy, inner):
+    with hooks.taking_part(outer), strategy.scope(), in_replica:
+        with hooks.taking_part(inner):
             generator.next()
         generator.next()
     generator.next()
@@ -129,22 +129,34 @@ def test_the_innermost_handler_takes_part():
     assert are_as_before(before)
 
 
-def test_threads_of_several_strategies_ask_their_own_handlers():
+def test_a_merge_call_is_no_part_of_a_replica():
+    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:2])
+    generator = keras.random.SeedGenerator(1)
+    notes = Notes()
+    with hooks.taking_part(notes), strategy.scope():
+        assert tf.distribute.in_cross_replica_context()
+        generator.next()
+    assert notes.seen == []
+
+
+@pytest.mark.parametrize("num_strategies", [1, 4])
+def test_each_thread_asks_its_own_step(num_strategies):
     before = methods()
     count = 4
     strategies = [
-        keras_allreduce.AllReduceStrategy(DEVICES[:2]) for _ in range(count)
+        keras_allreduce.AllReduceStrategy(DEVICES[:2])
+        for _ in range(num_strategies)
     ]
     handlers = [Notes() for _ in range(count)]
     generators = [keras.random.SeedGenerator(index) for index in range(count)]
     barrier = Barrier(count)
 
     def run(index):
-        strategy = strategies[index]
+        strategy = strategies[index % num_strategies]
         barrier.wait()
         for _ in range(50):
             with (
-                hooks.handled(strategy, handlers[index]),
+                hooks.taking_part(handlers[index]),
                 strategy.scope(),
                 tf.distribute.ReplicaContext(strategy, 0),
             ):
@@ -161,14 +173,13 @@ def test_threads_of_several_strategies_ask_their_own_handlers():
 
 
 def test_a_method_that_another_package_has_replaced_stays_replaced():
-    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:2])
     stock = keras.metrics.Sum.update_state
 
     def other(*args, **kwargs):
         return stock(*args, **kwargs)
 
     try:
-        with hooks.handled(strategy, Notes()):
+        with hooks.taking_part(Notes()):
             keras.metrics.Sum.update_state = other
         assert keras.metrics.Sum.update_state is other
     finally:

@@ -1,6 +1,7 @@
 """Strategies in one process: one after another, in turns, one in another."""
 
 import concurrent.futures
+import threading
 
 import keras
 import numpy as np
@@ -84,6 +85,39 @@ def test_at_the_same_time(alone):
         for done in [threads.submit(train, *each) for each in tasks]:
             done.result()
     assert_close([model for model, _, _ in tasks], alone)
+
+
+class Pairs(keras.layers.Layer):
+    """Waits until the other thread calls a layer of its kind."""
+
+    barrier = None
+
+    def call(self, x):
+        if self.barrier is not None:
+            self.barrier.wait(120)
+        return x
+
+
+def test_two_models_of_one_strategy_in_two_threads(alone):
+    # Both are built, and their steps traced, at the same time, on each replica.
+    first, x, y = task(*TASKS[0])
+    models = []
+    for _ in range(2):
+        with first.distribute_strategy.scope():
+            layers = keras.models.clone_model(first).layers
+            models.append(
+                keras.Sequential([keras.Input([3]), Pairs(), *layers])
+            )
+            models[-1].compile("adam", "mse")
+        models[-1].set_weights(first.get_weights())
+    barrier = threading.Barrier(2)
+    for model in models:
+        model.layers[0].barrier = barrier
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        trained = [threads.submit(train, each, x, y) for each in models]
+        for done in trained:
+            done.result()
+    assert_close(models, [alone[0], alone[0]])
 
 
 def test_two_models_under_one_strategy(alone):
