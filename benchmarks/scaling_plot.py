@@ -78,7 +78,7 @@ def _draw_costs(axis, times, models) -> None:
         Line2D([], [], color=color, label=scaling_report.size(nbytes))
         for nbytes, color in SIZES.items()
     ]
-    axis.legend(handles=handles, fontsize=7, ncols=2)
+    _legend_below(axis, handles)
 
 
 def _draw_efficiency(axis, title, alpha, inside, args) -> None:
@@ -122,4 +122,16 @@ def _draw_efficiency(axis, title, alpha, inside, args) -> None:
         Line2D([], [], color=color, label=name)
         for name, color in zip(scaling_report.RATES, RATE_COLORS, strict=True)
     ]
-    axis.legend(handles=handles, fontsize=7)
+    _legend_below(axis, handles)
+
+
+def _legend_below(axis, handles) -> None:
+    """Below the axes, where it covers no data."""
+    axis.legend(
+        handles=handles,
+        fontsize=7,
+        ncols=3,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.14),
+        frameon=False,
+    )
