@@ -41,6 +41,7 @@ TESTS = [
     "tests/one_device/test_update.py",
     "tests/compat/test_versions.py",
     "tests/compat/test_keras_assumptions.py",
+    "tests/compat/test_overrides.py",
     "tests/workers/test_multi_worker.py::"
     "test_workers_train_as_one_device_does[even_batches]",
 ]

@@ -89,7 +89,7 @@ def make_step(devices, variables, ops: BatchAllReduce | None):
             gradients = [
                 list(replica)
                 for replica in zip(
-                    *ops._all_reduce(
+                    *ops._reduce_in_packs(
                         tf.distribute.ReduceOp.SUM,
                         [list(g) for g in zip(*gradients, strict=True)],
                         tuple(devices),

@@ -10,5 +10,6 @@ behaviour has a test (`tests/compat/test_keras_assumptions.py`).
     distribute.py          private names of tf.distribute
     variables.py           distributed variables
     datasets.py            distributed data sets
+    overrides.py           private members that subclasses override
     runtime.py             the coordination service and the peers of a worker
 """

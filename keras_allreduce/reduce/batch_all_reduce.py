@@ -92,7 +92,7 @@ class BatchAllReduce(Planner, tf.distribute.CrossDeviceOps):
         results: dict[int, Any] = {}
         for devices, indices in _by_devices(values):
             parts = [list(values[index].values) for index in indices]
-            sums = self._all_reduce(_SUM, parts, devices, weights=weights)
+            sums = self._reduce_in_packs(_SUM, parts, devices, weights=weights)
             results.update(zip(indices, sums, strict=True))
         return [distribute.mirrored(results[index]) for index in values]
 
@@ -127,7 +127,7 @@ class BatchAllReduce(Planner, tf.distribute.CrossDeviceOps):
         results: dict[int, Any] = {}
         for devices, indices in _by_devices(staying):
             parts = [list(staying[index].values) for index in indices]
-            reduced = self._all_reduce(reduce_op, parts, devices, options)
+            reduced = self._reduce_in_packs(reduce_op, parts, devices, options)
             mirrored = map(distribute.mirrored, reduced)
             results.update(zip(indices, mirrored, strict=True))
         for index in pairs:
@@ -160,7 +160,7 @@ class BatchAllReduce(Planner, tf.distribute.CrossDeviceOps):
             total = divide(_sum_on(owner, value), count)
         return self.broadcast(total, destinations)
 
-    def _all_reduce(
+    def _reduce_in_packs(
         self,
         reduce_op: tf.distribute.ReduceOp,
         gradients: list[list[Any]],
@@ -172,7 +172,7 @@ class BatchAllReduce(Planner, tf.distribute.CrossDeviceOps):
         started = time.time()
         algorithm, reason = algorithms.choose(self.algorithm, devices)
         if algorithm.needs_graph and tf.executing_eagerly():
-            return tf.function(self._all_reduce)(
+            return tf.function(self._reduce_in_packs)(
                 reduce_op, gradients, devices, options, weights
             )
         self._transport.expect([replicas[0] for replicas in gradients])
