@@ -38,6 +38,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	@$(BIN)/python tests/measures.py --long
 
 check: lint test
 

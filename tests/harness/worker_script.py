@@ -251,30 +251,6 @@ def what_backprop_waits_for():
     return found
 
 
-def paths_of_gradients():
-    """Our frames from a train step to each collective of a gradient."""
-    import call_path
-    import keras
-    import tensorflow as tf
-
-    import keras_allreduce
-
-    gather = call_path.Recorder(tf.raw_ops.CollectiveGatherV2)
-    tf.raw_ops.CollectiveGatherV2 = gather
-    reduce = call_path.Recorder(tf.raw_ops.CollectiveReduceV2)
-    tf.raw_ops.CollectiveReduceV2 = reduce
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS
-    )
-    with strategy.scope():
-        # One gradient is small, and one is too large for an exchange.
-        layers = [keras.Input([300]), keras.layers.Dense(300)]
-        model = keras.Sequential([*layers, keras.layers.Dense(1)])
-        model.compile("sgd", "mse")
-    model.fit(tf.ones([8, 300]), tf.ones([8, 1]), verbose=0)
-    return gather.paths_of_gradients() + reduce.paths_of_gradients()
-
-
 def _is_collective(op):
     """Whether an op sends to other workers, over gRPC or over MPI."""
     return op.type.startswith(("Collective", "PyFunc"))
