@@ -29,7 +29,8 @@ test-fast: $(VENV)/.dev
 		$(PYTEST_ARGS)
 
 test-nightly: $(VENV)/.dev
-	$(BIN)/python -m pytest $(BY_FILE) -m nightly $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(BY_FILE) -m 'nightly or hypothesis' \
+		--hypothesis-profile nightly $(PYTEST_ARGS)
 
 test-versions: $(VENV)/.dev
 	$(BIN)/python -m nox -s start versions

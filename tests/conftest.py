@@ -6,11 +6,25 @@ import os
 import garbage
 import pytest
 import xdist
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Whether there is one depends on how busy the machine is.
 os.environ.setdefault("KERAS_ALLREDUCE_HINT", "0")
 garbage.look_seldom()
+
+# Each run tries the same examples, however slow the machine is; the nightly one
+# tries more of them, and others each time.
+for _name, _examples in {"same": 50, "nightly": 500}.items():
+    settings.register_profile(
+        _name,
+        max_examples=_examples,
+        derandomize=_name == "same",
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+settings.load_profile("same")
 
 
 def pytest_collection(session):

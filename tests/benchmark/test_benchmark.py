@@ -395,7 +395,14 @@ class TestRun:
 
     @pytest.mark.parametrize(
         "dtype",
-        ["float16", "bfloat16", "float32", "float64", "int32", "int64"],
+        [
+            "bfloat16",
+            "int32",
+            *(
+                pytest.param(name, marks=pytest.mark.nightly)
+                for name in ("float16", "float32", "float64", "int64")
+            ),
+        ],
     )
     def test_sums_are_exact_in_every_dtype(self, dtype, capsys):
         printed(

@@ -5,6 +5,8 @@ import re
 
 import keras
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keras_allreduce.fit_output import readable
 
@@ -72,8 +74,7 @@ class TestTheLiveLine:
         assert line.count("━") == 20
         assert line.endswith("loss: 0.6689 - all_reduce: 3.6ms - overlap: 91%")
 
-    @pytest.mark.parametrize("columns", range(60, 140, 3))
-    @pytest.mark.parametrize("steps", [None, 5, 57, 1875])
+    @given(st.integers(60, 200), st.sampled_from([None, 5, 57, 1875]))
     def test_it_never_wraps_because_of_us(self, columns, steps):
         alone = readable.room(columns, steps, LOGS)
         if alone >= readable.MIN_BAR_COLUMNS:
@@ -107,7 +108,7 @@ class TestTheLastLine:
         )
         assert len(first) < 80
 
-    @pytest.mark.parametrize("columns", range(60, 200, 7))
+    @given(st.integers(60, 200))
     def test_no_row_wraps(self, columns):
         text = drawn(columns, 57, LOGS, live=False, validation=VALIDATION)
         assert max(map(len, text.splitlines())) < columns

@@ -473,14 +473,17 @@ def test_a_forked_child_frees_what_it_makes():
     del owner
 
 
-def test_200_epochs_leave_nothing_behind():
+@pytest.mark.parametrize(
+    "epochs", [50, pytest.param(200, marks=pytest.mark.nightly)]
+)
+def test_many_epochs_leave_nothing_behind(epochs):
     model = small_model.make_model(strategy())
     data = batched_model_data()
     fit = {"validation_data": data, "verbose": 0}
     model.fit(data, epochs=20, **fit)
     freed()
     before = threads_of_process(), files_of_process(), resident_mib()
-    model.fit(data, epochs=200, **fit)
+    model.fit(data, epochs=epochs, **fit)
     freed()
     after = threads_of_process(), files_of_process(), resident_mib()
     assert after[0] <= before[0] + 8  # those that free, and those of TensorFlow

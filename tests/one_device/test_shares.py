@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from five_devices import DEVICES
+from hypothesis import given
+from hypothesis import strategies as st
 
 import keras_allreduce
 from keras_allreduce.one_device.shares import (
@@ -37,6 +39,13 @@ STRATEGY = keras_allreduce.AllReduceStrategy(DEVICES[:2])
 def test_shares_have_mean_1():
     shares = shares_of(constants(3, 1))
     np.testing.assert_array_equal(shares, [1.5, 0.5])
+
+
+@given(st.lists(st.integers(0, 64), min_size=1, max_size=8))
+def test_shares_are_those_of_the_samples(counts):
+    shares = np.asarray(shares_of(constants(*counts)))
+    expected = np.asarray(counts) * len(counts) / max(1, sum(counts))
+    np.testing.assert_allclose(shares, expected, rtol=1e-6)
 
 
 def test_shares_of_nothing_are_0():

@@ -1,8 +1,8 @@
 """The bucket plan, as pure Python."""
 
-import random
-
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keras_allreduce.reduce.buckets import (
     Bucket,
@@ -124,29 +124,27 @@ def test_no_gradients_make_no_bucket():
     assert plan_buckets([], 16) == []
 
 
-def test_the_plan_does_not_change_between_calls():
-    gradients = random_gradients(random.Random(3))
-    assert plan_buckets(gradients, 64) == plan_buckets(gradients, 64)
+GRADIENTS = st.lists(
+    st.builds(
+        GradientSpec,
+        st.sampled_from(["float16", "float32", "int32"]),
+        st.none() | st.sampled_from([0, 2, 4]) | st.integers(0, 200),
+    ),
+    max_size=40,
+)
+SIZES = st.integers(1, 150)
 
 
-def random_gradients(rng):
-    return [
-        GradientSpec(
-            rng.choice(["float16", "float32", "int32"]),
-            rng.choice([None, 0, 2, 4, rng.randrange(200)]),
-        )
-        for _ in range(rng.randrange(40))
-    ]
+@given(GRADIENTS, SIZES)
+def test_the_plan_does_not_change_between_calls(gradients, capacity):
+    once, again = (plan_buckets(gradients, capacity) for _ in range(2))
+    assert once == again
 
 
-@pytest.mark.parametrize("seed", range(100))
-def test_every_plan_is_a_partition_that_keeps_the_rules(seed):
-    rng = random.Random(seed)
-    gradients = random_gradients(rng)
-    capacity = rng.randrange(1, 150)
-    first = rng.choice([None, rng.randrange(1, 150)])
-    alone_above = rng.choice([None, rng.randrange(150)])
-
+@given(GRADIENTS, SIZES, st.none() | SIZES, st.none() | st.integers(0, 150))
+def test_every_plan_is_a_partition_that_keeps_the_rules(
+    gradients, capacity, first, alone_above
+):
     buckets = plan_buckets(gradients, capacity, first, alone_above)
 
     planned = [index for bucket in buckets for index in bucket.indices]
@@ -191,11 +189,9 @@ def test_balance_of_nothing_is_nothing():
     assert balance([], 3) == []
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_no_owner_has_more_than_the_largest_pack_above_another(seed):
-    rng = random.Random(seed)
-    sizes = [rng.randrange(1, 1000) for _ in range(rng.randrange(1, 30))]
-    load = [0] * rng.randrange(1, 6)
-    for size, owner in zip(sizes, balance(sizes, len(load)), strict=True):
+@given(st.lists(st.integers(1, 1000), min_size=1), st.integers(1, 6))
+def test_no_owner_has_more_than_the_largest_pack_above_another(sizes, owners):
+    load = [0] * owners
+    for size, owner in zip(sizes, balance(sizes, owners), strict=True):
         load[owner] += size
     assert max(load) - min(load) <= max(sizes)

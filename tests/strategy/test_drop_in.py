@@ -84,7 +84,11 @@ def multi_input():
     return model, data
 
 
-MODELS = [dense, conv, embedding, recurrent, multi_input]
+MODELS = [
+    *[dense, conv, embedding],
+    pytest.param(recurrent, marks=pytest.mark.nightly),
+    pytest.param(multi_input, marks=pytest.mark.nightly),
+]
 LABELS = np.arange(32) % 3
 
 

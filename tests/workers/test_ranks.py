@@ -1,6 +1,8 @@
 """Rank and size as launchers tell them."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keras_allreduce.workers.ranks import (
     first_host,
@@ -70,6 +72,17 @@ FOUND = {
 def test_a_launcher_says_who_this_is(environment, rank, size, leader):
     found = placement_of(environment, no_domain)
     assert (found.rank, found.size, found.leader) == (rank, size, leader)
+
+
+@given(st.integers(2, 64), st.integers(-2, 66))
+def test_a_rank_is_one_of_its_size(size, rank):
+    environment = {**BY_HAND, "RANK": f"{rank}", "WORLD_SIZE": f"{size}"}
+    if 0 <= rank < size:
+        found = placement_of(environment, no_domain)
+        assert (found.rank, found.size) == (rank, size)
+    else:
+        with pytest.raises(ValueError, match="Received"):
+            placement_of(environment, no_domain)
 
 
 def test_the_first_pod_of_a_kubernetes_job_leads():
@@ -147,3 +160,16 @@ HOSTS = {
 @pytest.mark.parametrize(("node_list", "host"), HOSTS.values(), ids=HOSTS)
 def test_the_first_node_of_slurms_list(node_list, host):
     assert first_host(node_list) == host
+
+
+@given(
+    st.sampled_from(["n", "node-", "r1n"]),
+    st.integers(0, 99),
+    st.integers(0, 99),
+    st.booleans(),
+)
+def test_the_first_node_of_a_range(prefix, first, length, is_padded):
+    begin, end = (
+        f"{n:0{3 if is_padded else 1}}" for n in (first, first + length)
+    )
+    assert first_host(f"{prefix}[{begin}-{end}],other") == f"{prefix}{begin}"

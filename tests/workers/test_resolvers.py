@@ -45,7 +45,15 @@ def _started_alone(monkeypatch):
             monkeypatch.delenv(name)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(
+            name, marks=[] if name == "by hand" else pytest.mark.nightly
+        )
+        for name in LAUNCHERS
+    ],
+)
 def test_processes_of_a_launcher_train_as_workers(launcher):
     values = {"job": os.getpid(), "port": workers.free_ports(1)[0]}
     environment = [

@@ -8,6 +8,8 @@ import pytest
 import tensorflow as tf
 from distributed_values import per_replica
 from five_devices import DEVICES
+from hypothesis import given
+from hypothesis import strategies as st
 from toy_wire_format import NAME, ScaledFloat16
 
 from keras_allreduce import MultiWorkerAllReduceStrategy
@@ -33,45 +35,35 @@ def toy(monkeypatch):
     return WIRE_FORMATS[NAME]
 
 
-FORMATS = [*WIRE_FORMATS.values(), ScaledFloat16()]
-CARRIED = {
-    f"{each.name} of {dtype.name}": (each, dtype)
-    for each in FORMATS
+CARRIED = [
+    (each, dtype)
+    for each in [*WIRE_FORMATS.values(), ScaledFloat16()]
     for dtype in DTYPES
     if each.carries(dtype)
-}
-
-
-@pytest.mark.parametrize(
-    ("wire_format", "dtype"), CARRIED.values(), ids=CARRIED.keys()
+]
+# The first dimension counts rows; those that nothing is in have no scale.
+SHAPES = st.tuples(st.integers(0, 4), st.integers(1, 4)) | st.tuples(
+    *[st.integers(1, 3)] * 3
 )
-@pytest.mark.parametrize("shape", [[2, 3], [3, 1, 4], [1], [0, 2]], ids=str)
-class TestEveryFormat:
-    def rows(self, dtype, shape):
-        numbers = np.arange(np.prod(shape)).reshape(shape) - 3
-        return tf.constant(numbers, dtype)
 
-    def test_decodes_what_it_has_encoded(self, wire_format, dtype, shape):
-        rows = self.rows(dtype, shape)
-        decoded = wire_format.decode(wire_format.encode(rows), rows)
-        assert decoded.dtype == dtype
-        np.testing.assert_array_equal(decoded, rows)
 
-    def test_encodes_into_what_collectives_move(
-        self, wire_format, dtype, shape
-    ):
-        encoded = wire_format.encode(self.rows(dtype, shape))
-        assert encoded.dtype in MOVED
-        assert len(encoded) == shape[0]
-
-    def test_encodes_each_row_by_itself(self, wire_format, dtype, shape):
-        rows = self.rows(dtype, shape)
-        encoded = wire_format.encode(rows)
-        for index in range(len(rows)):
-            one = rows[index : index + 1]
-            np.testing.assert_array_equal(
-                wire_format.decode(encoded[index : index + 1], one), one
-            )
+@given(st.sampled_from(CARRIED), SHAPES, st.integers(-7, 3))
+def test_every_format_decodes_what_it_has_encoded(carried, shape, least):
+    wire_format, dtype = carried
+    numbers = np.arange(np.prod(shape)).reshape(shape) + least
+    rows = tf.constant(numbers, dtype)
+    encoded = wire_format.encode(rows)
+    assert encoded.dtype in MOVED
+    assert len(encoded) == len(rows)
+    decoded = wire_format.decode(encoded, rows)
+    assert decoded.dtype == dtype
+    np.testing.assert_array_equal(decoded, rows)
+    # Each row by itself.
+    for index in range(len(rows)):
+        one = rows[index : index + 1]
+        np.testing.assert_array_equal(
+            wire_format.decode(encoded[index : index + 1], one), one
+        )
 
 
 @pytest.mark.parametrize(

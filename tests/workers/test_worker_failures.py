@@ -12,6 +12,15 @@ pytestmark = pytest.mark.slow
 
 SAME = "All workers must have the same"
 
+# One pair of each kind runs with every push, the other one on a schedule.
+EITHER = pytest.mark.parametrize(
+    "index",
+    [
+        pytest.param(0, id="chief", marks=pytest.mark.nightly),
+        pytest.param(1, id="other"),
+    ],
+)
+
 
 def ends(function, *arguments, num_workers=2):
     """Outputs of workers that all have to end; a hang fails the test."""
@@ -38,7 +47,13 @@ DIFFERENCES = {
 }
 
 
-@pytest.mark.parametrize("what", DIFFERENCES)
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(what, marks=[] if what == "shape" else pytest.mark.nightly)
+        for what in DIFFERENCES
+    ],
+)
 def test_workers_that_differ_all_say_in_what(what):
     codes, outputs = ends("fit_what_differs", what)
     name, of_chief, of_other = DIFFERENCES[what]
@@ -64,14 +79,14 @@ def test_a_worker_without_memory_ends_the_other_in_an_error():
     assert "Received: worker 1 (127.0.0.1:" in last, chief
 
 
-@pytest.mark.parametrize("absent", [0, 1], ids=["chief", "other"])
-def test_a_worker_that_never_comes_is_named(absent):
-    codes, outputs = ends("start_without", absent, 3, num_workers=2)
-    assert codes[1 - absent] == 1
-    assert f"Never reached: worker {absent} (127.0.0.1:" in outputs[1 - absent]
+@EITHER
+def test_a_worker_that_never_comes_is_named(index):
+    codes, outputs = ends("start_without", index, 3, num_workers=2)
+    assert codes[1 - index] == 1
+    assert f"Never reached: worker {index} (127.0.0.1:" in outputs[1 - index]
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
+@EITHER
 def test_a_port_in_use_is_named(index):
     codes, outputs = ends("start_with_a_port_in_use", index, 5)
     assert codes == [1, 1]
@@ -87,15 +102,15 @@ def test_workers_with_other_addresses_say_so():
         assert "All workers must have the same cluster" in output
 
 
-@pytest.mark.parametrize("last", [0, 1], ids=["chief", "other"])
-def test_a_worker_may_work_on_alone_after_the_others_ended(last):
-    codes, outputs = ends("end_one_after_the_other", last)
+@EITHER
+def test_a_worker_may_work_on_alone_after_the_others_ended(index):
+    codes, outputs = ends("end_one_after_the_other", index)
     assert codes == [0, 0], outputs
-    assert "keras_allreduce" not in outputs[last]
-    assert "All workers" not in outputs[last]
+    assert "keras_allreduce" not in outputs[index]
+    assert "All workers" not in outputs[index]
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
+@EITHER
 def test_a_worker_that_dies_while_they_connect_ends_the_other(index):
     codes, outputs = ends("die_after_the_meeting", index, 8)
     assert codes[1 - index] not in (0, None)
@@ -104,7 +119,7 @@ def test_a_worker_that_dies_while_they_connect_ends_the_other(index):
     assert rule in last, outputs[1 - index]
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
+@EITHER
 def test_sigterm_ends_a_worker_and_the_other_says_so(index):
     codes, outputs = ends("fit_and_signal", "SIGTERM", index, 60)
     assert codes[index] == -signal.SIGTERM
@@ -113,7 +128,7 @@ def test_sigterm_ends_a_worker_and_the_other_says_so(index):
     assert f"Received: worker {index} (127.0.0.1:" in last, outputs[1 - index]
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
+@EITHER
 def test_the_error_of_a_script_is_told_by_the_other(index):
     codes, outputs = ends("fit_and_raise", index)
     assert codes == [1, 1]
