@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 import warm_python
 from deadlines import DEADLINE_SECONDS
+from five_devices import DEVICES
 
 import keras_allreduce
 from keras_allreduce.benchmark import __main__ as benchmark_main
@@ -40,6 +41,7 @@ from keras_allreduce.benchmark.timed_loop import (
     TimedLoop,
     WrongSumError,
 )
+from keras_allreduce.reduce import algorithms
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.reduce.in_process import InProcess
 
@@ -382,11 +384,12 @@ class TestRun:
             capsys, *TINY, "--algorithm", "all", "--replicas", str(replicas)
         )
         rows = [text.split() for text in out.splitlines() if text[0] != "#"]
+        names = algorithms.runnable(DEVICES[:replicas])
+        assert {"ring", "shared_memory"} <= {*names}
         assert [words[:6] for words in rows] == [
-            ["4096", "1", "ring", "default", "1", "2"],
-            ["4096", "1", "shared_memory", "default", "1", "2"],
-            ["16384", "1", "ring", "default", "1", "2"],
-            ["16384", "1", "shared_memory", "default", "1", "2"],
+            [nbytes, "1", name, "default", "1", "2"]
+            for nbytes in ("4096", "16384")
+            for name in names
         ]
         assert f"# {replicas} replicas: 1 worker(s)" in out
         assert "# fastest overall: " in out

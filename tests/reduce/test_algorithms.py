@@ -115,7 +115,9 @@ def test_the_benchmark_takes_every_algorithm():
 
 
 def test_nccl_is_not_expected_to_run_between_host_devices():
-    assert algorithms.runnable(DEVICES[:2]) == ["ring", "shared_memory"]
+    names = algorithms.runnable(DEVICES[:2])
+    assert {"ring", "shared_memory"} <= {*names}
+    assert "nccl" not in names
 
 
 def test_no_packs_make_no_ops():

@@ -16,7 +16,7 @@ from distributed_values import (
 from five_devices import DEVICES
 
 from keras_allreduce import BatchAllReduce
-from keras_allreduce.reduce import algorithms
+from keras_allreduce.reduce import algorithms, pack_sizes
 
 SUM = tf.distribute.ReduceOp.SUM
 MEAN = tf.distribute.ReduceOp.MEAN
@@ -284,7 +284,7 @@ class TestSparse:
 def test_an_unknown_algorithm_is_an_error(algorithm):
     with pytest.raises(
         ValueError,
-        match=r"must be one of auto, nccl, ring, shared_memory\. "
+        match=rf"must be one of {', '.join(pack_sizes.algorithm_names())}\. "
         rf"Received: algorithm={algorithm!r}",
     ):
         BatchAllReduce(algorithm)
