@@ -198,7 +198,7 @@ def test_every_folder_says_what_comes_in_and_what_goes_out():
     for folder in {path.parent for path in MODULES.values()} - {PACKAGE}:
         (only,) = tree_of(folder / "__init__.py").body
         assert isinstance(only, ast.Expr), f"{folder}: a docstring, no more."
-        assert len(only.value.value.splitlines()) > 3, folder
+        assert len(ast.literal_eval(only.value).splitlines()) > 3, folder
 
 
 def test_planning_and_the_launcher_load_no_tensorflow():
@@ -317,7 +317,7 @@ def test_the_public_names_are_these():
         assert getattr(keras_allreduce, name).__name__ == name
         assert inspect.getdoc(getattr(keras_allreduce, name))
     with pytest.raises(AttributeError, match="no attribute 'RingAllReduce'"):
-        _ = keras_allreduce.RingAllReduce
+        _ = keras_allreduce.RingAllReduce  # type: ignore[attr-defined]
     # A type checker finds the same.
     (under_type_checking,) = (
         node
@@ -326,5 +326,8 @@ def test_the_public_names_are_these():
         and ast.unparse(node.test) == "TYPE_CHECKING"
     )
     assert set(PUBLIC) == {
-        alias.name for each in under_type_checking.body for alias in each.names
+        alias.name
+        for each in under_type_checking.body
+        if isinstance(each, ast.ImportFrom)
+        for alias in each.names
     }

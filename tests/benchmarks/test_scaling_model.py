@@ -199,11 +199,16 @@ def test_a_busy_link_still_carries_all_bytes():
 
 def test_the_last_pack_carries_what_is_left():
     sizes = []
+
+    def cost(nbytes):
+        sizes.append(nbytes)
+        return 0.0
+
     scaling_model.exposed_seconds(
         5,
         1.0,
         2,
-        cost=lambda nbytes: sizes.append(nbytes) or 0.0,
+        cost=cost,
         busy=lambda nbytes: 0.0,
     )
     assert sizes == [2, 2, 1]

@@ -45,7 +45,8 @@ def members(cls):
     """Private names in the body of a class: its own, and what it touches."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     names = {name for name in vars(cls) if is_private(name)} - {"_abc_impl"}
-    pending = list(tree.body[0].body)
+    (definition,) = tree.body
+    pending = list(ast.iter_child_nodes(definition))
     while pending:
         node = pending.pop()
         if isinstance(node, ast.ClassDef):

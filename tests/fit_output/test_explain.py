@@ -46,7 +46,7 @@ def tied():
 def unused():
     """Two inputs by name; of three layers one is never called."""
 
-    class Unused(L.Layer):
+    class Unused(keras.layers.Layer):
         def build(self, shape):
             self.used = self.add_weight(shape=[shape[-1]], name="used")
             self.spare = self.add_weight(shape=[2], name="spare")

@@ -96,7 +96,8 @@ def test_overlap_is_the_hidden_share():
 )
 def test_bandwidth_is_the_bus_bandwidth_of_nccl_tests(num_replicas, gbps):
     # 8 GB in 4 seconds.
-    measured = measure(*times([[0, 4]]), 8 * GB, num_replicas)
+    ready, done = times([[0, 4]])
+    measured = measure(ready, done, 8 * GB, num_replicas)
     assert measured.all_reduce_gbps == pytest.approx(gbps)
 
 
@@ -129,8 +130,10 @@ def test_measuring_in_parts_is_measuring_at_once():
     steps = [[[i, i + 2.0], [i + 1, i + 3.5 + i % 3]] for i in range(7)]
     parts = None
     for part in (steps[:1], steps[1:4], steps[4:]):
-        parts = merge(parts, measure(*times(*part), 8, 2))
-    at_once = measure(*times(*steps), 8, 2)
+        ready, done = times(*part)
+        parts = merge(parts, measure(ready, done, 8, 2))
+    ready, done = times(*steps)
+    at_once = measure(ready, done, 8, 2)
     assert parts.steps == at_once.steps
     assert parts.all_reduce_ms == pytest.approx(at_once.all_reduce_ms)
     assert parts.exposed_ms == pytest.approx(at_once.exposed_ms)

@@ -148,7 +148,7 @@ def scope_of(replicas):
 
 def make_model(form):
     make, data = FORMS[form]
-    model = make()
+    model: keras.Model = make()
     loss = None if make is Autoencoder else "mse"
     model.compile(keras.optimizers.SGD(0.05), loss)
     return model, data

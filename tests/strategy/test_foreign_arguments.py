@@ -22,7 +22,7 @@ def test_an_argument_of_ddp_names_ours(strategy):
 
 def test_an_unknown_argument_is_pythons_error():
     with pytest.raises(TypeError, match="unexpected keyword argument 'nop'"):
-        AllReduceStrategy(nop=1)
+        AllReduceStrategy(nop=1)  # type: ignore[call-arg]
 
 
 def test_no_foreign_name_hides_an_argument_of_ours():
