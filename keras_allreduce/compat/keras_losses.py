@@ -1,10 +1,12 @@
 """Assumptions about Keras's losses, one function each."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 WEIGHTED_MEAN = "mean_with_sample_weight"
 _SUMS = ("sum", "none", None)
@@ -47,46 +49,122 @@ def divides_by_weights(model: keras.Model) -> bool:
     )
 
 
-def is_keras_own(loss: Any) -> bool:
-    """Whether a loss is computed by a function or class of Keras.
+def is_one_value_per_sample(loss: Any, y_pred: Any) -> bool:
+    """Whether a loss of `compile` is known to be one value per sample.
 
-    Keras wraps functions in a loss object with the function in `fn`.
+    That is, value i depends on sample i alone, and Keras reduces the values.
+    It is known of the functions of Keras below, which reduce the last axis or
+    those of the argument `axis`, if none of these is that of the samples.
+
+    Args:
+        loss: A loss of `compile`; Keras wraps functions in a loss object.
+        y_pred: What it is called with.
     """
-    function = getattr(loss, "fn", None)
-    named = type(loss) if function is None else function
-    return str(getattr(named, "__module__", "")).startswith("keras.")
+    if not (
+        reduces_as_keras(loss)
+        and type(loss).call is _CallsAFunction.call
+        and "call" not in vars(loss)
+        and any(loss.fn is each for each in _OF_SAMPLES)
+    ):
+        return False
+    rank = tf.TensorShape(getattr(y_pred, "shape", None)).rank
+    axis = loss._fn_kwargs.get("axis", _DEFAULT_AXES.get(loss.fn, -1))
+    if rank is None or rank < 2 or axis is None:
+        return False
+    return all(each % rank for each in keras.tree.flatten(axis))
 
 
-def may_compare_samples(loss: Any) -> bool:
-    """Whether values of a loss may depend on other samples of the batch.
+def losses_of_batch(model: keras.Model) -> list[str]:
+    """Names of the losses of `compile` that are not one value per sample.
 
-    `Circle` is the one loss of Keras that returns one value per sample and
-    compares them.
+    Those of a model of one output whose shape is known, or of any model by
+    what they are.
     """
-    return isinstance(loss, keras.losses.Circle) or not is_keras_own(loss)
+    outputs = keras.tree.flatten(getattr(model, "outputs", None) or [])
+    y_pred = outputs[0] if len(outputs) == 1 else _Matrix
+    found = []
+    for given in keras.tree.flatten(getattr(model, "loss", None)):
+        if given is None or str(given).lower() in ("crossentropy", "ce"):
+            continue
+        loss = keras.losses.get(given)
+        if not isinstance(loss, keras.losses.Loss):
+            loss = _CallsAFunction(loss, name=name_of(loss))
+        if not is_one_value_per_sample(loss, y_pred):
+            found.append(name_of(loss))
+    return found
 
 
-def mask_of(y_pred: Any) -> Any:
-    """The mask that Keras has attached to an output, or `None`."""
-    return getattr(y_pred, "_keras_mask", None)
+class _Matrix:
+    shape = (None, None)
 
 
-def call_and_rank(
+_CallsAFunction: Any = keras.losses.MeanSquaredError.__base__
+"""Keras's class of losses that call the function `fn`."""
+
+_OF_SAMPLES = [
+    getattr(keras.losses, name)
+    for name in (
+        "binary_crossentropy",
+        "binary_focal_crossentropy",
+        "categorical_crossentropy",
+        "categorical_focal_crossentropy",
+        "categorical_generalized_cross_entropy",
+        "categorical_hinge",
+        "cosine_similarity",
+        "ctc",
+        "dice",
+        "hinge",
+        "huber",
+        "kl_divergence",
+        "log_cosh",
+        "mean_absolute_error",
+        "mean_absolute_percentage_error",
+        "mean_squared_error",
+        "mean_squared_logarithmic_error",
+        "poisson",
+        "sparse_categorical_crossentropy",
+        "squared_hinge",
+        "tversky",
+    )
+    if hasattr(keras.losses, name)
+]
+"""Functions of one value per sample; `circle` compares samples."""
+
+_DEFAULT_AXES = {keras.losses.dice: None, keras.losses.tversky: None}
+"""The default of `axis`, where it is not -1. `None`: all axes."""
+
+
+def name_of(loss: Any) -> str:
+    """The name of a loss of `compile`."""
+    return str(getattr(loss, "name", getattr(loss, "__name__", loss)))
+
+
+def mask_of(value: Any) -> Any:
+    """The mask that Keras has attached to an output or loss, or `None`."""
+    return getattr(value, "_keras_mask", None)
+
+
+def attach_mask(value: Any, mask: Any) -> None:
+    """Attaches a mask, as Keras does."""
+    value._keras_mask = mask
+
+
+def call_and_see(
     loss: Any, y_true: Any, y_pred: Any, sample_weight: Any
-) -> tuple[Any, int | None]:
+) -> tuple[Any, int | None, Any]:
     """Calls a loss object of Keras, and sees what it reduces.
 
     Returns:
-        The loss, and the rank of the values that Keras has reduced to it. 0:
+        The loss; the rank of the values that Keras has reduced to it, 0 if
         `loss.call` returns one value for all samples, which Keras leaves as
-        it is.
+        it is; and the mask of the values that Keras has counted, or `None`.
     """
-    ranks: list[int] = []
+    seen: list[tuple[int, Any]] = []
     call = loss.call
 
     def observed(*args: Any, **kwargs: Any) -> Any:
         values = call(*args, **kwargs)
-        ranks.append(len(values.shape))
+        seen.append((len(values.shape), mask_of(values)))
         return values
 
     vars(loss)["call"] = observed
@@ -94,7 +172,10 @@ def call_and_rank(
         value = loss(y_true, y_pred, sample_weight)
     finally:
         del vars(loss)["call"]
-    return value, ranks[0] if ranks else None
+    rank, of_values = seen[0] if seen else (None, None)
+    masks = [m for m in (mask_of(y_pred), of_values) if m is not None]
+    mask = masks[0] & masks[1] if len(masks) == 2 else (masks or [None])[0]
+    return value, rank, mask
 
 
 @contextlib.contextmanager
@@ -138,6 +219,55 @@ def compiled_losses_replaced(
             compiled._flat_losses[index] = compiled._flat_losses[
                 index
             ]._replace(loss=loss)
+
+
+@contextlib.contextmanager
+def added_losses_of_each_thread(model: keras.Model) -> Iterator[None]:
+    """Each thread has its own losses of `add_loss` in the block.
+
+    A replica's thread pauses wherever replicas meet, and then the next one
+    runs the same layers, which keep what they add in one list.
+    """
+    lists = [(vars(layer), _ListOfThread()) for layer in _layers(model)]
+    before = [own["_losses"] for own, _ in lists]
+    for own, of_thread in lists:
+        own["_losses"] = of_thread
+    try:
+        yield
+    finally:
+        for (own, _), losses in zip(lists, before, strict=True):
+            own["_losses"] = losses
+
+
+def _layers(model: keras.Model) -> list[Any]:
+    return [
+        layer for layer in model._flatten_layers() if "_losses" in vars(layer)
+    ]
+
+
+class _ListOfThread:
+    """What Keras does with the list of losses of a layer, in each thread."""
+
+    def __init__(self) -> None:
+        self._thread = threading.local()
+
+    @property
+    def _list(self) -> list[Any]:
+        return vars(self._thread).setdefault("list", [])
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._list[index]
+
+    def __len__(self) -> int:
+        return len(self._list)
+
+    def extend(self, losses: Any) -> None:
+        """Adds losses."""
+        self._list.extend(losses)
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self._list.clear()
 
 
 def num_added_losses(model: keras.Model) -> int:

@@ -9,6 +9,7 @@ import rich.console
 import rich.markup
 import rich.table
 
+from keras_allreduce.compat import keras_losses
 from keras_allreduce.fit_output.gradients import ModelGradients
 from keras_allreduce.fit_output.pack_names import names_in_pack, shortened
 from keras_allreduce.reduce import cost_model
@@ -55,7 +56,7 @@ def show(
         console.print(f"[bold] {name}: [/]{rich.markup.escape(text)}")
     for line in _predicted(predictions, step_seconds):
         console.print(f" {line}")
-    for note in _notes(model, gradients):
+    for note in (*_notes(model, gradients), *_losses(model, plan)):
         console.print(f" {rich.markup.escape(note)}")
     if captured and print_fn:
         print_fn(captured.getvalue())
@@ -160,6 +161,27 @@ def _notes(model: keras.Model, gradients: ModelGradients) -> Iterator[str]:
         yield (
             "The model has its own `train_step`; this is what an update of "
             "all its variables sends."
+        )
+
+
+def _losses(model: keras.Model, plan: ReducePlan) -> Iterator[str]:
+    """Losses that cost more than a sum of gradients."""
+    if (
+        plan.num_replicas == 1
+        or model.distribute_strategy.weigh_samples is not None
+    ):
+        return
+    for name in keras_losses.losses_of_batch(model):
+        yield (
+            f"The loss {name!r} is not known to be one value per sample: "
+            "every replica computes that of the whole batch, and gets the "
+            "targets and outputs of all others in every step. "
+            + (
+                "They are sent between workers; the plan line of the "
+                "first epoch says how large a sample is."
+                if plan.sent
+                else "They are shared without a copy."
+            )
         )
 
 

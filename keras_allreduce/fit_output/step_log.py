@@ -4,7 +4,7 @@ import math
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
@@ -16,7 +16,7 @@ from keras_allreduce.fit_output.hints import Options
 from keras_allreduce.fit_output.pack_names import names_in_pack
 from keras_allreduce.fit_output.recording import PackLabel
 from keras_allreduce.reduce.observe import BatchRecord
-from keras_allreduce.reduce.plan import ReducePlan
+from keras_allreduce.reduce.plan import GatheredLoss, ReducePlan
 
 ONE_REPLICA = "batch_all_reduce: nothing to reduce, num_replicas = 1"
 
@@ -84,6 +84,7 @@ class StepLog:
         model: Any | None,
         inputs: Any = None,
         begun: float = math.nan,
+        gathered: tuple[GatheredLoss, ...] = (),
     ) -> None:
         """Notes a step that was just traced, or has just run eagerly.
 
@@ -93,6 +94,7 @@ class StepLog:
             inputs: Distributed values that it was called with, if they are in
                 the current graph.
             begun: When it was called, in seconds since the epoch.
+            gathered: Its losses that are computed on the whole batch.
         """
         if not records:
             return
@@ -102,6 +104,9 @@ class StepLog:
             records,
             key=lambda record: (record.plan.nbytes or 0, len(record.packs)),
         )
+        if gathered:
+            plan = replace(record.plan, gathered=gathered)
+            record = replace(record, plan=plan)
         owner = _nothing if model is None else weakref.ref(model)
         if tf.executing_eagerly():
             self._eager_clocks(record, owner).add(

@@ -8,7 +8,7 @@ batch. Other losses are corrected, so that the same holds for them:
     sum over samples                     / weight of the replica
     mean over what is not masked         * what is not masked here / in all
       (or over the sample weights)         / weight of the replica
-    one value for all samples            measured: a mean or a sum
+    any other loss of `compile`          computed on the whole batch
     `add_loss` of one value              measured
     `add_loss` of a vector               a sum
     regularizers                         as they are
@@ -23,10 +23,11 @@ import tensorflow as tf
 
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.compat import keras_losses
-from keras_allreduce.one_device import comparing, replica
+from keras_allreduce.one_device import replica, warn, whole_batch
 from keras_allreduce.one_device.natures import Natures
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shares import part_of_sum
+from keras_allreduce.reduce.plan import GatheredLoss
 from keras_allreduce.reduce.scaling import scale
 
 
@@ -37,7 +38,12 @@ class LossOfTheReplica:
         model: The model.
         replicas: The replicas of this worker.
         natures: Measures what is a mean, and what a sum.
-        warns: Whether a loss that compares samples is warned about.
+        is_known: Whether the user has said what all losses are, so that each
+            replica computes its own.
+
+    Attributes:
+        gathered: The losses that are computed on the whole batch, by their
+            number.
     """
 
     def __init__(
@@ -46,12 +52,13 @@ class LossOfTheReplica:
         replicas: Replicas,
         natures: Callable[[], Natures],
         *,
-        warns: bool,
+        is_known: bool,
     ):
         self._model = model
         self._replicas = replicas
         self._natures = natures
-        self._warns = warns
+        self._is_known = is_known
+        self.gathered: dict[int, GatheredLoss] = {}
 
     def shadows(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         """The shadowed objects, each with its methods."""
@@ -88,21 +95,56 @@ class LossOfTheReplica:
         sample_weight: Any = None,
     ) -> Any:
         """The loss of one output, corrected to a mean."""
+        given = y_true, y_pred, sample_weight
+        if keras_losses.is_one_value_per_sample(loss, y_pred):
+            value, _, mask = keras_losses.call_and_see(loss, *given)
+            return self._of_samples(loss, value, mask, sample_weight)
+        if self._is_known or not self._may_gather(index, loss, given):
+            return self._of_replica(index, loss, *given)
+        if replica.is_measured():
+            return whole_batch.stand_in(loss(*given), y_pred)
+        return whole_batch.loss_of_batch(loss, *given, self._replicas)
+
+    def _may_gather(self, index: int, loss: Any, given: Any) -> bool:
+        """Whether the loss is computed on the whole batch, which is noted."""
+        nbytes = whole_batch.bytes_of_a_sample(*given)
+        name = keras_losses.name_of(loss)
+        if self._replicas.num_workers > 1 and (
+            nbytes > whole_batch.MOST_BYTES_OF_A_SAMPLE
+            or not whole_batch.can_be_sent(*given)
+        ):
+            warn.of_large_loss(self._model, name, nbytes)
+            return False
+        self.gathered[index] = GatheredLoss(name, nbytes)
+        return True
+
+    def _of_replica(
+        self,
+        index: int,
+        loss: Any,
+        y_true: Any,
+        y_pred: Any,
+        sample_weight: Any,
+    ) -> Any:
+        """The loss of the replica's samples: a mean or a sum of them."""
         if not keras_losses.reduces_as_keras(loss):
             value = loss(y_true, y_pred, sample_weight)
             return self._measured("loss", index, value)
-        value, rank = keras_losses.call_and_rank(
+        value, rank, mask = keras_losses.call_and_see(
             loss, y_true, y_pred, sample_weight
         )
         if rank == 0:
             return self._measured("loss", index, value)
-        if self._warns and keras_losses.may_compare_samples(loss):
-            comparing.check(self._model, loss, y_true, y_pred)
+        return self._of_samples(loss, value, mask, sample_weight)
+
+    def _of_samples(
+        self, loss: Any, value: Any, mask: Any, sample_weight: Any
+    ) -> Any:
+        """A loss of one value per sample, which Keras has reduced."""
         if keras_losses.is_sum(loss):
             if len(value.shape):  # Summed when it is differentiated.
                 return value
             return scale(value, replica.current().inverse_weight())
-        mask = keras_losses.mask_of(y_pred)
         weighted = (
             keras_losses.reduction(loss) == keras_losses.WEIGHTED_MEAN
             and sample_weight is not None

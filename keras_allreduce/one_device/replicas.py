@@ -42,6 +42,17 @@ class Replicas(Protocol):
     def largest_of_workers(self, value: tf.Tensor) -> tf.Tensor:
         """The largest of what each worker has, element by element."""
 
+    def tensors_of_others(
+        self, tensors: Sequence[tf.Tensor]
+    ) -> tuple[list[list[tf.Tensor]], list[list[tf.Tensor]]]:
+        """The tensors that the other workers have, `[worker][tensor]`.
+
+        Numbers of rows may differ between workers.
+
+        Returns:
+            Those of the workers before this one, and of those after it.
+        """
+
     def chiefs(self, text: str) -> str:
         """The text of the chief; to be called on all workers."""
 

@@ -26,7 +26,7 @@ current step first (`hooks.py`). What only a model has is replaced in the model
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -65,6 +65,7 @@ from keras_allreduce.one_device.shares import (
 from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.one_device.view import CurrentStep
 from keras_allreduce.reduce.observe import BatchRecord
+from keras_allreduce.reduce.plan import GatheredLoss
 
 _do_not_convert = tf.autograph.experimental.do_not_convert
 
@@ -81,6 +82,8 @@ class Step:
             `None`: it is measured.
         note: Called with the records of accumulated gradients.
 
+    Attributes:
+        gathered: Its losses that are computed on the whole batch.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Step:
         self._trains = name == "train_step"
         self._metrics = SharedMetricState(model, replicas, strategy)
         self._measure: Callable[[], Natures] = Natures
+        self.gathered: Mapping[int, GatheredLoss] = {}
 
     def run(
         self,
@@ -233,13 +237,17 @@ class Step:
         self,
     ) -> Iterator[contextlib.AbstractContextManager[Any]]:
         """What is replaced in the model while the step runs."""
-        warns = self._trains and self._weigh_samples is None
         losses = LossOfTheReplica(
-            self._model, self._replicas, lambda: self._natures, warns=warns
+            self._model,
+            self._replicas,
+            lambda: self._natures,
+            is_known=self._weigh_samples is not None,
         )
+        self.gathered = losses.gathered
         yield keras_losses.compiled_losses_replaced(
             self._model, losses.compiled
         )
+        yield keras_losses.added_losses_of_each_thread(self._model)
         for name, method in keras_steps.inlined_functions(self._model):
             yield shadowed(self._model, {name: method})
         for owner, methods in (*losses.shadows(), *self._metrics.shadows()):

@@ -5,8 +5,10 @@ import weakref
 
 import keras
 
+from keras_allreduce.one_device import whole_batch
 from keras_allreduce.one_device.nature import SUM
 from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.reduce.plan import size_of
 
 _warned: weakref.WeakSet[keras.Model] = weakref.WeakSet()
 
@@ -55,6 +57,23 @@ def of_comparing(model: keras.Model, what: str, measured: str) -> None:
         "device. Make every part a mean over samples, or compare within the "
         "part of a replica; weigh_samples=True of the strategy says that the "
         "mean is what you want.",
+    )
+
+
+def of_large_loss(model: keras.Model, name: str, nbytes: int) -> None:
+    """Warns of a loss whose samples are too large to be sent to workers."""
+    most = size_of(whole_batch.MOST_BYTES_OF_A_SAMPLE)
+    _once(
+        model,
+        f"The loss {name!r} is not known to be one value per sample, so it is "
+        "that of the whole batch only if every worker gets all targets and "
+        f"outputs. Those of one sample have {size_of(nbytes)}, more than "
+        f"{most}, or a dtype that cannot be sent: each replica computes it on "
+        "its part of the batch, and it is measured whether it is a mean or a "
+        "sum. Pass one of Keras's losses of one value per sample, such as "
+        '`loss="mse"` with a `sample_weight` in the place of a mask, or make '
+        "the strategy with `weigh_samples=True` to say that the mean over the "
+        "replicas is what you want.",
     )
 
 

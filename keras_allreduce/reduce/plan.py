@@ -7,6 +7,27 @@ from keras_allreduce.reduce.buckets import Bucket, GradientSpec
 
 
 @dataclass(frozen=True)
+class GatheredLoss:
+    """A loss that every replica computes on the whole batch.
+
+    Attributes:
+        name: Its name.
+        bytes_of_a_sample: Bytes of one sample of its targets, outputs and
+            sample weights; a dimension that is not known counts 1.
+    """
+
+    name: str
+    bytes_of_a_sample: int
+
+    def __str__(self) -> str:
+        size = size_of(self.bytes_of_a_sample)
+        return (
+            f"loss {self.name!r} is that of the whole batch ({size} of each "
+            "sample gathered)"
+        )
+
+
+@dataclass(frozen=True)
 class ReducePlan:
     """What one batch of all-reduces sends; its `str` is the plan line.
 
@@ -25,6 +46,7 @@ class ReducePlan:
             are positions in the batch.
         sent: Bytes of each pack that a worker sends, `None` if not known;
             empty within one process.
+        gathered: The losses that are computed on the whole batch.
     """
 
     num_gradients: int
@@ -38,6 +60,7 @@ class ReducePlan:
     every: int = 1
     packs: tuple[Bucket, ...] = ()
     sent: tuple[int | None, ...] = ()
+    gathered: tuple[GatheredLoss, ...] = ()
 
     def __str__(self) -> str:
         size = "size not known" if self.nbytes is None else size_of(self.nbytes)
@@ -54,7 +77,8 @@ class ReducePlan:
                 f", sent once in {self.every} steps (gradients accumulate on "
                 "their replica in between)"
             )
-        return f"{line}; {self.reason}" if self.reason else line
+        notes = [self.reason] if self.reason else []
+        return "; ".join([line, *notes, *map(str, self.gathered)])
 
 
 def size_of(nbytes: int) -> str:

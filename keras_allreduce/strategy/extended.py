@@ -152,6 +152,12 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         """The largest of what each worker has, element by element."""
         return value
 
+    def tensors_of_others(
+        self, tensors: Sequence[tf.Tensor]
+    ) -> tuple[list[list[tf.Tensor]], list[list[tf.Tensor]]]:
+        """The tensors that the other workers have: there are none."""
+        return [], []
+
     def chiefs(self, text: str) -> str:
         """The text of the chief, which is the only worker."""
         return text
@@ -220,7 +226,9 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         with observe() as records:
             result = step.run(run, fn, *args)
         if trains:
-            strategy.step_log.add(records, model, args, began)
+            strategy.step_log.add(
+                records, model, args, began, tuple(step.gathered.values())
+            )
         return result
 
 

@@ -127,6 +127,14 @@ class MultiWorkerAllReduceExtended(
         rows = _in_own_row(value, self._workers.index, self.num_workers)
         return tf.reduce_max(self.sum_over_workers(rows, "largest"), axis=0)
 
+    def tensors_of_others(
+        self, tensors: Sequence[tf.Tensor]
+    ) -> tuple[list[list[tf.Tensor]], list[list[tf.Tensor]]]:
+        """The tensors that the other workers have, before and after this."""
+        of_all = self._workers.all_gather_tensors(tensors, "loss")
+        own = self._workers.index
+        return of_all[:own], of_all[own + 1 :]
+
     def sum_gradients(
         self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()
     ) -> list[Any]:

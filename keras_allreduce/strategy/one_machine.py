@@ -44,7 +44,8 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
         weigh_samples: How to treat losses that Keras does not reduce: those
             of a custom `train_step`, and loss functions that return a scalar.
             `True`: as means over samples, weighted by the samples of each
-            replica; `False`: as sums; `None`: detected on a few samples.
+            replica; `False`: as sums; `None`: those of `compile` are computed
+            on the whole batch, others are detected on a few samples.
         fit_log: Whether `model.fit` prints the plan and the cost of the
             all-reduce.
 

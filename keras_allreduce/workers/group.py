@@ -33,6 +33,7 @@ from keras_allreduce.workers.host_collectives import HostCollectives
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.mpi.collectives import MpiCollectives
 from keras_allreduce.workers.mpi.start import MPI, engine_of
+from keras_allreduce.workers.tensors import all_gather_tensors
 from keras_allreduce.workers.watch import watch
 from keras_allreduce.workers.watchdog import Watchdog
 from keras_allreduce.workers.whereabouts import Whereabouts
@@ -122,6 +123,12 @@ class SingleWorker:
         """Returns `value`."""
         return value
 
+    def all_gather_tensors(
+        self, tensors: Sequence[tf.Tensor], purpose: str
+    ) -> list[list[tf.Tensor]]:
+        """Returns the tensors of the one worker."""
+        return [list(tensors)]
+
     def sum_dtype(self, dtype: tf.DType) -> tf.DType:
         """Returns `dtype`: nothing crosses."""
         return dtype
@@ -169,6 +176,7 @@ class Workers:
         self.index = agreement.rank
         self._agreement = agreement
         self._collectives = collectives
+        self._num_workers = num_workers
         self._in_flight = in_flight
         # On GPUs NCCL sums, which TensorFlow's strategy numbers there.
         self._sums_eagerly = options.transport == MPI and not on_gpus()
@@ -269,6 +277,14 @@ class Workers:
     def sum(self, value: tf.Tensor, purpose: str) -> tf.Tensor:
         """The sum of a tensor that each worker has, in its own dtype."""
         return self._exact.all_reduce(value, purpose)
+
+    def all_gather_tensors(
+        self, tensors: Sequence[tf.Tensor], purpose: str
+    ) -> list[list[tf.Tensor]]:
+        """The tensors of each worker; see `workers/tensors.py`."""
+        return all_gather_tensors(
+            tensors, purpose, self._collectives, self._num_workers
+        )
 
     def sum_dtype(self, dtype: tf.DType) -> tf.DType:
         """The dtype in which TensorFlow may sum gradients of `dtype`."""

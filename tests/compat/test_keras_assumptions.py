@@ -8,6 +8,7 @@ broke, not what came of it.
 
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import numpy as np
@@ -438,27 +439,38 @@ def test_keras_says_of_a_loss_how_it_is_reduced(reduction):
     assert keras_losses.reduction(loss) == reduction
 
 
-@pytest.mark.parametrize(
-    ("loss", "own"),
-    [
-        (keras.losses.Huber(), True),
-        (SpyLoss(), False),
-    ],
-    ids=["object", "custom object"],
-)
-def test_losses_of_keras_are_in_modules_of_keras(loss, own):
-    assert keras_losses.is_keras_own(loss) == own
-
-
 def test_keras_wraps_a_custom_function_with_the_function_in_fn():
-    def custom(y_true, y_pred):
+    def custom(y_true, y_pred, axis):
         return y_pred
 
     # `LossFunctionWrapper`, which has no public name.
-    wrapped = keras.losses.MeanSquaredError.__bases__[0](custom)
+    wrapped = keras.losses.MeanSquaredError.__bases__[0](custom, axis=1)
     assert isinstance(wrapped, keras.losses.Loss)
     assert wrapped.fn is custom
-    assert not keras_losses.is_keras_own(wrapped)
+    assert wrapped._fn_kwargs == {"axis": 1}
+    y_pred = keras.KerasTensor([None, 2])
+    assert not keras_losses.is_one_value_per_sample(wrapped, y_pred)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    ["mse", "mae", "poisson", "Huber", "sparse_categorical_crossentropy"],
+)
+def test_keras_wraps_the_public_functions_of_its_losses(loss):
+    model = keras.Sequential([keras.Input([6]), keras.layers.Dense(3)])
+    model.compile("sgd", loss)
+    assert keras_losses.losses_of_batch(model) == []
+
+
+def test_losses_of_compile_that_are_not_one_value_per_sample_are_named():
+    def rms(y_true, y_pred):
+        return keras.ops.sqrt(keras.ops.mean((y_true - y_pred) ** 2))
+
+    inputs = keras.Input([6])
+    outputs = [keras.layers.Dense(3)(inputs) for _ in range(4)]
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", [rms, "mse", None, "dice"])
+    assert keras_losses.losses_of_batch(model) == ["rms", "dice"]
 
 
 @pytest.mark.parametrize(
@@ -497,11 +509,22 @@ def test_keras_calls_the_losses_of_compile_one_by_one():
     assert calls == expected * 2
 
 
-def test_keras_shows_the_rank_of_what_it_reduces_in_call():
+def test_keras_shows_the_rank_and_mask_of_what_it_reduces_in_call():
     loss = SpyLoss()
-    value, rank = keras_losses.call_and_rank(loss, Y + 1, Y, None)
-    assert (float(value), rank) == (1, 1)
+    value, rank, mask = keras_losses.call_and_see(loss, Y + 1, Y, None)
+    assert (float(value), rank, mask) == (1, 1, None)
     assert "call" not in vars(loss)
+
+
+def test_keras_counts_what_both_masks_leave():
+    loss = keras.losses.SparseCategoricalCrossentropy(ignore_class=2)
+    y_true = np.array([[0, 1, 2, 2]])
+    y_pred = tf.fill([1, 4, 3], 1 / 3)
+    _, _, mask = keras_losses.call_and_see(loss, y_true, y_pred, None)
+    np.testing.assert_array_equal(mask, [[True, True, False, False]])
+    keras_losses.attach_mask(y_pred, tf.constant([[True, False, True, False]]))
+    _, _, mask = keras_losses.call_and_see(loss, y_true, y_pred, None)
+    np.testing.assert_array_equal(mask, [[True, False, False, False]])
 
 
 def test_keras_attaches_the_mask_to_the_output():
@@ -509,6 +532,29 @@ def test_keras_attaches_the_mask_to_the_output():
     mask = keras_losses.mask_of(embedding(np.array([[1, 0]])))
     np.testing.assert_array_equal(mask, [[True, False]])
     assert keras_losses.mask_of(tf.ones([1])) is None
+
+
+def test_keras_keeps_added_losses_in_one_list_of_a_layer():
+    class Adds(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(keras.ops.sum(x))
+            return x
+
+    model = keras.Sequential([keras.Input([2]), Adds()])
+
+    def in_thread(value):
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(added, value).result()
+
+    def added(value):
+        model(np.full([1, 2], value))
+        return [float(each) for each in model.losses]
+
+    with keras_losses.added_losses_of_each_thread(model):
+        assert added(1.0) == [2.0]
+        assert in_thread(2.0) == [4.0]
+        assert [float(each) for each in model.losses] == [2.0]
+    assert added(3.0) == [6.0]
 
 
 def test_keras_lists_added_losses_before_those_of_regularizers():

@@ -91,32 +91,6 @@ def test_dropout_is_reproducible_but_not_that_of_one_device():
         np.testing.assert_array_equal(a, b)
 
 
-def negatives(y_true, y_pred):
-    scores = keras.ops.matmul(y_pred, keras.ops.transpose(y_true))
-    return keras.losses.sparse_categorical_crossentropy(
-        keras.ops.arange(keras.ops.shape(y_pred)[0]), scores, from_logits=True
-    )
-
-
-def test_a_loss_that_compares_samples_sees_its_own_replica():
-    def model():
-        return keras.Sequential([keras.Input([6]), keras.layers.Dense(6)])
-
-    with pytest.warns(UserWarning, match="compares samples with each other"):
-        assert difference(lambda: fit(model(), y=X, loss=negatives)) > 1e-3
-
-
-def test_dice_is_right_if_it_is_one_value_per_sample():
-    def train(axis):
-        layer = keras.layers.Dense(1, "sigmoid")
-        targets = (TARGET > 0).astype("float32")
-        return fit(dense(layer), y=targets, loss=keras.losses.Dice(axis=axis))
-
-    with pytest.warns(UserWarning, match="compares samples with each other"):
-        assert difference(lambda: train(None)) > 1e-4
-    assert difference(lambda: train((1,))) < SAME
-
-
 # Custom steps -------------------------------------------------------------
 
 

@@ -763,7 +763,7 @@ def optimizer_that_is_a_module_and_a_tape():
 # Losses that compare samples ------------------------------------------------
 
 
-@comparing
+@program
 def dice():
     layer = keras.layers.Dense(3, "sigmoid")
     model = keras.Sequential([keras.Input([6]), layer])
@@ -777,7 +777,7 @@ def in_batch_negatives(y_true, y_pred):
     )
 
 
-@comparing
+@program
 def negatives_in_a_loss():
     model = keras.Sequential([keras.Input([6]), keras.layers.Dense(6)])
     return fit(model, y=X, loss=in_batch_negatives)

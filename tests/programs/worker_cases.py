@@ -11,6 +11,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import batch_losses
 import keras
 import numpy as np
 import programs
@@ -26,7 +27,7 @@ IMAGES = RNG.normal(size=(17, 8, 8, 3)).astype("float32")
 TOKENS = RNG.integers(0, 20, (34, 5))
 WEIGHTS = RNG.uniform(0.1, 3, 66).astype("float32")
 
-CASES = {}
+CASES = dict(batch_losses.ON_WORKERS)
 
 # Folder of this run of the tests; conftest.py sets it.
 SHARED = Path()

@@ -1,0 +1,172 @@
+"""Losses of `compile` that are computed on the batch of all replicas.
+
+The cases of `batch_losses.py`, on three replicas of which some are empty at
+the end, must give the weights and History of one device, without a warning.
+"""
+
+import contextlib
+import warnings
+
+import batch_losses
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from batch_losses import CASES
+from five_devices import DEVICES
+
+from keras_allreduce import AllReduceStrategy
+from keras_allreduce.compat import keras_losses
+from keras_allreduce.one_device import whole_batch
+from keras_allreduce.one_device.loss import LossOfTheReplica
+
+
+def run(train, replicas, **options):
+    """What a case returns, and its warnings."""
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(3)
+    scope = contextlib.nullcontext()
+    if replicas > 1:
+        scope = AllReduceStrategy(DEVICES[:replicas], **options).scope()
+    with warnings.catch_warnings(record=True) as caught, scope:
+        warnings.simplefilter("always")
+        found = train()
+    return found, [
+        str(each.message)
+        for each in caught
+        if issubclass(each.category, UserWarning)
+    ]
+
+
+def agree(found, wanted):
+    for (path, got), (_, want) in zip(
+        keras.tree.flatten_with_path(found),
+        keras.tree.flatten_with_path(wanted),
+        strict=True,
+    ):
+        np.testing.assert_allclose(
+            got, want, rtol=1e-5, atol=2e-6, err_msg=str(path)
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_loss_is_that_of_one_device(name):
+    wanted, on_one = run(CASES[name], 1)
+    found, warned = run(CASES[name], 3)
+    agree(found, wanted)
+    assert warned == on_one
+
+
+L = keras.losses
+
+
+class OwnValues(L.MeanSquaredError):
+    def call(self, y_true, y_pred):
+        return keras.ops.mean(y_true - y_pred, axis=-1)
+
+
+class OwnReduction(L.MeanSquaredError):
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        return keras.ops.max(self.call(y_true, y_pred))
+
+
+def wrapped(function, **arguments):
+    """A function as `compile` wraps it."""
+    return L.MeanSquaredError.__base__(function, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "known"),
+    [
+        (L.MeanSquaredError(), [None, 3], True),
+        (L.MeanSquaredError(reduction="sum"), [None, 3], True),
+        (wrapped(L.mean_squared_error), [None, None, 3], True),
+        (L.CategoricalCrossentropy(axis=1), [None, 3, 4], True),
+        (L.SparseCategoricalCrossentropy(ignore_class=0), [None, 3], True),
+        (L.Dice(axis=(1, -1)), [None, 3, 4], True),
+        (L.CTC(), [None, 5, 3], True),
+        # The last dimension is that of the samples.
+        (L.MeanSquaredError(), [None], False),
+        (L.MeanSquaredError(), None, False),
+        (L.CosineSimilarity(axis=0), [None, 3], False),
+        (L.CosineSimilarity(axis=-2), [None, 3], False),
+        (L.Dice(axis=(0, 1)), [None, 3], False),
+        (L.Dice(), [None, 3], False),
+        (L.Tversky(), [None, 3], False),
+        (L.Circle(), [None, 3], False),
+        (OwnValues(), [None, 3], False),
+        (OwnReduction(), [None, 3], False),
+        (wrapped(lambda y_true, y_pred: y_pred[:, 0]), [None, 3], False),
+        (lambda y_true, y_pred, sample_weight: y_pred, [None, 3], False),
+    ],
+)
+def test_which_losses_are_one_value_per_sample(loss, shape, known):
+    y_pred = keras.KerasTensor(shape) if shape is not None else [1, 2]
+    assert keras_losses.is_one_value_per_sample(loss, y_pred) is known
+
+
+class TwoWorkers:
+    num_workers = 2
+
+
+@pytest.mark.parametrize(
+    ("samples", "is_gathered"),
+    [
+        (tf.zeros([3, 2**17]), True),
+        (tf.zeros([3, 2**17 + 1]), False),
+        (tf.constant([["a"]]), False),
+    ],
+)
+def test_large_samples_and_strings_are_not_sent(samples, is_gathered):
+    losses = LossOfTheReplica(
+        keras.Sequential(), TwoWorkers(), None, is_known=False
+    )
+    loss = wrapped(batch_losses.root_mean_square, name="rms")
+    given = samples, tf.zeros([3, 2**17]), None
+
+    def may_gather():
+        return losses._may_gather(0, loss, given)
+
+    if is_gathered:
+        assert may_gather()
+        line = str(losses.gathered[0])
+        assert line.startswith("loss 'rms' is that of the whole batch (1.0 MiB")
+        return
+    with pytest.warns(UserWarning, match="cannot be sent"):
+        assert not may_gather()
+    assert not losses.gathered
+
+
+def test_a_step_is_measured_with_a_mean_in_the_place_of_the_loss():
+    rows = tf.constant([[1.0, 2], [3, 4], [5, 6], [7, 8]])
+    for value in (tf.constant(9.0), tf.zeros([4]), tf.zeros([4, 5])):
+        whole = whole_batch.stand_in(value, rows)
+        assert whole.shape == value.shape
+        parts = [
+            whole_batch.stand_in(value[:2] if value.shape.rank else value, part)
+            for part in (rows[:2], rows[2:])
+        ]
+        means = [tf.reduce_mean(each) for each in parts]
+        assert tf.reduce_mean(whole) == sum(means) / 2
+
+
+@pytest.mark.slow
+def test_the_user_can_say_that_a_loss_compares_nothing():
+    wanted, _ = run(CASES["negatives_as_a_vector"], 1)
+    found, warned = run(CASES["negatives_as_a_vector"], 2, weigh_samples=True)
+    assert not warned
+    assert np.abs(found["weights"][0] - wanted["weights"][0]).max() > 1e-3
+
+
+def test_the_plan_and_its_explanation_name_the_losses(capsys):
+    strategy = AllReduceStrategy(DEVICES[:2])
+    with strategy.scope():
+        model = batch_losses.dense()
+        model.compile("sgd", batch_losses.root_mean_square)
+    model.fit(batch_losses.X, batch_losses.Y, batch_size=9, verbose=2)
+    line = "loss 'root_mean_square' is that of the whole batch (0.0 KiB of each"
+    assert line in capsys.readouterr().out
+    strategy.explain(model, print_fn=print)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "loss 'root_mean_square' is not known to be one value" in shown
