@@ -3,6 +3,7 @@
 import collections
 import os
 
+import cpu_times
 import garbage
 import pytest
 import xdist
@@ -25,6 +26,19 @@ for _name, _examples in {"same": 50, "nightly": 500}.items():
         suppress_health_check=[HealthCheck.too_slow],
     )
 settings.load_profile("same")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cpu-times",
+        action="store_true",
+        help="show the CPU time of each file, also of processes it starts",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--cpu-times"):
+        config.pluginmanager.register(cpu_times.CpuTimes())
 
 
 def pytest_collection(session):

@@ -8,7 +8,6 @@ can be:
 
 import functools
 import os
-import time
 
 import keras
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 import tensorflow as tf
 import worker_cases
 import workers
+from deadlines import wait_until
 from distributed_values import REAL_DTYPES
 from five_devices import GPUS
 
@@ -250,11 +250,12 @@ class TestFailuresOfWorkers:
         with workers.running(
             "fit_and_run_out_of_memory", 1, environment=ON_GPUS
         ) as (chief, other):
-            while (
-                "is out of memory" not in chief.output
-                and chief.process.poll() is None
-            ):
-                time.sleep(0.05)
+            wait_until(
+                lambda: (
+                    "is out of memory" in chief.output
+                    or chief.process.poll() is not None
+                )
+            )
             code, output = workers.end_of(chief, "worker 1 without memory")
             assert code not in (0, None), output
             assert other.wait() == 1, other.output

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import warm_python
 import workers
-from deadlines import DEADLINE_SECONDS
+from deadlines import DEADLINE_SECONDS, wait_until
 
 # `mpirun` starts more processes than there are cores, and as root, and binds
 # none of them to a core.
@@ -139,10 +139,13 @@ class Job:
 
     def wait_for(self, text, index):
         """Waits until a rank has written `text`, or the job has ended."""
-        while text not in self.ranks[index].output:
-            if self.process.poll() is not None or time.monotonic() > self.end:
-                return
-            time.sleep(0.05)
+        wait_until(
+            lambda: (
+                text in self.ranks[index].output
+                or self.process.poll() is not None
+            ),
+            lambda: self.output,
+        )
 
 
 @contextlib.contextmanager

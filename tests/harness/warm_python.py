@@ -18,10 +18,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from deadlines import DEADLINE_SECONDS
+from deadlines import DEADLINE_SECONDS, wait_until
 
 SERVER = Path(__file__).parent / "warm_server.py"
 FORKED = Path(__file__).parent / "forked_python.py"
@@ -181,11 +180,8 @@ def address():
                 },
             )
         )
-    end = time.monotonic() + DEADLINE_SECONDS
-    while not path.exists():
-        assert _keep[-1].poll() is None, said.read_text()
-        assert time.monotonic() < end, said.read_text()
-        time.sleep(0.05)
+    wait_until(lambda: path.exists() or _keep[-1].poll() is not None)
+    assert path.exists(), said.read_text()
     return str(path)
 
 

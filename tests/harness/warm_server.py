@@ -4,6 +4,10 @@ Not a test. `warm_python.py` runs one server per process of pytest: importing
 TensorFlow takes most of the time of a small process. A server has imported it
 and started nothing: forked, that is as good as new.
 
+Not the standard library's forkserver: a child of that one ends without
+`sys.excepthook` and `atexit`, which are among what is tested, and nobody but
+its own client, such as `mpirun`, can ask it for a process.
+
 It listens on the Unix socket whose path is its argument, and ends when its
 stdin does. A connection asks for one process:
 

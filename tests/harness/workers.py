@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import warm_python
-from deadlines import DEADLINE_SECONDS
+from deadlines import DEADLINE_SECONDS, wait_until
 
 SCRIPT = Path(__file__).parent / "worker_script.py"
 
@@ -176,8 +176,11 @@ def end_of_the_other(signal_name, index, environment=None):
         environment=environment,
     ) as pair:
         other = pair[1 - index]
-        while "is gone" not in other.output and other.process.poll() is None:
-            time.sleep(0.05)
+        wait_until(
+            lambda: (
+                "is gone" in other.output or other.process.poll() is not None
+            )
+        )
         return end_of(other, f"{signal_name} to worker {index}")
 
 
