@@ -179,17 +179,17 @@ def batch(setup: Setup, size: int) -> tuple[np.ndarray, np.ndarray]:
     return x, rng.integers(0, setup.labels, (size, *setup.labels_shape))
 
 
-def compiled(setup: Setup) -> keras.Model:
+def compiled(setup: Setup, *, jit_compile: bool = False) -> keras.Model:
     """The model, made and compiled where the caller is: in a scope.
 
-    Without XLA everywhere: on a GPU Keras would compile with it, but only
-    under no strategy.
+    Without XLA unless asked for: on a GPU Keras would compile with it, but
+    only under no strategy.
     """
     model = setup.make()
     model.compile(
         keras.optimizers.SGD(0.01),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=False,
+        jit_compile=jit_compile,
     )
     return model
 

@@ -8,6 +8,9 @@
     transformer  and under AllReduceStrategy, with the GPU to itself
     input        fit_wall_time.py: what of a fit is no step
     packs        capacities of a pack, between two workers on the GPU
+    xla ...      whole_fit.py --jit: both models with and without XLA, under no
+                 strategy, MirroredStrategy and AllReduceStrategy, with the GPU
+                 to itself and split in two; only what `--parts` names
 
 Two replicas or workers share the GPU through NCCL (from 2.30 on). Every part
 has a time limit of its own, prints its table at once, and leaves what it
@@ -43,10 +46,17 @@ def script(name: str, *arguments: str) -> list[str]:
     return [sys.executable, str(REPOSITORY / "benchmarks" / name), *arguments]
 
 
-def whole_fit(model: str, seconds: int, steps: int) -> list[str]:
-    options = ["--gpus", "--replicas", "1", "--models", model, "--rounds", "7"]
+def whole_fit(
+    model: str, seconds: int, steps: int, *replicas: str
+) -> list[str]:
+    options = ["--gpus", "--replicas", *replicas, "--models", model]
+    options += ["--rounds", "7"]
     limits = ["--seconds", str(seconds), "--steps", str(steps)]
     return script("whole_fit.py", *options, *limits, "--strategies", *COMPARED)
+
+
+def with_xla(model: str, seconds: int, steps: int, replicas: str) -> list[str]:
+    return [*whole_fit(model, seconds, steps, replicas), "--jit"]
 
 
 def pytest(selected: str, *options: str) -> list[str]:
@@ -94,9 +104,11 @@ PARTS = {
         r"=.*(passed|failed|error|skipped)|^FAILED|^ERROR|^E  | s, exit code|"
         "^keras_allreduce:",
     ),
-    "resnet50": Part({"resnet50": whole_fit("resnet50_photos", 160, 35)}, 200),
+    "resnet50": Part(
+        {"resnet50": whole_fit("resnet50_photos", 160, 35, "1")}, 200
+    ),
     "transformer": Part(
-        {"transformer": whole_fit("transformer_base", 120, 20)}, 160
+        {"transformer": whole_fit("transformer_base", 120, 20, "1")}, 160
     ),
     "input": Part(
         {
@@ -121,6 +133,15 @@ PARTS = {
         },
         90,
     ),
+}
+
+# Too long to be among the others: each model compiles for a minute or more.
+XLA_PARTS = {
+    f"xla {model} {replicas}": Part(
+        {f"xla {model} {replicas}": with_xla(model, 240, steps, replicas)}, 290
+    )
+    for model, steps in (("resnet50_photos", 35), ("transformer_base", 20))
+    for replicas in ("1", "2")
 }
 
 
@@ -178,7 +199,10 @@ def waited(process: subprocess.Popen, end: float) -> str:
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS)
+        "--parts",
+        nargs="+",
+        choices=[*PARTS, *XLA_PARTS],
+        default=list(PARTS),
     )
     parser.add_argument(
         "--seconds", type=float, default=600, help="for all; default: 600"
@@ -197,7 +221,7 @@ def main() -> None:
             print(f"\n=== {name}: no time left", flush=True)
             continue
         print(f"\n=== {name}", flush=True)
-        run(PARTS[name], args.output, left)
+        run((PARTS | XLA_PARTS)[name], args.output, left)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ Ratios are taken within a round, and below 1 is faster. The transformer counts
 tokens, the others samples.
 
 "no strategy" trains the same global batch on one device that has all cores.
-No model is compiled with XLA, which Keras would use on a GPU under no strategy.
+No model is compiled with XLA, which Keras would use on a GPU under no strategy,
+but with `--jit`: then "no strategy" and AllReduceStrategy (on GPUs also
+MirroredStrategy, where that runs) train once more with `jit_compile=True`.
 On GPUs all are trained in mixed_bfloat16, and batches are made in advance.
 "best stock" is the variant of MirroredStrategy that was fastest for that
 model in that run. "no clocks" is AllReduceStrategy without clocks and fit
@@ -66,6 +68,8 @@ STOCK = [
 ]
 OURS, OURS_NO_CLOCKS = "AllReduceStrategy", "no clocks"
 OTHER = "other checkout"
+# Ends the name of a strategy under which the model is compiled with XLA.
+XLA = " XLA"
 STRATEGIES = [ALONE, *STOCK, OURS_NO_CLOCKS, OURS, "AllReduceStrategy nccl"]
 NEED_GPUS = ["NcclAllReduce", "AllReduceStrategy nccl"]
 
@@ -179,13 +183,16 @@ class Trainer:
 
         if self._on_gpus:
             keras.config.set_dtype_policy(GPU_POLICY)
-        if self._strategy != ALONE:
+        if self._strategy.removesuffix(XLA) != ALONE:
             self._devices = command_line.devices(self._replicas, self._on_gpus)
         elif self._on_gpus:
             self._devices = command_line.devices(1, on_gpus=True)
         setup = models.MODELS[self._model_name]
-        with strategies()[self._strategy](self._devices).scope():
-            self._model = models.compiled(setup)
+        made = strategies()[self._strategy.removesuffix(XLA)](self._devices)
+        with made.scope():
+            self._model = models.compiled(
+                setup, jit_compile=self._strategy.endswith(XLA)
+            )
         x, y = models.batch(setup, self._batch_size)
         self._labels = y.size
         self._data = models.batches((x, y), self._batch_size, self._repeats)
@@ -342,7 +349,7 @@ def check_agree(
     largest = 0.0
     for name, entry in entries.items():
         seen = entry.started.get("is_split_seen")
-        if entry.error or (name == ALONE and seen):
+        if entry.error or (name.removesuffix(XLA) == ALONE and seen):
             continue
         difference = difference_of(
             entry.after, entries[expected_of].after, initial
@@ -495,6 +502,15 @@ def against(entries: dict[str, Entry]) -> str:
     return f"; {OURS} here takes {ratio} of the time of the {OTHER}"
 
 
+def gain_of_xla(entries: dict[str, Entry]) -> str:
+    """What XLA does to a step of AllReduceStrategy, or "" if not known."""
+    seconds = seconds_of(entries, OURS + XLA, OURS)
+    if not seconds:
+        return ""
+    ratio = command_line.spread_of_ratio(*seconds)
+    return f"; with XLA {OURS} takes {ratio} of its time without"
+
+
 def environment(args: argparse.Namespace, sizes: dict[str, Size]) -> str:
     versions = ("tensorflow", "keras", "keras_allreduce")
     each = ", ".join(
@@ -547,6 +563,11 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="the data has an end, as arrays and files have; default: none",
     )
+    parser.add_argument(
+        "--jit",
+        action="store_true",
+        help="also with jit_compile=True, which ends in the name",
+    )
     parser.add_argument("--rival", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.steps is not None:
@@ -556,6 +577,11 @@ def arguments() -> argparse.Namespace:
     args.strategies = args.strategies or [
         name for name in STRATEGIES if args.gpus or name not in NEED_GPUS
     ]
+    if args.jit:
+        also = [ALONE, MIRRORED, OURS] if args.gpus else [ALONE, OURS]
+        args.strategies += [
+            name + XLA for name in also if name in args.strategies
+        ]
     if args.against:
         args.strategies = list(dict.fromkeys([*args.strategies, OTHER]))
     return args
@@ -590,6 +616,7 @@ def main() -> None:
         for model, size in sizes.items():
             entries, agreements[model] = measure(model, replicas, size, args)
             agreements[model] += cost_of_clocks(entries) + against(entries)
+            agreements[model] += gain_of_xla(entries)
             for name in args.strategies:
                 print(row(model, name, entries), flush=True)
         print("\nWeights after the first step:\n")

@@ -35,6 +35,7 @@ PURE = [
     "malloc",
     "version",
     "reduce.buckets",
+    "reduce.compiled_parts",
     "reduce.cost_model",
     "reduce.pack_sizes",
     "reduce.plan",

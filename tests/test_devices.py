@@ -223,19 +223,6 @@ def test_a_model_made_inside_the_scope_can_be_fitted_anywhere():
     model.fit(X, Y, verbose=0)
 
 
-def test_xla_compiles_no_step_of_several_replicas():
-    with AllReduceStrategy(DEVICES[:2]).scope():
-        model = make_model()
-        model.compile("sgd", "mse", jit_compile=True)
-    with pytest.raises(
-        ValueError,
-        match=r"XLA cannot compile a step of several replicas\. Received: "
-        r"jit_compile=True, 2 replicas\. Leave `jit_compile` out of "
-        r"`compile`\.",
-    ):
-        model.fit(X, Y, verbose=0)
-
-
 def test_xla_compiles_a_step_of_one_replica():
     with AllReduceStrategy(DEVICES[:1]).scope():
         model = make_model()

@@ -40,11 +40,20 @@ class _TellsOfAssignments(_Numbers):
 
     aggregation: tf.VariableAggregation
     distribute_strategy: Any
+    _get_on_device_or_primary: Any
 
     def _update_replica(self, update_fn: Any, value: Any, **kwargs: Any) -> Any:
         # With another aggregation TensorFlow gives all replicas one value.
         if self.aggregation == tf.VariableAggregation.NONE:
             self.distribute_strategy.extended.before_assignment(self)
+        elif (
+            self.aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA
+            and self.distribute_strategy.extended.updates_alike()
+        ):
+            # TensorFlow would hand the first replica's value to all, which no
+            # function that a replica calls can do.
+            own = self._get_on_device_or_primary()
+            return update_fn(own, value, **kwargs)
         stock: Any = super()
         return stock._update_replica(update_fn, value, **kwargs)
 

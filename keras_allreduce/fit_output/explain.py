@@ -120,6 +120,8 @@ def _totals(
     lines.append(
         ("All-reduce", f"{how}; {plan.reason}" if plan.reason else how)
     )
+    if plan.parts:
+        lines.append(("Compiled by XLA", f"in {plan.parts_text}"))
     if plan.every > 1:
         lines.append(("Sent", f"once in {plan.every} steps"))
     if gradients.without:

@@ -12,9 +12,10 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce import xla_clusters
 from keras_allreduce.compat import distribute, keras_optimizers
 from keras_allreduce.devices import on_each
-from keras_allreduce.one_device import replica
+from keras_allreduce.one_device import compiled_update, replica
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.reduce.observe import BatchRecord, observe
 
@@ -196,7 +197,8 @@ def update(
     trainable_variables: Any = None,
 ) -> Any:
     """Updates variables where each replica is, from reduced gradients."""
+    more = () if trainable_variables is None else (trainable_variables,)
     with replica.local_update():
-        if trainable_variables is None:  # One of the user's may not take it.
-            return keras_apply(grads)
-        return keras_apply(grads, trainable_variables)
+        if xla_clusters.is_marking():
+            return compiled_update.run(lambda g: keras_apply(g, *more), grads)
+        return keras_apply(grads, *more)  # A custom one may take no more.

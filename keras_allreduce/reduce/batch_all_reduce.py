@@ -20,16 +20,20 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce import xla_clusters
 from keras_allreduce.compat import distribute
 from keras_allreduce.reduce import algorithms, shared_memory, sparse
 from keras_allreduce.reduce.batch import Batch, dense_and_sparse, divide
+from keras_allreduce.reduce.compiled_parts import parts_of
 from keras_allreduce.reduce.observe import BatchRecord, report
 from keras_allreduce.reduce.pack_sizes import algorithm_names
 from keras_allreduce.reduce.packing import densify
+from keras_allreduce.reduce.plan import ReducePlan
 from keras_allreduce.reduce.planner import Planner
 
 _SUM = tf.distribute.ReduceOp.SUM
@@ -195,6 +199,8 @@ class BatchAllReduce(Planner, tf.distribute.CrossDeviceOps):
             results.update(sums)
             sent.append(tensors)
         plan = batch.plan(buckets, reason)  # [7]
+        if xla_clusters.is_marking():
+            plan = _compiled(plan, gradients)
         report(BatchRecord(plan, sent, devices, started, time.time()))
         return [results[index] for index in range(len(gradients))]
 
@@ -223,6 +229,15 @@ def _check(algorithm: str, bytes_per_pack: int) -> None:
             "`bytes_per_pack` must be a number of bytes, 0 or more (0: "
             f"chosen for you). Received: bytes_per_pack={bytes_per_pack!r}"
         )
+
+
+def _compiled(plan: ReducePlan, gradients: list[list[Any]]) -> ReducePlan:
+    """Lets XLA's programs end where packs do; returns the plan with it."""
+    parts = parts_of(plan.packs)
+    for replica in zip(*gradients, strict=True):
+        if len(parts) > 1:
+            xla_clusters.cut([[replica[at] for at in part] for part in parts])
+    return replace(plan, parts=len(parts))
 
 
 def _sum_on(owner: str, value: Any) -> Any:

@@ -47,6 +47,8 @@ class ReducePlan:
         sent: Bytes of each pack that a worker sends, `None` if not known;
             empty within one process.
         gathered: The losses that are computed on the whole batch.
+        parts: Number of programs of XLA that hand out the gradients of a
+            replica; 0 if the step is not compiled.
     """
 
     num_gradients: int
@@ -61,6 +63,7 @@ class ReducePlan:
     packs: tuple[Bucket, ...] = ()
     sent: tuple[int | None, ...] = ()
     gathered: tuple[GatheredLoss, ...] = ()
+    parts: int = 0
 
     def __str__(self) -> str:
         size = "size not known" if self.nbytes is None else size_of(self.nbytes)
@@ -77,8 +80,15 @@ class ReducePlan:
                 f", sent once in {self.every} steps (gradients accumulate on "
                 "their replica in between)"
             )
+        if self.parts:
+            line += f", compiled by XLA in {self.parts_text}"
         notes = [self.reason] if self.reason else []
         return "; ".join([line, *notes, *map(str, self.gathered)])
+
+    @property
+    def parts_text(self) -> str:
+        """The number of parts in words: `1 part`, `6 parts`."""
+        return f"{self.parts} part{'s' if self.parts > 1 else ''}"
 
 
 def size_of(nbytes: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce.compat import keras_build, keras_threads
+from keras_allreduce.compat import keras_build, keras_jit, keras_threads
 from keras_allreduce.fit_output import explain, keras_hook, prediction
 from keras_allreduce.fit_output.gradients import ModelGradients, gradients_of
 from keras_allreduce.fit_output.hints import Options
@@ -19,6 +19,7 @@ from keras_allreduce.fit_output.step_log import StepLog
 from keras_allreduce.fit_output.timeline import recording
 from keras_allreduce.one_device import first_batch, replica
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
+from keras_allreduce.reduce.compiled_parts import parts_of
 from keras_allreduce.reduce.cost_model import Link
 from keras_allreduce.reduce.plan import ReducePlan
 from keras_allreduce.strategy.checks import check_backend, check_model
@@ -32,6 +33,7 @@ class StrategyBase(tf.distribute.Strategy):
 
     def _init_options(self, weigh_samples: bool | None, fit_log: bool) -> None:
         check_backend()
+        keras_jit.open_()
         self.weigh_samples = weigh_samples
         self.step_log = StepLog()
         self._meter = Meter(self.step_log)
@@ -55,6 +57,11 @@ class StrategyBase(tf.distribute.Strategy):
         if replica.sees_one_device():
             return 1
         return int(super().num_replicas_in_sync)
+
+    @property
+    def compiles_replicas(self) -> bool:
+        """Whether XLA compiles each replica by itself, not all at once."""
+        return int(super().num_replicas_in_sync) > 1
 
     @property
     def shown_steps(self) -> StepLog | None:
@@ -169,7 +176,10 @@ class StrategyBase(tf.distribute.Strategy):
             )
         gradients = gradients_of(model, self, x)
         plan = ops.plan(gradients.specs, self.extended.worker_devices)
-        return replace(plan, every=gradients.every), gradients
+        parts = 0
+        if keras_jit.compiles_replicas(model):
+            parts = len(parts_of(plan.packs))
+        return replace(plan, every=gradients.every, parts=parts), gradients
 
     def timeline(
         self, path: str | os.PathLike[str]

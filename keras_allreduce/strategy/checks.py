@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce.compat import versions
+from keras_allreduce.compat import keras_jit, versions
 
 
 def check_backend() -> None:
@@ -34,8 +34,8 @@ def check_model(model: keras.Model, strategy: Any) -> None:
     Raises:
         ValueError: If the model or its optimizer was made outside the scope
             of the strategy, or if it is compiled with `jit_compile=True`
-            while the strategy has several replicas. On GPUs TensorFlow would
-            then sum gradients by its own ops.
+            and Keras would compile all replicas as one program. On GPUs
+            TensorFlow would then sum gradients by its own ops.
     """
     optimizer = getattr(model, "optimizer", None)
     for what, variables in (
@@ -52,11 +52,16 @@ def check_model(model: keras.Model, strategy: Any) -> None:
                     "model and `compile`."
                 )
     replicas = strategy.num_replicas_in_sync
-    if getattr(model, "jit_compile", False) is True and replicas > 1:
+    if (
+        getattr(model, "jit_compile", False) is True
+        and replicas > 1
+        and not keras_jit.is_open()
+    ):
         raise ValueError(
-            "XLA cannot compile a step of several replicas. Received: "
-            f"jit_compile=True, {replicas} replicas. Leave `jit_compile` out "
-            "of `compile`."
+            "XLA can compile what each replica does, but not a step of "
+            f"several replicas. Received: jit_compile=True, {replicas} "
+            f"replicas and Keras {keras.__version__}, which can no longer be "
+            "told the difference. Leave `jit_compile` out of `compile`."
         )
 
 

@@ -25,6 +25,7 @@ from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.step import Step
 from keras_allreduce.reduce.observe import observe
 from keras_allreduce.strategy.checks import check_model
+from keras_allreduce.strategy.compiled import compiled_by_xla
 from keras_allreduce.strategy.datasets import (
     distribute as distribute_arrays,
 )
@@ -64,6 +65,10 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         step = replica.current_step()
         if step is not None and not replica.updates_locally():
             step.before_assignment(variable)
+
+    def updates_alike(self) -> bool:
+        """Whether all replicas assign alike, each to its own part."""
+        return replica.updates_locally()
 
     def _use_merge_call(self) -> bool:
         # Once gradients are reduced, each replica can update on its own, also
@@ -181,6 +186,7 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
             # Called in a merge_call of the current step.
             return run(_in_current_step(fn), args, kwargs)
         model, step_name = keras_steps.step_of(fn)
+        run = compiled_by_xla(model, run)
         if model is None:
             return self._run_custom(run, fn, args, kwargs)
         if step_name == keras_steps.PREDICT:

@@ -2,8 +2,7 @@
 
 One test per entry of docs/sharp_bits.md, "don't" and "do instead" in one. When
 the first half of a test fails, a sharp bit is gone: remove it from the page.
-A model made outside the scope and `jit_compile=True` end in an error, which
-test_devices.py holds.
+A model made outside the scope ends in an error, which test_devices.py holds.
 """
 
 import keras

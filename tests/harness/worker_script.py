@@ -384,21 +384,6 @@ def fit_and_run_out_of_memory(index):
     )
 
 
-def fit_with_xla():
-    """What training with `jit_compile=True` says."""
-    import worker_cases
-
-    import keras_allreduce
-
-    with keras_allreduce.MultiWorkerAllReduceStrategy().scope():
-        model = worker_cases.dense()
-        model.compile("sgd", "mse", jit_compile=True)
-    try:
-        model.fit(worker_cases.X, worker_cases.TARGET, verbose=0)
-    except ValueError as error:
-        return str(error)
-
-
 def fit_until_ended(timeout_seconds):
     """Trains without an end; says when an epoch has ended."""
     import keras

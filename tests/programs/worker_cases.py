@@ -489,6 +489,18 @@ def steps_per_execution():
 
 
 @case
+def compiled_by_xla():
+    return fit(
+        dense(keras.layers.BatchNormalization(synchronized=True)),
+        metrics=["mae"],
+        optimizer=keras.optimizers.Adam(0.01, global_clipnorm=0.5),
+        compile_args={"jit_compile": True, "steps_per_execution": 2},
+        validation_data=(X[:16], TARGET[:16]),
+        batch_size=13,
+    )
+
+
+@case
 def eagerly():
     return fit(
         dense(),

@@ -22,6 +22,7 @@ ON_TWO_DEVICES_EACH = [
     "embedding",
     "synchronized_batch_normalization",
     "predict",
+    "compiled_by_xla",
 ]
 
 

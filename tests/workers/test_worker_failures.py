@@ -65,12 +65,6 @@ def test_workers_that_differ_all_say_in_what(what):
         assert f") has {of_other}" in last
 
 
-def test_workers_refuse_xla_which_cannot_compile_what_crosses():
-    for message in workers.results("fit_with_xla"):
-        assert "XLA cannot compile a step of several replicas" in message
-        assert "jit_compile=True, 2 replicas" in message
-
-
 def test_a_worker_without_memory_ends_the_other_in_an_error():
     codes, (chief, other) = ends("fit_and_run_out_of_memory", 1)
     assert codes == [1, 1]

@@ -1,0 +1,226 @@
+"""What XLA compiles of a step, and where its programs end."""
+
+import tensorflow as tf
+from five_devices import DEVICES
+
+from keras_allreduce import AllReduceStrategy, xla_clusters
+from keras_allreduce.compat import xla
+
+
+def traced(function, *specs):
+    graph = tf.function(function).get_concrete_function(*specs).graph
+    return graph.get_operations()
+
+
+def of_type(ops, *types):
+    return [op for op in ops if op.type in types]
+
+
+def chain(x, matrices):
+    """Matrices times one another; the gradients of each, the last first."""
+    with tf.GradientTape() as tape:
+        tape.watch(matrices)
+        y = x
+        for matrix in matrices:
+            y = tf.nn.relu(tf.matmul(y, matrix))
+        loss = tf.reduce_sum(y)
+    return tape.gradient(loss, matrices)[::-1]
+
+
+FLOATS = [tf.TensorSpec([4, 4])] * 4
+
+
+def on_replicas(step, *specs):
+    """Ops of a step that two replicas run, marked."""
+    strategy = AllReduceStrategy(DEVICES[:2], fit_log=False)
+    found = []
+
+    def outer(*args):
+        with xla_clusters.marking() as coverage:
+            result = strategy.run(step, args)
+        found.append(coverage)
+        return strategy.experimental_local_results(result)
+
+    return traced(outer, *specs), found[0]
+
+
+class TestMarks:
+    def test_what_a_replica_does_is_marked(self):
+        ops, coverage = on_replicas(lambda *m: chain(m[0], m[1:]), *FLOATS)
+        matmuls = of_type(ops, "MatMul")
+        assert len(matmuls) == 2 * (3 + 3 + 2)
+        assert all(map(xla.is_marked, matmuls))
+        assert coverage.share == 1
+        assert coverage.compiled["MatMul"] == len(matmuls)
+
+    def test_what_is_made_between_the_replicas_is_not(self):
+        def step(*m):
+            product = chain(m[0], m[1:])[0]
+            context = tf.distribute.get_replica_context()
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, product)
+
+        ops, _ = on_replicas(step, *FLOATS)
+        sums = of_type(ops, "AddN")
+        assert sums
+        assert not any(map(xla.is_marked, sums))
+
+    def test_what_follows_the_block_is_not(self):
+        def outer(x):
+            with xla_clusters.marking():
+                assert xla_clusters.is_marking()
+                y = chain(x, [x, x])
+            assert not xla_clusters.is_marking()
+            return [tf.matmul(y[0], y[1], name="after")]
+
+        after = [op for op in traced(outer, FLOATS[0]) if op.name == "after"]
+        assert not xla.is_marked(after[0])
+
+    def test_strings_stay_outside_and_are_counted(self):
+        def step(*m):
+            text = tf.strings.join([tf.strings.as_string(m[0]), "x"])
+            return chain(m[0], m[1:]), tf.strings.length(text)
+
+        ops, coverage = on_replicas(step, *FLOATS)
+        strings = of_type(ops, "StringJoin", "AsString", "StringLength")
+        assert len(strings) == 2 * 3
+        assert not any(map(xla.is_marked, strings))
+        assert coverage.outside["StringJoin"] == 2
+        assert 0.5 < coverage.share < 1
+
+    def test_what_a_branch_does_counts_as_outside(self):
+        def step(*m):
+            return tf.cond(
+                tf.reduce_sum(m[0]) > 0,
+                lambda: tf.matmul(m[0], m[1]),
+                lambda: m[1],
+            )
+
+        _, coverage = on_replicas(step, *FLOATS)
+        assert coverage.outside["MatMul"] == 2
+
+    def test_a_few_small_ops_are_no_program_of_their_own(self):
+        ops, coverage = on_replicas(lambda x: x / 2.0 + 1.0, FLOATS[0])
+        assert not any(map(xla.is_marked, ops))
+        assert not coverage.compiled
+
+    def test_a_function_in_the_graph_knows(self):
+        seen = []
+
+        def outer(x):
+            def branch():
+                seen.append(xla_clusters.is_marking())
+                return x
+
+            with xla_clusters.marking():
+                return tf.cond(tf.reduce_sum(x) > 0, branch, branch)
+
+        traced(outer, FLOATS[0])
+        assert seen
+        assert all(seen)
+
+
+class TestCut:
+    def scopes(self, parts_of):
+        """Scope of each matmul that makes a gradient, the last layer first."""
+        found = []
+
+        def outer(*m):
+            with xla_clusters.marking():
+                gradients = chain(m[0], m[1:])
+                xla_clusters.cut(parts_of(gradients))
+            found.extend(xla.scope_of(each.op) for each in gradients)
+            return gradients
+
+        traced(outer, *FLOATS)
+        return found
+
+    def test_each_part_is_a_scope_of_its_own(self):
+        last, middle, first = self.scopes(lambda g: [[each] for each in g])
+        assert len({last, middle, first}) == 3
+
+    def test_gradients_of_a_part_share_its_scope(self):
+        last, middle, first = self.scopes(lambda g: [g[:2], g[2:]])
+        assert last == middle
+        assert middle != first
+
+    def test_a_second_sum_leaves_the_parts_of_the_first(self):
+        def outer(*m):
+            with xla_clusters.marking():
+                gradients = chain(m[0], m[1:])
+                xla_clusters.cut([[each] for each in gradients])
+                before = [xla.scope_of(each.op) for each in gradients]
+                xla_clusters.cut([gradients])
+                assert before == [xla.scope_of(each.op) for each in gradients]
+            return gradients
+
+        traced(outer, *FLOATS)
+
+    def test_the_forward_pass_is_in_the_first_part(self):
+        def outer(*m):
+            with xla_clusters.marking():
+                gradients = chain(m[0], m[1:])
+                forward = of_type(gradients[0].graph.get_operations(), "Relu")
+                xla_clusters.cut([[each] for each in gradients])
+                scopes = {xla.scope_of(op) for op in forward}
+                assert scopes == {xla.scope_of(gradients[0].op)}
+            return gradients
+
+        traced(outer, *FLOATS)
+
+    def test_the_gradient_of_a_bias_is_made_where_its_input_is(self):
+        def outer(x, matrix):
+            bias = tf.zeros([4])
+            with xla_clusters.marking():
+                with tf.GradientTape() as tape:
+                    tape.watch([matrix, bias])
+                    y = tf.nn.bias_add(tf.matmul(x, matrix), bias)
+                    loss = tf.reduce_sum(y * y)
+                of_matrix, of_bias = tape.gradient(loss, [matrix, bias])
+                xla_clusters.cut([[of_matrix], [of_bias]])
+            scopes = [xla.scope_of(each.op) for each in (of_matrix, of_bias)]
+            assert scopes[0] == scopes[1]
+            return of_matrix, of_bias
+
+        traced(outer, *FLOATS[:2])
+
+    def test_gradients_that_a_branch_sends_are_found_outside_of_it(self):
+        def outer(*m):
+            with xla_clusters.marking():
+                gradients = chain(m[0], m[1:])
+
+                def send():
+                    inner = [tf.identity(each) for each in gradients]
+                    captured = [each.op.inputs[0] for each in inner]
+                    xla_clusters.cut([[each] for each in captured])
+                    return inner
+
+                tf.cond(tf.reduce_sum(m[0]) > 0, send, lambda: list(gradients))
+            scopes = {xla.scope_of(each.op) for each in gradients}
+            assert len(scopes) == 3
+            return gradients
+
+        traced(outer, *FLOATS)
+
+
+class TestCanCompile:
+    def graph(self, function, *specs):
+        return tf.function(function).get_concrete_function(*specs).graph
+
+    def test_a_function_of_ops_with_kernels(self):
+        graph = self.graph(lambda x: tf.nn.relu(tf.matmul(x, x)), FLOATS[0])
+        assert xla_clusters.can_compile(graph, "/cpu:0")
+
+    def test_not_with_strings(self):
+        graph = self.graph(tf.strings.as_string, FLOATS[0])
+        assert not xla_clusters.can_compile(graph, "/cpu:0")
+
+    def test_not_with_strings_in_a_branch(self):
+        def step(x):
+            return tf.cond(
+                tf.reduce_sum(x) > 0,
+                lambda: tf.strings.length(tf.strings.as_string(x)),
+                lambda: tf.zeros([4, 4], tf.int32),
+            )
+
+        graph = self.graph(step, FLOATS[0])
+        assert not xla_clusters.can_compile(graph, "/cpu:0")
