@@ -7,6 +7,7 @@ behaviour has a test (`tests/compat/test_keras_assumptions.py`).
     keras.py               what Keras's trainer, layers and losses do
     keras_optimizers.py    what Keras's optimizers do
     keras_calls.py         what Keras's fit, evaluate and predict do
+    keras_config.py        what a Keras model consists of
     distribute.py          private names of tf.distribute
     variables.py           distributed variables
     datasets.py            distributed data sets

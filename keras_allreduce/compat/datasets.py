@@ -55,6 +55,17 @@ def seeds_of_shuffles(dataset: Any) -> list[tuple[int, int]]:
     return found
 
 
+def batch_sizes(dataset: Any) -> list[int]:
+    """Sizes of the batches that a data set makes, the outermost first."""
+    found = []
+    size = getattr(dataset, "_batch_size", None)
+    if isinstance(size, tf.Tensor) and hasattr(size, "numpy"):
+        found.append(int(size))
+    for source in dataset._inputs():
+        found += batch_sizes(source)
+    return found
+
+
 def draws_seeds(dataset: Any) -> bool:
     """Whether making an iterator of a `tf.data.Dataset` draws a seed.
 

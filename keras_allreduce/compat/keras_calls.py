@@ -6,7 +6,7 @@ epoch by the data adapter, whose `on_epoch_begin` Keras calls.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -25,12 +25,25 @@ from keras.src.trainers.data_adapters.array_slicing import (
     convert_to_sliceable as _convert_to_sliceable,
 )
 
+# What calls `__getitem__` of a `PyDataset`, and looks at each batch of it.
+from keras.src.trainers.data_adapters.py_dataset_adapter import (
+    PyDatasetAdapter as _PyDatasetAdapter,
+)
+
 from keras_allreduce.compat.frames import calling_frames
 
 _CALLS = ("fit", "evaluate", "predict")
 
 # Calls of Keras go through a few decorators and iterators.
 _FRAMES = 40
+
+# One of them makes the batches of each pass.
+_GENERATORS_OF_PY_DATASETS = (
+    "_finite_generator",
+    "_infinite_generator",
+    "_finite_enqueuer_generator",
+    "_infinite_enqueuer_generator",
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,42 @@ def current_call() -> KerasCall | None:
     return KerasCall(" in ".join(names), model, epoch, is_first, epoch_iterator)
 
 
+def is_py_dataset(epoch_iterator: Any) -> bool:
+    """Whether a `PyDataset` was passed to Keras."""
+    adapter = getattr(epoch_iterator, "data_adapter", None)
+    return isinstance(adapter, _PyDatasetAdapter)
+
+
+def on_first_batches(epoch_iterator: Any, tell: Callable[[Any], None]) -> None:
+    """Has the first batch told of each pass over a `PyDataset`.
+
+    In the thread that makes it, which is a moment before Keras reads it; also
+    of the pass that Keras begins only to see shapes.
+
+    Args:
+        epoch_iterator: See `KerasCall`; other data is never told.
+        tell: Called with the batch.
+    """
+    adapter = getattr(epoch_iterator, "data_adapter", None)
+    if not isinstance(adapter, _PyDatasetAdapter):
+        return
+    # The adapter holds the data; a cycle would keep it until it is collected.
+    owner = weakref.ref(adapter)
+    own_class: Any = type(adapter)
+
+    def told(name: str) -> Callable[[], Iterator[Any]]:
+        def batches() -> Iterator[Any]:
+            for number, batch in enumerate(getattr(own_class, name)(owner())):
+                if not number:
+                    tell(batch)
+                yield batch
+
+        return batches
+
+    for name in _GENERATORS_OF_PY_DATASETS:
+        vars(adapter)[name] = told(name)
+
+
 def on_epochs(
     epoch_iterator: Any, begin: Callable[[], None], end: Callable[[], None]
 ) -> bool:
@@ -135,6 +184,14 @@ def arrays(epoch_iterator: Any) -> list[Any] | None:
         return None
     leaves = keras.tree.flatten(getattr(adapter, "_inputs", None))
     return [leaf for leaf in leaves if leaf is not None]
+
+
+def batch_size_of_arrays(epoch_iterator: Any) -> int | None:
+    """Samples in a batch of arrays; `None` of all other data."""
+    adapter = getattr(epoch_iterator, "data_adapter", None)
+    if not isinstance(adapter, _ArrayDataAdapter):
+        return None
+    return int(adapter._batch_size)
 
 
 def first_batch(epoch_iterator: Any) -> Any:

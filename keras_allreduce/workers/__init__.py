@@ -5,8 +5,9 @@ error that names the failed worker.
 
     start     cluster.py --> gather.py --> rendezvous.py --> connect.py
     group     group.py: all of the below, of one strategy
-    agree     agreement.py --> store.py
-              calls.py: calls of Keras; data_facts.py, drift.py: data, models
+    check     consistency_check.py --> store.py
+              calls.py --> data_fingerprint.py, weight_fingerprint.py
+              model_fingerprint.py --> described.py
     step      between_workers.py --> wire.py --> collectives.py
               wire_formats.py: how a tensor crosses
     failure   in_flight.py, heartbeats.py --> watchdog.py --> exit_message.py

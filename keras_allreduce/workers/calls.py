@@ -1,27 +1,34 @@
 """Compares the calls of Keras between workers as they begin.
 
 fit, evaluate, predict      call, steps, data; the seed of a shuffle
-|-- every epoch             call, epoch, weights, optimizer (drift.py)
+|-- first epoch             the model and what it is compiled with
+|-- every epoch             call, epoch, weights and optimizer; first batch of
+|                           the epoch before
 |-- end of the last epoch   the same
 """
 
 import random
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from keras_allreduce.compat import keras_calls
 from keras_allreduce.compat.keras_calls import KerasCall
-from keras_allreduce.workers import data_facts
-from keras_allreduce.workers.agreement import (
+from keras_allreduce.workers import data_fingerprint
+from keras_allreduce.workers.consistency_check import (
     CALLS,
     CALLS_REMEDY,
-    Agreement,
-    Statement,
+    ConsistencyCheck,
 )
-from keras_allreduce.workers.drift import Drift
+from keras_allreduce.workers.fingerprint import Fingerprint
+from keras_allreduce.workers.weight_fingerprint import WeightCheck
 from keras_allreduce.workers.whereabouts import Whereabouts
+
+_SEED, _RANDOM, _NUMPY = "seed", "state of random", "state of numpy"
 
 _STEPS = "steps in an epoch"
 _STEPS_REMEDY = (
@@ -34,20 +41,23 @@ class Calls:
     """The calls of Keras under one strategy.
 
     Args:
-        agreement: Compares what the workers do.
+        check: Compares what the workers do.
         whereabouts: Notes the calls.
-        drift: Compares models.
+        weights: Compares models.
 
     Attributes:
-        drift: The same.
+        weights: The same.
     """
 
     def __init__(
-        self, agreement: Agreement, whereabouts: Whereabouts, drift: Drift
+        self,
+        check: ConsistencyCheck,
+        whereabouts: Whereabouts,
+        weights: WeightCheck,
     ):
-        self._agreement = agreement
+        self._check = check
         self._whereabouts = whereabouts
-        self.drift = drift
+        self.weights = weights
 
     def begin(
         self,
@@ -61,7 +71,7 @@ class Calls:
             call: The call.
             dataset: The data set that Keras has made.
             steps: Steps that were asked for and batches of the data set; see
-                `data_facts.steps_of_epochs`.
+                `data_fingerprint.steps_of_epochs`.
 
         Returns:
             31 random bits, the same on all workers; `None` without a store.
@@ -71,84 +81,159 @@ class Calls:
                 other data.
         """
         iterator = call.epoch_iterator
-        number = self._agreement.next_point
+        number = self._check.next_point
         self._whereabouts.begin_call(number, str(call), iterator)
         facts = {
             "call": f"{call} (its data)",
-            _STEPS: data_facts.steps_of_epochs(*steps),
-            **data_facts.facts(iterator, dataset),
+            _STEPS: data_fingerprint.steps_of_epochs(*steps),
+            **data_fingerprint.facts_of(iterator, dataset),
         }
-        statement = Statement(facts, offer=_offer(iterator))
-        found = self._agreement.state(statement)
-        self._agreement.raise_differences(CALLS, found, _remedy(found))
-        seed = int(found[0].offer["seed"])
-        if _differ(found, "first batch"):
-            data_facts.warn_of_first_batches()
-        seeds = _seeds(iterator, found, seed)
-        begin = partial(self._begin_epoch, number, seeds)
-        keras_calls.on_epochs(iterator, begin, self._end_epoch)
-        return seed if self._agreement.is_shared else None
+        fingerprint = Fingerprint(facts, offer=_offer(iterator))
+        found = self._check.state(fingerprint)
+        self._check.raise_differences(CALLS, found, _remedy(found))
+        seed = int(found[0].offer[_SEED])
+        epochs = _Epochs(number, _Seeds.agreed(iterator, found, seed))
+        epochs.warn(found)
+        self._follow(iterator, epochs)
+        return seed if self._check.is_shared else None
 
-    def _begin_epoch(self, number: int, seeds: random.Random | None) -> None:
-        if seeds is not None:
-            # Keras shuffles a `PyDataset` with it, and nobody has seeded it.
-            random.seed(seeds.getrandbits(64))
+    def _follow(self, iterator: Any, epochs: "_Epochs") -> None:
+        # Before its first epoch Keras tells a `PyDataset` that one has ended.
+        epochs.seeds.seed()
+        keras_calls.on_first_batches(iterator, epochs.note)
+        keras_calls.on_epochs(
+            iterator,
+            partial(self._begin_epoch, epochs),
+            partial(self._end_epoch, epochs),
+        )
+
+    def _begin_epoch(self, epochs: "_Epochs") -> None:
+        epochs.seeds.seed()
         call = keras_calls.current_call()
         if call is None:
             return
-        self._whereabouts.rename(number, str(call))
+        self._whereabouts.rename(epochs.number, str(call))
         if call.is_nested:
             # `fit` has compared the model.
-            self._agreement.compare(
-                CALLS,
-                Statement({"call": str(call)}),
-                CALLS_REMEDY,
+            facts = {"call": str(call)}
+            fingerprint = Fingerprint(facts, offer=epochs.first_batch)
+            found = self._check.compare(CALLS, fingerprint, CALLS_REMEDY)
+        else:
+            found = self.weights.compare(
+                str(call),
+                call.model,
+                has_trained=call.epoch is not None and not call.is_first_epoch,
+                offer=epochs.first_batch,
             )
-            return
-        has_trained = call.epoch is not None and not call.is_first_epoch
-        self.drift.compare(str(call), call.model, has_trained=has_trained)
+        epochs.warn(found)
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, epochs: "_Epochs") -> None:
         call = keras_calls.current_call()
         if call is None or call.is_nested or call.epoch is None:
             return
         number, last = call.epoch
         if number == last:
             # What is compared nowhere else is what the script saves.
-            self.drift.compare(f"{call} (end)", call.model, has_trained=True)
+            found = self.weights.compare(
+                f"{call} (end)",
+                call.model,
+                has_trained=True,
+                offer=epochs.first_batch,
+            )
+            epochs.warn(found)
 
 
-def _remedy(found: Sequence[Statement]) -> str:
-    """What to do if the statements differ, by the first that does."""
+@dataclass(frozen=True)
+class _Seeds:
+    """What is seeded alike on all workers as a call and an epoch begin.
+
+    Attributes:
+        source: Of the seeds, the same on all workers.
+        python: Whether Python's `random` is seeded.
+        numpy: Whether `numpy.random` is.
+    """
+
+    source: random.Random
+    python: bool
+    numpy: bool
+
+    @classmethod
+    def agreed(
+        cls, iterator: Any, found: Sequence[Fingerprint], seed: int
+    ) -> "_Seeds":
+        """Seeds what a `PyDataset` may be shuffled by, and nobody has seeded.
+
+        Args:
+            iterator: Keras's, over the epochs.
+            found: What all workers offer.
+            seed: The same on all workers.
+        """
+        return cls(
+            random.Random(seed),
+            python=keras_calls.shuffles_in_python(iterator)
+            and _differ(found, _RANDOM),
+            numpy=keras_calls.is_py_dataset(iterator)
+            and _differ(found, _NUMPY)
+            and all(each.offer[_NUMPY] for each in found),
+        )
+
+    def seed(self) -> None:
+        """Seeds them with the next numbers."""
+        if self.python:
+            random.seed(self.source.getrandbits(64))
+        if self.numpy:
+            np.random.seed(self.source.getrandbits(32))
+
+
+@dataclass
+class _Epochs:
+    """The epochs of one call of Keras.
+
+    Attributes:
+        number: Number of the call.
+        seeds: Seeded as each begins.
+        first_batch: Checksums of the first batch of the last epoch, to compare
+            where the next begins; of other data than a `PyDataset`, empty.
+        has_warned: Whether it was said that those differ.
+    """
+
+    number: int
+    seeds: _Seeds
+    first_batch: dict[str, str] = field(default_factory=dict)
+    has_warned: bool = False
+
+    def note(self, batch: Any) -> None:
+        """Notes the first batch of an epoch, in the thread that makes it."""
+        self.first_batch = data_fingerprint.of_batch(batch)
+
+    def warn(self, found: Sequence[Fingerprint]) -> None:
+        """Warns, once, if first batches are of other samples."""
+        if not self.has_warned and data_fingerprint.are_other_samples(found):
+            self.has_warned = True
+            data_fingerprint.warn_of_first_batches()
+
+
+def _remedy(found: Sequence[Fingerprint]) -> str:
+    """What to do if the fingerprints differ, by the first that does."""
     for key, remedy in (
         ("call", CALLS_REMEDY),
         (_STEPS, _STEPS_REMEDY),
     ):
         if len({each.facts.get(key) for each in found}) > 1:
             return remedy
-    return data_facts.REMEDY
+    return data_fingerprint.REMEDY
 
 
 def _offer(iterator: Any) -> dict[str, Any]:
     """Values that may differ: a seed, and checksums to compare."""
     return {
-        "seed": secrets.randbits(31),
-        "state of random": data_facts.state_of_random(),
-        "first batch": data_facts.checksum_of_first_batch(iterator),
+        _SEED: secrets.randbits(31),
+        _RANDOM: data_fingerprint.state_of_random(),
+        _NUMPY: data_fingerprint.state_of_unseeded_numpy(),
+        **data_fingerprint.of_batch(keras_calls.first_batch(iterator)),
     }
 
 
-def _seeds(
-    iterator: Any, found: Sequence[Statement], seed: int
-) -> random.Random | None:
-    """Seeds for Python's `random`, if Keras shuffles by it and it differs."""
-    if keras_calls.shuffles_in_python(iterator) and _differ(
-        found, "state of random"
-    ):
-        return random.Random(seed)
-    return None
-
-
-def _differ(found: Sequence[Statement], name: str) -> bool:
+def _differ(found: Sequence[Fingerprint], name: str) -> bool:
     """Whether the offers differ in a value."""
     return len({each.offer[name] for each in found}) > 1

@@ -2,7 +2,7 @@
 
 Workers.connect
     [1] watchdog        asks the others, from now on
-    [2] agreement       same versions, devices and options?
+    [2] check           same versions, devices and options?
     [3] collectives     between host devices (gRPC or MPI), between GPUs
     [4] wires           exact, and in the format of `compression`
     [5] gradient_ops    what sums gradients
@@ -20,7 +20,6 @@ from keras_allreduce.compat.keras_calls import KerasCall
 from keras_allreduce.devices import on_gpus
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.workers import lateness
-from keras_allreduce.workers.agreement import Agreement, Statement, environment
 from keras_allreduce.workers.between_workers import (
     BetweenWorkers,
     WorkerAllReduce,
@@ -28,7 +27,11 @@ from keras_allreduce.workers.between_workers import (
 from keras_allreduce.workers.calls import Calls
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
-from keras_allreduce.workers.drift import Drift
+from keras_allreduce.workers.consistency_check import (
+    ConsistencyCheck,
+    environment,
+)
+from keras_allreduce.workers.fingerprint import Fingerprint
 from keras_allreduce.workers.host_collectives import HostCollectives
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.mpi.collectives import MpiCollectives
@@ -36,6 +39,7 @@ from keras_allreduce.workers.mpi.start import MPI, engine_of
 from keras_allreduce.workers.tensors import all_gather_tensors
 from keras_allreduce.workers.watch import watch
 from keras_allreduce.workers.watchdog import Watchdog
+from keras_allreduce.workers.weight_fingerprint import WeightCheck
 from keras_allreduce.workers.whereabouts import Whereabouts
 from keras_allreduce.workers.wire import Wire
 from keras_allreduce.workers.wire_formats import WireFormat
@@ -151,7 +155,7 @@ class Workers:
 
     Args:
         num_workers: Number of workers.
-        agreement: Compares what they do.
+        check: Compares what they do.
         calls: Compares the calls of Keras.
         collectives: The collectives between their host devices.
         gpus: The collectives between all of their devices.
@@ -166,15 +170,15 @@ class Workers:
     def __init__(
         self,
         num_workers: int,
-        agreement: Agreement,
+        check: ConsistencyCheck,
         calls: Calls,
         collectives: HostCollectives,
         gpus: Collectives,
         options: WorkerOptions,
         in_flight: InFlight,
     ):
-        self.index = agreement.rank
-        self._agreement = agreement
+        self.index = check.rank
+        self._check = check
         self._collectives = collectives
         self._num_workers = num_workers
         self._in_flight = in_flight
@@ -185,7 +189,7 @@ class Workers:
         self._wire = Wire(collectives, num_workers, options.wire_format)
         self.gradient_ops = WorkerAllReduce(  # [5]
             BetweenWorkers(
-                self._wire, gpus, num_workers, agreement.compare_gradients
+                self._wire, gpus, num_workers, check.compare_gradients
             ),
             num_workers,
             options.bytes_per_pack,
@@ -219,9 +223,9 @@ class Workers:
         """
         seconds, at = options.timeout_seconds, Whereabouts(in_flight)
         watchdog, store = watch(cluster, owner, seconds, in_flight, at)  # [1]
-        agreement = Agreement(cluster, store, at, paths)  # [2]
+        check = ConsistencyCheck(cluster, store, at, paths)  # [2]
         facts: Mapping[str, Any] = environment(devices) | options.facts()
-        agreement.compare("versions, devices and options", Statement(facts))
+        check.compare("versions, devices and options", Fingerprint(facts))
         workers = len(cluster.tasks)
         group = CollectiveGroup(workers, host)  # [3]
         gpus = CollectiveGroup(workers * len(devices), host)
@@ -229,25 +233,25 @@ class Workers:
         if options.transport == MPI:
             between = _over_mpi(cluster, group, seconds, in_flight, watchdog)
         nccl = Collectives(gpus, in_flight)
-        drift = Drift(agreement, Wire(between, workers).all_reduce, cluster)
-        calls = Calls(agreement, at, drift)
-        return cls(workers, agreement, calls, between, nccl, options, in_flight)
+        weights = WeightCheck(check, Wire(between, workers).all_reduce, cluster)
+        calls = Calls(check, at, weights)
+        return cls(workers, check, calls, between, nccl, options, in_flight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Workers":
         """A copy of the strategy has the same watchdog and collectives."""
         return self
 
     def compare_initial_value(self, initial_value: Any) -> Any:
-        """See `Agreement`."""
-        return self._agreement.compare_initial_value(initial_value)
+        """See `ConsistencyCheck`."""
+        return self._check.compare_initial_value(initial_value)
 
     def meet(self) -> tuple[float, float]:
-        """See `Agreement`."""
-        return self._agreement.meet()
+        """See `ConsistencyCheck`."""
+        return self._check.meet()
 
     def exchange(self, name: str, text: str) -> list[str]:
-        """See `Agreement`."""
-        return self._agreement.exchange(name, text)
+        """See `ConsistencyCheck`."""
+        return self._check.exchange(name, text)
 
     def begin_call(
         self,
@@ -259,8 +263,8 @@ class Workers:
         return self._calls.begin(call, dataset, steps)
 
     def broadcast(self, model: keras.Model) -> None:
-        """See `Drift`."""
-        self._calls.drift.broadcast(model)
+        """See `WeightCheck`."""
+        self._calls.weights.broadcast(model)
 
     @property
     def sums_now(self) -> bool:
@@ -271,8 +275,8 @@ class Workers:
         return self._sums_eagerly or not tf.executing_eagerly()
 
     def text_of_chief(self, text: str) -> str:
-        """See `Agreement`."""
-        return self._agreement.text_of_chief(text)
+        """See `ConsistencyCheck`."""
+        return self._check.text_of_chief(text)
 
     def sum(self, value: tf.Tensor, purpose: str) -> tf.Tensor:
         """The sum of a tensor that each worker has, in its own dtype."""

@@ -9,7 +9,7 @@ others, which `address_exchange.py` collects. For that, one address is enough:
 | MPICH, Intel MPI | `PMI_RANK`, `PMI_SIZE`, `MPI_LOCALNRANKS` | the same |
 | srun | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS` | first of the step's nodes |
 | Kubernetes, Indexed Job | `JOB_COMPLETION_INDEX`, `WORLD_SIZE` | pod 0 |
-| by hand, torchrun | `RANK`, `WORLD_SIZE`, `MASTER_ADDR` | `MASTER_ADDR` |
+| by hand, torchrun | `RANK`, `WORLD_SIZE`, `LOCAL_WORLD_SIZE` | `MASTER_ADDR` |
 
 `MASTER_ADDR` and `MASTER_PORT` override what is found for rank 0 in each row.
 """
@@ -197,15 +197,18 @@ def _of_kubernetes(
 
 
 def _of_rank(environment: Mapping[str, str]) -> Placement | None:
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(environment):
+    if not {"RANK", "WORLD_SIZE"} <= set(environment):
         return None
     size = _int(environment, "WORLD_SIZE")
+    on_one_host = environment.get("LOCAL_WORLD_SIZE") == str(size)
+    leader = environment.get("MASTER_ADDR")
     return Placement(
         _int(environment, "RANK"),
         size,
         f"RANK and WORLD_SIZE={size}",
-        environment["MASTER_ADDR"],
-        "",
+        leader or (LOOPBACK if on_one_host else ""),
+        # All are children of one launcher, which knows no address.
+        f"{os.getppid()}" if on_one_host and not leader else "",
         _port(environment),
     )
 

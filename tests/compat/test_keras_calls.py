@@ -188,3 +188,59 @@ def test_the_first_batch_of_a_generator_is_the_one_that_is_read(under_spy):
     model.evaluate(X, Y, verbose=0)
     np.testing.assert_array_equal(firsts[0][0], X[:4])
     assert firsts[-1] is None
+
+
+class Passes(keras.utils.PyDataset):
+    """Counts its passes in its batches."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.passes = 0
+
+    def __len__(self):
+        return 3
+
+    def on_epoch_end(self):
+        self.passes += 1
+
+    def __getitem__(self, index):
+        return np.full([2, 2], 10.0 * self.passes + index), Y[:2]
+
+
+@pytest.mark.parametrize("workers", [1, 2], ids=["plain", "enqueued"])
+def test_the_first_batch_of_each_pass_of_a_py_dataset_is_told(workers):
+    told = []
+
+    class Spy(SpyStrategy):
+        def experimental_distribute_dataset(self, dataset, options=None):
+            iterator = keras_calls.current_call().epoch_iterator
+            keras_calls.on_first_batches(
+                iterator, lambda batch: told.append(float(batch[0][0, 0]))
+            )
+            assert keras_calls.is_py_dataset(iterator)
+            return super().experimental_distribute_dataset(dataset, options)
+
+    with Spy().scope():
+        model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    model.fit(Passes(workers=workers), epochs=3, shuffle=False, verbose=0)
+    # Once more where Keras looks at shapes, or has begun a pass too many.
+    assert set(told) >= {0.0, 10.0, 20.0}
+    assert not any(number % 10 for number in told)
+
+
+def test_the_batch_size_of_arrays_is_known():
+    sizes = []
+
+    class Spy(SpyStrategy):
+        def experimental_distribute_dataset(self, dataset, options=None):
+            iterator = keras_calls.current_call().epoch_iterator
+            sizes.append(keras_calls.batch_size_of_arrays(iterator))
+            return super().experimental_distribute_dataset(dataset, options)
+
+    with Spy().scope():
+        model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    model.predict(X, batch_size=4, verbose=0)
+    model.predict(Passes(), verbose=0)
+    assert sizes == [4, None]

@@ -140,6 +140,59 @@ def seed_of_its_own(strategy, index):
     made(strategy).fit(data.shuffle(66, seed=index).batch(22), verbose=0)
 
 
+@case
+def other_activation(strategy, index):
+    keras.utils.set_random_seed(3)
+    with strategy.scope():
+        model = keras.Sequential(
+            [
+                keras.Input([6]),
+                keras.layers.Dense(8, ["relu", "tanh"][index], name="first"),
+                keras.layers.Dense(1),
+            ]
+        )
+        model.compile("sgd", "mse")
+    fit(model)
+
+
+@case
+def other_loss(strategy, index):
+    model = made(strategy)
+    with strategy.scope():
+        model.compile("sgd", ["mse", "mae"][index])
+    model.evaluate(worker_cases.X, worker_cases.TARGET, verbose=0)
+
+
+@case
+def layers_of_a_set(strategy, index):
+    names = ["age", "fare"][:: 1 - 2 * index]
+    with strategy.scope():
+        inputs = {name: keras.Input([3], name=name) for name in names}
+        parts = [
+            keras.layers.Dense(4, name=f"of_{name}")(inputs[name])
+            for name in names
+        ]
+        outputs = keras.layers.Dense(1)(keras.layers.Concatenate()(parts))
+        model = keras.Model(inputs, outputs)
+        model.compile("sgd", "mse")
+    x = dict.fromkeys(("age", "fare"), worker_cases.X[:, :3])
+    fit(model, x)
+
+
+@case
+def other_batch_size(strategy, index):
+    """As many steps."""
+    fit(made(strategy), batch_size=22 + index)
+
+
+@case
+def other_batch_size_of_a_dataset(strategy, index):
+    data = tf.data.Dataset.from_tensor_slices(
+        (worker_cases.X, worker_cases.TARGET)
+    )
+    made(strategy).fit(data.batch(22 + index).prefetch(1), verbose=0)
+
+
 # What is shared -----------------------------------------------------------
 
 
@@ -188,6 +241,86 @@ def shuffle_of_a_py_dataset(strategy, index):
         model.compile(keras.optimizers.SGD(1.0), loss=lambda y, p: p)
     model.fit(Numbers(), epochs=3, shuffle=True, verbose=0)
     return -model.get_weights()[0].ravel()
+
+
+class Samples(keras.utils.PyDataset):
+    """48 samples in a fixed order."""
+
+    def __init__(self):
+        super().__init__()
+        self.order = np.arange(48)
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        rows = self.order[8 * index : 8 * index + 8]
+        return rows, rows
+
+
+class Shuffled(Samples):
+    """In an order that it draws itself, as many are written."""
+
+    def __init__(self):
+        super().__init__()
+        self.on_epoch_end()
+
+    def on_epoch_end(self):
+        self.order = np.random.permutation(48)
+
+
+class DrawnOnce(Samples):
+    """In one order, drawn before the strategy can see it."""
+
+    def __init__(self):
+        super().__init__()
+        self.order = np.random.permutation(48)
+
+
+def counting(strategy):
+    """Each weight ends as minus the number of times its sample was used."""
+    with strategy.scope():
+        model = keras.Sequential(
+            [
+                keras.Input([], dtype="int32"),
+                keras.layers.Embedding(48, 1, embeddings_initializer="zeros"),
+            ]
+        )
+        model.compile(keras.optimizers.SGD(8.0), loss=lambda y, p: p)
+    return model
+
+
+def fit_counting(strategy, data, epochs):
+    """How often each sample is used in each epoch, and the warnings."""
+    model, used = counting(strategy), [np.zeros(48)]
+    count = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda *_: used.append(-model.get_weights()[0].ravel())
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(data, epochs=epochs, verbose=0, callbacks=[count])
+    said = [str(each.message) for each in caught]
+    return {"used": np.diff(used, axis=0), "said": said}
+
+
+@case
+def py_dataset_that_shuffles_itself(strategy, index):
+    np.random.set_bit_generator(np.random.MT19937())  # Nobody has seeded it.
+    return fit_counting(strategy, Shuffled(), epochs=3)
+
+
+@case
+def py_dataset_of_an_order_of_its_own(strategy, index):
+    np.random.set_bit_generator(np.random.MT19937())
+    return fit_counting(strategy, DrawnOnce(), epochs=2)
+
+
+@case
+def seeds_of_each_worker(strategy, index):
+    np.random.seed(4 + index)
+    found = fit_counting(strategy, Samples(), epochs=2)
+    expected = np.random.RandomState(4 + index).random_sample()
+    return {**found, "kept": bool(np.random.random() == expected)}
 
 
 @case
@@ -292,6 +425,58 @@ def warnings_of_generators(strategy, index):
             made(strategy).fit(batches(first), steps_per_epoch=3, verbose=0)
         said.append([str(each.message) for each in caught])
     return said
+
+
+class Marked(keras.layers.Layer):
+    """Has a config that each worker fills in its own way."""
+
+    def __init__(self, mark):
+        super().__init__()
+        self.mark = mark
+
+    def get_config(self):
+        if isinstance(self.mark, int):
+            raise ValueError("no config")
+        return {**super().get_config(), "mark": self.mark}
+
+    def call(self, x):
+        return x
+
+
+@case
+def what_may_differ(strategy, index):
+    """Names, seeds, paths, addresses, callbacks, `verbose`, `jit_compile`."""
+    for _ in range(3 * index):
+        keras.layers.Dense(1)
+    keras.utils.set_random_seed(3)
+    with strategy.scope():
+        model = keras.Sequential(
+            [
+                keras.Input([6]),
+                keras.layers.Dense(8, "tanh", name=f"on_host_{index}"),
+                Marked(os.path.join(tempfile.gettempdir(), str(index))),
+                Marked(repr(object())),
+                Marked(index),
+                keras.layers.Dropout(0.0, seed=index),
+                keras.layers.Lambda(lambda x: x),
+                keras.layers.Dense(1),
+            ]
+        )
+        model.compile("sgd", "mse", metrics=["mae"])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        saves = keras.callbacks.CSVLogger(os.path.join(folder, "log.csv"))
+        fit(
+            model,
+            epochs=2,
+            verbose=2 * index,
+            callbacks=[] if index else [saves],
+        )
+    said = [str(each.message) for each in caught]
+    return {"weights": model.get_weights(), "said": said}
 
 
 class Files(keras.callbacks.Callback):

@@ -56,6 +56,34 @@ ERRORS = {
         "has predict (its data), worker 1 (",
         "has fit, epoch 3 of 5",
     ),
+    "other_activation": (
+        "models and compile options",
+        "`activation` of layer 'first': worker 0 (",
+        "has 'relu', worker 1 (",
+        "has 'tanh'",
+    ),
+    "other_loss": (
+        "models and compile options",
+        "loss: worker 0 (",
+        "has 'mse', worker 1 (",
+    ),
+    "layers_of_a_set": (
+        "models and compile options",
+        "variable 0: worker 0 (",
+        "has 'of_age/kernel', worker 1 (",
+        "has 'of_fare/kernel'",
+        "`sorted(...)`",
+    ),
+    "other_batch_size": (
+        "calls of Keras and data",
+        "batch size: worker 0 (",
+        "has 22, worker 1 (",
+    ),
+    "other_batch_size_of_a_dataset": (
+        "calls of Keras and data",
+        "batch size: worker 0 (",
+        "has [22], worker 1 (",
+    ),
     "seed_of_its_own": (
         "calls of Keras and data",
         "seeds of shuffles: worker 0 (",
@@ -65,6 +93,9 @@ ERRORS = {
 SHARED = [
     "shuffle_without_a_seed",
     "shuffle_of_a_py_dataset",
+    "py_dataset_that_shuffles_itself",
+    "py_dataset_of_an_order_of_its_own",
+    "seeds_of_each_worker",
     "broadcast",
     "logs_of_steps",
     "logs_of_accumulating_steps",
@@ -73,6 +104,7 @@ SHARED = [
     "numbers",
     "warnings_of_order",
     "warnings_of_generators",
+    "what_may_differ",
     "store_operations",
     "decisions_on_validation",
     "decisions_on_validation_of_parts",
@@ -124,6 +156,26 @@ def test_a_py_dataset_is_shuffled_alike_without_a_seed(found):
     np.testing.assert_allclose(used, 3.0)
 
 
+def test_a_py_dataset_that_shuffles_itself_has_one_order(found):
+    result = shared(found, "py_dataset_that_shuffles_itself")
+    assert not any("All workers" in each for each in result["said"])
+    np.testing.assert_allclose(result["used"], np.ones([3, 48]), atol=1e-5)
+
+
+def test_a_py_dataset_of_another_order_is_warned_of_once(found):
+    result = shared(found, "py_dataset_of_an_order_of_its_own")
+    (said,) = (each for each in result["said"] if "All workers" in each)
+    assert "a `PyDataset` whose first batch is not the same" in said
+    assert "keras.utils.set_random_seed" in said
+
+
+def test_numpy_that_the_script_seeds_stays_as_it_is(found):
+    result = shared(found, "seeds_of_each_worker")
+    assert not any("All workers" in each for each in result["said"])
+    np.testing.assert_allclose(result["used"], np.ones([2, 48]), atol=1e-5)
+    assert result["kept"]
+
+
 def test_the_chiefs_weights_and_learning_rate_are_taken_where_asked_for(found):
     result = shared(found, "broadcast")
     assert np.isclose(result["rate"], 0.01)
@@ -153,6 +205,11 @@ def test_variables_of_workers_are_numbers(found):
 def test_an_order_that_cannot_be_known_is_warned_of(found):
     warnings = shared(found, "warnings_of_order")
     assert sum("shuffles without a seed" in each for each in warnings) == 1
+
+
+def test_what_each_worker_has_of_its_own_ends_no_job(found):
+    result = shared(found, "what_may_differ")
+    assert not any("All workers" in each for each in result["said"])
 
 
 def test_a_worker_asks_the_store_twice_in_an_epoch(found):

@@ -63,6 +63,19 @@ FOUND = {
     ),
     "leader by hand": ({**SLURM, "MASTER_ADDR": "n10"}, 2, 4, "n10"),
     "all by hand": (BY_HAND, 0, 2, "a"),
+    "by hand without a leader": ({"RANK": "1", "WORLD_SIZE": "2"}, 1, 2, ""),
+    "by hand on one host": (
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        1,
+        2,
+        "127.0.0.1",
+    ),
+    "by hand on several hosts": (
+        {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+        1,
+        4,
+        "",
+    ),
 }
 
 
@@ -101,7 +114,8 @@ ALONE = {
     "a batch script": {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
     "one task in a step": {**SLURM, "SLURM_STEP_NUM_TASKS": "1"},
     "a job without a size": {"JOB_COMPLETION_INDEX": "1"},
-    "no leader by hand": {"RANK": "0", "WORLD_SIZE": "2"},
+    "a rank without a size": {"RANK": "0"},
+    "one by hand": {"RANK": "0", "WORLD_SIZE": "1"},
 }
 
 

@@ -108,6 +108,15 @@ def test_a_launcher_that_does_not_say_where_rank_0_is_gets_an_error(
     assert "TF_CONFIG='{}'" in str(caught.value)
 
 
+def test_rank_and_size_without_an_address_are_an_error_not_n_models(
+    monkeypatch,
+):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="RANK and WORLD_SIZE=2, and no MAST"):
+        resolver_for(None, 1.0)
+
+
 def test_an_empty_tf_config_trains_alone_under_a_launcher(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")

@@ -9,8 +9,7 @@ import itertools
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -20,10 +19,23 @@ from keras_allreduce.compat import keras_calls
 from keras_allreduce.version import __version__
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.errors import WorkersDifferError
+from keras_allreduce.workers.fingerprint import (
+    Fingerprint,
+    difference,
+    in_another_order,
+    without_numbers,
+)
 from keras_allreduce.workers.store import NoStore, Store
 from keras_allreduce.workers.whereabouts import Whereabouts
 
-_REMEDY = "Run the same script, in the same environment, on all workers."
+ORDER = (
+    "Make layers in the same order on all workers: a Python `set` has another "
+    "order in each process, `sorted(...)` has one."
+)
+
+_STEPS = "models and steps"
+
+REMEDY = "Run the same script, in the same environment, on all workers."
 
 CALLS = "calls of Keras and data"
 CALLS_REMEDY = (
@@ -33,34 +45,7 @@ CALLS_REMEDY = (
 """What to do if one worker is in another call, or another epoch."""
 
 
-@dataclass(frozen=True)
-class Statement:
-    """What one worker states in a comparison.
-
-    Attributes:
-        facts: Values by name, whose `str` must be the same on all workers.
-        labels: What messages call a fact, if not by its name; may differ.
-        offer: Values by name that may differ, for whoever reads them.
-    """
-
-    facts: Mapping[str, Any]
-    labels: Mapping[str, str] = field(default_factory=dict)
-    offer: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """Returns the text that `from_json` reads."""
-        facts = {key: str(value) for key, value in self.facts.items()}
-        return json.dumps(
-            {"facts": facts, "labels": {**self.labels}, "offer": {**self.offer}}
-        )
-
-    @classmethod
-    def from_json(cls, text: str) -> "Statement":
-        """Reads what `to_json` has written."""
-        return cls(**json.loads(text))
-
-
-class Agreement:
+class ConsistencyCheck:
     """Compares what the workers do under one strategy.
 
     Args:
@@ -120,50 +105,54 @@ class Agreement:
         self._store.let_all_read(key)
         return texts
 
+    def name(self, rank: int) -> str:
+        """A worker, as messages name it."""
+        return self._cluster.name(rank)
+
     @property
     def is_shared(self) -> bool:
-        """Whether the workers read each other's statements at all."""
+        """Whether the workers read each other's fingerprints at all."""
         return self._store.is_shared
 
     def compare(
-        self, name: str, statement: Statement, remedy: str = _REMEDY
-    ) -> list[Statement]:
+        self, name: str, fingerprint: Fingerprint, remedy: str = REMEDY
+    ) -> list[Fingerprint]:
         """Compares at the next point in the script of each worker.
 
         Args:
             name: What the facts are about.
-            statement: Of this worker.
+            fingerprint: Of this worker.
             remedy: What to do if the facts differ.
 
         Returns:
-            The statements of all workers, by rank.
+            The fingerprints of all workers, by rank.
 
         Raises:
             WorkersDifferError: On every worker, if the facts of one differ
                 from the chief's.
             WorkerError: If a worker does not publish its own in time.
         """
-        found = self.state(statement)
+        found = self.state(fingerprint)
         self.raise_differences(name, found, remedy)
         return found
 
-    def state(self, statement: Statement) -> list[Statement]:
-        """The statements of all workers, by rank, compared by nobody."""
+    def state(self, fingerprint: Fingerprint) -> list[Fingerprint]:
+        """The fingerprints of all workers, by rank, compared by nobody."""
         self._point = f"point {self.next_point}"
         self.next_point += 1
         with self._whereabouts.comparing():
-            texts = self._store.exchange(self._point, statement.to_json())
-        return [Statement.from_json(text) for text in texts]
+            texts = self._store.exchange(self._point, fingerprint.to_json())
+        return [Fingerprint.from_json(text) for text in texts]
 
     def raise_differences(
-        self, name: str, found: Sequence[Statement], remedy: str
+        self, name: str, found: Sequence[Fingerprint], remedy: str
     ) -> None:
         """Raises if the facts differ in what was last exchanged."""
         name_of = self._cluster.name
         differences = [
-            difference
+            each
             for rank in range(1, len(found))
-            for difference in _difference(
+            for each in difference(
                 found[0], found[rank], (name_of(0), name_of(rank))
             )
         ]
@@ -188,20 +177,16 @@ class Agreement:
         Raises:
             WorkerError: See `compare`.
         """
-        facts = {"number of gradients": str(len(gradients))}
-        for index, gradient in enumerate(gradients):
-            facts[f"gradient {index}"] = _spec(gradient)
-        # Gradients of mixed precision are float32 as well.
-        facts["dtype policy"] = keras.config.dtype_policy().name
+        facts = _facts_of(gradients)
         if facts in self._lists:
             return
         self._lists.append(facts)
-        paths = self._paths_of_gradients(len(gradients))
-        labels = {
-            f"gradient {index}": f"gradient of {path!r}"
-            for index, path in enumerate(paths)
-        }
-        self.compare("models and steps", Statement(facts, labels))
+        fingerprint = _of_gradients(
+            facts, self._paths_of_gradients(len(gradients))
+        )
+        found = self.compare(_STEPS, fingerprint)
+        order = in_another_order("gradient", found)
+        self.raise_differences(_STEPS, order, ORDER)
 
     def compare_initial_value(self, initial_value: Any) -> Any:
         """Compares a variable as it is made; its value comes from the chief.
@@ -222,8 +207,8 @@ class Agreement:
             tensor = getattr(value, "wrapped_value", value)
             if isinstance(tensor, tf.Tensor):
                 labels = {} if path is None else {"variable": f"{path!r}"}
-                statement = Statement({"variable": _spec(tensor)}, labels)
-                self.compare("models and steps", statement)
+                fingerprint = Fingerprint({"variable": _spec(tensor)}, labels)
+                self.compare(_STEPS, fingerprint)
             return value
 
         return compared
@@ -237,26 +222,26 @@ class Agreement:
         Raises:
             WorkerError: See `compare`.
         """
-        own = Statement({}, offer={"text": text})
-        (chief, *_) = self.compare("models and steps", own)
-        return str(chief.offer["text"])
+        fingerprint = Fingerprint({}, offer={"text": text})
+        found = self.compare(_STEPS, fingerprint)
+        return str(found[0].offer["text"])
 
 
-def _difference(
-    chief: Statement, other: Statement, names: tuple[str, str]
-) -> list[str]:
-    """The first fact in which a worker differs from the chief, if any."""
-    missing = [key for key in other.facts if key not in chief.facts]
-    labels = {**other.labels, **chief.labels}
-    for key in [*chief.facts, *missing]:
-        one = chief.facts.get(key, "none")
-        another = other.facts.get(key, "none")
-        if one != another:
-            return [
-                f"{labels.get(key, key)}: {names[0]} has {one}, "
-                f"{names[1]} has {another}"
-            ]
-    return []
+def _facts_of(gradients: Sequence[Any]) -> dict[str, str]:
+    facts = {"number of gradients": str(len(gradients))}
+    for index, gradient in enumerate(gradients):
+        facts[f"gradient {index}"] = _spec(gradient)
+    # Gradients of mixed precision are float32 as well.
+    return facts | {"dtype policy": keras.config.dtype_policy().name}
+
+
+def _of_gradients(facts: dict[str, str], paths: Sequence[str]) -> Fingerprint:
+    labels = {
+        f"gradient {index}": f"gradient of {path!r}"
+        for index, path in enumerate(paths)
+    }
+    order = {"paths": json.dumps(without_numbers(paths))}
+    return Fingerprint(facts, labels, order)
 
 
 def _spec(gradient: Any) -> str:

@@ -1,4 +1,4 @@
-"""States what must be the same of the data that is passed to Keras.
+"""Fingerprints of the data that is passed to Keras.
 
 Every worker reads the data whole and in the same order, and trains on its part
 of each batch. Where that is not so, some samples are trained twice and others
@@ -7,6 +7,7 @@ never, and nothing shows it.
 
 import random
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -15,12 +16,16 @@ import tensorflow as tf
 
 from keras_allreduce.compat import datasets, keras_calls
 from keras_allreduce.workers.checksum import checksum, combined
+from keras_allreduce.workers.fingerprint import Fingerprint
 
 REMEDY = (
     "Every worker reads the same data in the same order, and takes its part "
     "of each batch: pass the same on all workers. For data that you have "
     "divided yourself pass a `tf.data.Dataset` with `AutoShardPolicy.OFF`."
 )
+
+FIRST_BATCH, TARGETS = "first batch", "its targets"
+"""Names of what `of_batch` returns."""
 
 _MOST_ROWS = 64
 _MOST_BYTES = 2**20
@@ -46,7 +51,7 @@ def steps_of_epochs(asked: int | None, batches: int | None) -> str:
     return f"{asked}, but {batches % asked} in epoch {number}"
 
 
-def facts(epoch_iterator: Any, dataset: Any) -> dict[str, str]:
+def facts_of(epoch_iterator: Any, dataset: Any) -> dict[str, str]:
     """What must be the same of the data of one call.
 
     Args:
@@ -58,33 +63,79 @@ def facts(epoch_iterator: Any, dataset: Any) -> dict[str, str]:
         lengths = {len(array) if array.ndim else 0 for array in arrays}
         return {
             "number of samples": str(max(lengths, default=0)),
+            "batch size": str(keras_calls.batch_size_of_arrays(epoch_iterator)),
             "arrays": combined(map(sampled_checksum, arrays)),
         }
-    if datasets.is_read_whole(dataset):
-        seeds = datasets.seeds_of_shuffles(dataset)
-        if any(seed == (0, 0) for seed in seeds):
-            _warn_of_order("shuffles without a seed")
-        elif seeds:
-            return {"seeds of shuffles": str(seeds)}
-        if not datasets.is_deterministic(dataset):
-            _warn_of_order("is not deterministic (`deterministic=False`)")
-    return {}
+    if not datasets.is_read_whole(dataset):
+        return {}
+    facts = {"batch size": str(datasets.batch_sizes(dataset))}
+    seeds = datasets.seeds_of_shuffles(dataset)
+    if any(seed == (0, 0) for seed in seeds):
+        _warn_of_order("shuffles without a seed")
+    elif seeds:
+        return facts | {"seeds of shuffles": str(seeds)}
+    if not datasets.is_deterministic(dataset):
+        _warn_of_order("is not deterministic (`deterministic=False`)")
+    return facts
 
 
-def checksum_of_first_batch(epoch_iterator: Any) -> str:
-    """A checksum of the first batch of a generator; of other data, of none."""
-    leaves = keras.tree.flatten(keras_calls.first_batch(epoch_iterator))
+def of_batch(batch: Any) -> dict[str, str]:
+    """Checksums of a batch and of its targets.
+
+    Args:
+        batch: As a generator or a `PyDataset` makes it; `None`: there is none.
+
+    Returns:
+        For `are_other_samples`; of no targets, or of only one, it is empty.
+    """
+    targets = None
+    if isinstance(batch, tuple) and len(batch) > 1:
+        targets = batch[1]
+    has_several = any(
+        len(np.unique(_as_array(leaf))) > 1
+        for leaf in keras.tree.flatten(targets)
+        if leaf is not None
+    )
+    return {
+        FIRST_BATCH: "" if batch is None else _of_leaves(batch),
+        TARGETS: _of_leaves(targets) if has_several else "",
+    }
+
+
+def are_other_samples(found: Sequence[Fingerprint]) -> bool:
+    """Whether first batches of the workers are of other samples.
+
+    Where inputs alone differ they may be the same, changed at random.
+
+    Args:
+        found: The fingerprints of all workers, which offer `of_batch`.
+    """
+    batches = {each.offer.get(FIRST_BATCH, "") for each in found}
+    targets = {each.offer.get(TARGETS, "") for each in found}
+    if len(batches) == 1 or "" in batches:
+        return False
+    return len(targets) > 1 or targets == {""}
+
+
+def _of_leaves(batch: Any) -> str:
+    leaves = keras.tree.flatten(batch)
     return combined(
-        sampled_checksum(leaf if hasattr(leaf, "shape") else np.asarray(leaf))
+        sampled_checksum(leaf if hasattr(leaf, "shape") else _as_array(leaf))
         for leaf in leaves
     )
 
 
+def _as_array(leaf: Any) -> Any:
+    if isinstance(leaf, tf.RaggedTensor | tf.SparseTensor):
+        leaf = getattr(leaf, "flat_values", None) or leaf.values
+    return np.asarray(leaf)
+
+
 def warn_of_first_batches() -> None:
-    """Warns that generators of the workers begin with different batches."""
+    """Warns that first batches of the workers are of other samples."""
     _warn_of_order(
-        "comes from a generator, whose first batch is not the same on all "
-        "workers"
+        "comes from a generator or a `PyDataset` whose first batch is not the "
+        "same on all workers"
     )
 
 
@@ -113,6 +164,16 @@ def sampled_checksum(array: Any) -> str:
 def state_of_random() -> str:
     """A checksum of the state of Python's `random`."""
     return combined([repr(random.getstate())])
+
+
+def state_of_unseeded_numpy() -> str:
+    """A checksum of the state of `numpy.random`; empty if somebody seeds it."""
+    try:
+        generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        is_seeded = generator.seed_seq is None
+    except AttributeError:  # NumPy before 1.25 does not tell.
+        return ""
+    return "" if is_seeded else combined([repr(np.random.get_state())])
 
 
 def _warn_of_order(why: str) -> None:

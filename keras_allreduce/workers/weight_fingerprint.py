@@ -6,7 +6,7 @@ another model of its own, which no error and no metric shows. So checksums are
 compared where a call of Keras and where an epoch of `fit` begins.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -14,14 +14,15 @@ import numpy as np
 import tensorflow as tf
 
 from keras_allreduce.compat import distribute, keras_optimizers
-from keras_allreduce.workers.agreement import (
-    CALLS,
-    CALLS_REMEDY,
-    Agreement,
-    Statement,
-)
 from keras_allreduce.workers.checksum import checksum, combined
 from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.consistency_check import (
+    CALLS,
+    CALLS_REMEDY,
+    ConsistencyCheck,
+)
+from keras_allreduce.workers.fingerprint import Fingerprint
+from keras_allreduce.workers.model_fingerprint import MODEL, ModelCheck
 
 _ALL = "weights and optimizer"
 _TRAINED = "trained weights and optimizer"
@@ -32,28 +33,34 @@ _REMEDY = (
 )
 
 
-class Drift:
+class WeightCheck:
     """Compares the variables of models between workers.
 
     Args:
-        agreement: Compares what the workers do.
+        check: Compares what the workers do.
         sum_over_workers: Sums an int32 tensor that each worker has.
         cluster: The workers.
     """
 
     def __init__(
         self,
-        agreement: Agreement,
+        check: ConsistencyCheck,
         sum_over_workers: Callable[[tf.Tensor, str], tf.Tensor],
         cluster: Cluster,
     ):
-        self._agreement = agreement
+        self._check = check
+        self._models = ModelCheck(check)
         self._sum = sum_over_workers
         self._is_chief = cluster.rank == 0
 
     def compare(
-        self, call: str, model: keras.Model, *, has_trained: bool
-    ) -> None:
+        self,
+        call: str,
+        model: keras.Model,
+        *,
+        has_trained: bool,
+        offer: Mapping[str, Any],
+    ) -> list[Fingerprint]:
         """Compares a model where a call or an epoch begins.
 
         Args:
@@ -61,6 +68,10 @@ class Drift:
             model: The model.
             has_trained: Whether this call has already trained it. What a
                 layer has then changed without an optimizer may differ.
+            offer: What else to exchange, in the same message.
+
+        Returns:
+            The fingerprints of all workers, by rank, with what they offer.
 
         Raises:
             WorkersDifferError: If a call or a variable differs.
@@ -69,16 +80,19 @@ class Drift:
         values = [_value(variable) for variable in variables]
         checksums = [checksum(value) for value in values]
         what = _TRAINED if has_trained else _ALL
-        found = self._agreement.state(
-            Statement({"call": call, what: combined(checksums)})
-        )
+        facts = {"call": call, what: combined(checksums)}
+        if not has_trained:
+            offer = {**offer, MODEL: self._models.checksum(model)}
+        offered = self._check.state(Fingerprint(facts, offer=offer))
+        found = offered
         if len({each.facts.get("call") for each in found}) > 1:
-            self._agreement.raise_differences(CALLS, found, CALLS_REMEDY)
+            self._check.raise_differences(CALLS, found, CALLS_REMEDY)
+        if len({each.offer.get(MODEL) for each in found}) > 1:
+            self._models.compare(model)
         if len({each.facts.get(what) for each in found}) > 1:
-            found = self._agreement.state(
-                _statement(variables, values, checksums)
-            )
-        self._agreement.raise_differences(_ALL, found, _REMEDY)
+            found = self._check.state(_statement(variables, values, checksums))
+        self._check.raise_differences(_ALL, found, _REMEDY)
+        return offered
 
     def broadcast(self, model: keras.Model) -> None:
         """Gives all workers the chief's variables, bit by bit."""
@@ -132,7 +146,7 @@ def _statement(
     variables: Sequence[Any],
     values: Sequence[np.ndarray],
     checksums: Sequence[str],
-) -> Statement:
+) -> Fingerprint:
     facts, labels = {"number of variables": str(len(variables))}, {}
     for index, (variable, value, digits) in enumerate(
         zip(variables, values, checksums, strict=True)
@@ -142,7 +156,7 @@ def _statement(
         facts[key] = _shown(value)
         if value.shape:
             facts[key] += f" (checksum {digits})"
-    return Statement(facts, labels)
+    return Fingerprint(facts, labels)
 
 
 def _shown(value: np.ndarray) -> str:

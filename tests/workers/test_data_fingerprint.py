@@ -5,10 +5,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_allreduce.workers.agreement import Agreement, Statement
 from keras_allreduce.workers.cluster import Cluster
-from keras_allreduce.workers.data_facts import steps_of_epochs
+from keras_allreduce.workers.consistency_check import ConsistencyCheck
+from keras_allreduce.workers.data_fingerprint import (
+    are_other_samples,
+    of_batch,
+    steps_of_epochs,
+)
 from keras_allreduce.workers.errors import WorkersDifferError
+from keras_allreduce.workers.fingerprint import Fingerprint
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.whereabouts import Whereabouts
 
@@ -66,7 +71,7 @@ CLUSTER = Cluster(
 
 
 class Published:
-    """A store in which the other worker has published a statement."""
+    """A store in which the other worker has published its fingerprint."""
 
     is_shared = True
 
@@ -82,17 +87,19 @@ class Published:
 
 
 def compare(mine, other):
-    agreement = Agreement(CLUSTER, Published(other), Whereabouts(InFlight()))
-    return agreement.compare("options", mine, "Do the same.")
+    check = ConsistencyCheck(CLUSTER, Published(other), Whereabouts(InFlight()))
+    return check.compare("options", mine, "Do the same.")
 
 
-def test_workers_that_state_the_same_go_on_with_the_statements_of_all():
-    one = Statement({"a": 1, "b": "x"}, offer={"of": "the chief"})
-    other = Statement({"b": "x", "a": 1}, {"a": "label"}, {"of": "the other"})
+def test_workers_with_the_same_facts_go_on_with_what_all_offer():
+    one = Fingerprint({"a": 1, "b": "x"}, offer={"seed": "of the chief"})
+    other = Fingerprint(
+        {"b": "x", "a": 1}, {"a": "label"}, {"seed": "of the other"}
+    )
     found = compare(one, other)
-    assert [each.offer for each in found] == [
-        {"of": "the chief"},
-        {"of": "the other"},
+    assert [each.offer["seed"] for each in found] == [
+        "of the chief",
+        "of the other",
     ]
 
 
@@ -119,8 +126,35 @@ def test_workers_that_state_the_same_go_on_with_the_statements_of_all():
 )
 def test_a_fact_that_differs_is_named_with_both_values(mine, other, said):
     with pytest.raises(WorkersDifferError) as raised:
-        compare(Statement(mine, {"a": "first"}), Statement(other))
+        compare(Fingerprint(mine, {"a": "first"}), Fingerprint(other))
     assert str(raised.value) == (
         "All workers must have the same options. "
         f"Received: {said}. Do the same."
     )
+
+
+ROWS, LABELS = np.arange(8.0).reshape(4, 2), np.array([0, 1, 1, 0])
+NOISE = np.full([4, 2], 0.1)
+SAMPLES = {
+    "the same": ((ROWS, LABELS), (ROWS, LABELS), False),
+    "in another order": ((ROWS, LABELS), (ROWS[::-1], LABELS + 1), True),
+    "changed at random": ((ROWS, LABELS), (ROWS + NOISE, LABELS), False),
+    "without targets": ((ROWS,), (ROWS[::-1],), True),
+    "of one target": ((ROWS, 0 * LABELS), (ROWS[::-1], 0 * LABELS), True),
+    "dicts": ({"a": ROWS}, {"a": ROWS[::-1]}, True),
+    "ragged": (
+        (tf.ragged.constant([[1], [2, 3]]), LABELS[:2]),
+        (tf.ragged.constant([[1], [2, 3]]), LABELS[:2]),
+        False,
+    ),
+    "another size": ((ROWS, LABELS), (ROWS[:3], LABELS[:3]), True),
+    "of no Python code": (None, None, False),
+    "not there yet": ((ROWS, LABELS), None, False),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_other_samples_are_told_from_the_same_that_were_changed(name):
+    one, another, are_other = SAMPLES[name]
+    found = [Fingerprint({}, offer=of_batch(each)) for each in (one, another)]
+    assert are_other_samples(found) is are_other
