@@ -6,6 +6,9 @@ HOST_DEVICES = "KERAS_ALLREDUCE_HOST_DEVICES"
 HINT = "KERAS_ALLREDUCE_HINT"
 """Set to 0: no hint after the first epoch of `fit`."""
 
+COLUMNS = "KERAS_ALLREDUCE_COLUMNS"
+"""Columns of the terminal in which the launcher shows a worker's output."""
+
 TF_CONFIG = "TF_CONFIG"
 """JSON with the addresses of all workers and the task of this one."""
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from types import FrameType
+from types import FrameType, TracebackType
 
 DEPTH = 12
 """How far a caller may be away."""
@@ -17,3 +17,30 @@ def calling_frames(depth: int = DEPTH) -> Iterator[FrameType]:
         if frame is not None:
             yield frame
             frame = frame.f_back
+
+
+def has_caller() -> bool:
+    """Whether Python code has called the function that calls this one.
+
+    Nobody has called the `__del__` of what dies after the script has ended.
+    """
+    return sys._getframe(1).f_back is not None
+
+
+def is_raised_in_callback(traceback: TracebackType | None) -> bool:
+    """Whether an error was raised in `fit`, by no code of the script.
+
+    Data are read in other threads, so that files are those of callbacks. Keras
+    takes its own frames out of a traceback, but for the one that does so.
+    """
+    is_in_fit = False
+    while traceback is not None:
+        frame = traceback.tb_frame
+        module = str(frame.f_globals.get("__name__"))
+        if module.split(".")[0] == "keras":
+            called = getattr(frame.f_locals.get("fn"), "__name__", "")
+            is_in_fit |= "fit" in (called, frame.f_code.co_name)
+        elif module == "__main__" and is_in_fit:
+            return False
+        traceback = traceback.tb_next
+    return is_in_fit

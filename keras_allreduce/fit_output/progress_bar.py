@@ -1,5 +1,6 @@
 """The fit output: the plan, the live cost, and a hint after an epoch."""
 
+import os
 import shutil
 import sys
 import textwrap
@@ -10,6 +11,7 @@ import keras
 from absl import logging
 
 from keras_allreduce.compat import versions
+from keras_allreduce.environment import COLUMNS
 from keras_allreduce.fit_output import readable
 from keras_allreduce.fit_output.advisor import Advisor
 from keras_allreduce.fit_output.meter import EpochMeter
@@ -139,7 +141,14 @@ class FitProgbar(keras.callbacks.ProgbarLogger):
 
 
 def _columns() -> int | None:
-    """Columns of the terminal; `None` for a notebook, a file or a pipe."""
+    """Columns of the terminal; `None` for a notebook, a file or a pipe.
+
+    The launcher shows what it reads from a pipe in a terminal. That of mpirun,
+    whose output may be a file, has no size.
+    """
+    told = os.environ.get(COLUMNS, "")
+    if told.isdecimal():
+        return int(told)
     if not sys.stdout.isatty():
         return None
-    return shutil.get_terminal_size().columns
+    return shutil.get_terminal_size((0, 0)).columns or None

@@ -56,7 +56,7 @@ class Job:
         events: Events,
     ):
         self._options = options
-        self._environments = environments(options, addresses)
+        self._environments = environments(options, addresses, screen.columns)
         self._screen = screen
         self._events = events
         self._workers: dict[int, Worker] = {}

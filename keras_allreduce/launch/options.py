@@ -14,6 +14,9 @@ from keras_allreduce import environment
 from keras_allreduce.addresses import parse_addresses
 from keras_allreduce.environment import HOST_DEVICES
 from keras_allreduce.launch import gpus
+from keras_allreduce.launch.output import tag
+
+_LEAST_COLUMNS = 20
 
 _DESCRIPTION = """
 Starts the workers of a training script that uses MultiWorkerAllReduceStrategy,
@@ -104,13 +107,16 @@ def parse_hosts(text: str) -> tuple[str, ...]:
 
 
 def environments(
-    options: LaunchOptions, addresses: Sequence[str]
+    options: LaunchOptions,
+    addresses: Sequence[str],
+    columns: int | None = None,
 ) -> dict[int, dict[str, str]]:
     """Plans what to add to the environment of each worker started here.
 
     Args:
         options: What the command line asks for.
         addresses: `host:port` of all workers.
+        columns: Columns of the terminal, `None` if there is none.
 
     Returns:
         By index of the worker, in ascending order.
@@ -119,8 +125,19 @@ def environments(
     # Those of other hosts could not know it.
     token = "" if options.hosts else secrets.token_hex(16)
     return {
-        index: _environment(options, addresses, index, token) for index in here
+        index: _environment(options, addresses, index, token)
+        | _columns_beside(tag(index), columns)
+        for index in here
     }
+
+
+def _columns_beside(begin: str, columns: int | None) -> dict[str, str]:
+    """The columns that are left for the output of a worker."""
+    if columns is None:
+        return {}
+    left = str(max(columns - len(begin), _LEAST_COLUMNS))
+    # Ours is for the fit output, the other for tables, as of `model.summary()`.
+    return {environment.COLUMNS: left, "COLUMNS": left}
 
 
 def _environment(

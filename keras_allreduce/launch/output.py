@@ -54,6 +54,11 @@ def visible_without_bar(line: str) -> str | None:
     return plain[bar.end() :].strip() or None
 
 
+def tag(index: int) -> str:
+    """What each line of a worker begins with."""
+    return f"[worker {index}] "
+
+
 class LineReader:
     """Makes lines of the bytes of one pipe.
 
@@ -108,6 +113,13 @@ class Screen:
         self._lock = threading.Lock()
         self._is_live = out.isatty()
         self._status = ""
+
+    @property
+    def columns(self) -> int | None:
+        """Columns of the terminal; `None` for a file or a pipe."""
+        if not self._is_live:
+            return None
+        return shutil.get_terminal_size((0, 0)).columns or None
 
     def write(
         self, stream: io.RawIOBase, lines: Sequence[str], status: str | None

@@ -15,6 +15,7 @@ from keras_allreduce.launch.guard import Guard, signal_group
 from keras_allreduce.launch.output import (
     LineReader,
     Screen,
+    tag,
     visible,
     visible_without_bar,
 )
@@ -116,7 +117,7 @@ class Worker:
         self.last_lines.extend(lines)
 
     def _tagged(self, lines: Sequence[str]) -> list[str]:
-        return [f"[worker {self.index}] {line}" for line in lines]
+        return [f"{tag(self.index)}{line}" for line in lines]
 
 
 def signal_name(number: int) -> str:

@@ -1,6 +1,7 @@
 """MultiWorkerMirroredStrategy whose gradients go through `BatchAllReduce`."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -10,6 +11,7 @@ from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.devices import host_devices
 from keras_allreduce.environment import HOST_DEVICES
 from keras_allreduce.fit_output.step_log import StepLog
+from keras_allreduce.reduce.cost_model import Link
 from keras_allreduce.strategy.base import StrategyBase
 from keras_allreduce.strategy.foreign_arguments import explained
 from keras_allreduce.strategy.multi_worker_extended import (
@@ -129,6 +131,34 @@ class MultiWorkerAllReduceStrategy(
         """The steps that the fit output shows: nothing but on the chief."""
         return super().shown_steps if self.extended.is_chief else None
 
+    def explain(
+        self,
+        model: keras.Model,
+        x: Any = None,
+        *,
+        link: Link | None = None,
+        step_seconds: float | None = None,
+        print_fn: Callable[[str], Any] | None = None,
+    ) -> None:
+        """Prints the plan of the steps of `model`, on the chief.
+
+        Args:
+            model: See `StrategyBase.explain`.
+            x: The same.
+            link: The same.
+            step_seconds: The same.
+            print_fn: Called with the text, on each worker that passes one.
+        """
+        if print_fn is None and not self.extended.is_chief:
+            print_fn = _nowhere
+        super().explain(
+            model,
+            x,
+            link=link,
+            step_seconds=step_seconds,
+            print_fn=print_fn,
+        )
+
     def worker_lateness(self) -> list[float]:
         """How much later than the first each worker comes to a step.
 
@@ -225,3 +255,7 @@ def _wire_format(
             f"{wire_dtype!r}, compression={compression.name!r}."
         )
     return compression
+
+
+def _nowhere(text: str) -> None:
+    """Prints nothing."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce.workers import exit_code, own_paths
 from keras_allreduce.workers.errors import (
     WorkerError,
     WorkerLostError,
@@ -41,6 +42,7 @@ def install(watchdog: Watchdog) -> None:
     if _state["installed"]:
         return
     _state["installed"] = True
+    exit_code.install()
     show = sys.excepthook
 
     def show_and_explain(
@@ -51,6 +53,9 @@ def install(watchdog: Watchdog) -> None:
         _state["failed"] = True
         show(kind, error, traceback)
         with contextlib.suppress(Exception, KeyboardInterrupt):
+            remedy = own_paths.remedy(error)
+            if remedy is not None:
+                print(f"keras_allreduce: {remedy}", file=sys.stderr)
             explanation = explain(error)
             if explanation is not None:
                 print(f"keras_allreduce: {explanation}", file=sys.stderr)
@@ -86,6 +91,9 @@ def _end_within(seconds: float) -> None:
 def _leave() -> None:
     """At the end of the process: says goodbye, unless it ends in an error."""
     if _state["failed"]:
+        return
+    if exit_code.code():
+        _tell_of_failure(SystemExit(exit_code.code()))
         return
     watchdogs = [each for each in _watchdogs if each.lost is None]
     _for_each(watchdogs, lambda w: w.say_goodbye(TIMING.linger))

@@ -13,7 +13,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_allreduce.compat import distribute, keras_optimizers
+from keras_allreduce.compat import (
+    distribute,
+    keras_config,
+    keras_optimizers,
+)
 from keras_allreduce.workers.checksum import checksum, combined
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.consistency_check import (
@@ -30,6 +34,14 @@ _TRAINED = "trained weights and optimizer"
 _REMEDY = (
     "Load or set them on all workers alike, or take the chief's with "
     "`strategy.broadcast(model)` on all workers."
+)
+
+
+_STATISTICS = (
+    "After a custom training loop each worker has the moving statistics of its "
+    "own samples: use `BatchNormalization(synchronized=True)`, or take the "
+    "chief's with `strategy.broadcast(model)` on all workers before "
+    "`evaluate`, `predict` and `fit`. If you have set them, do so on all."
 )
 
 
@@ -91,7 +103,8 @@ class WeightCheck:
             self._models.compare(model)
         if len({each.facts.get(what) for each in found}) > 1:
             found = self._check.state(_statement(variables, values, checksums))
-        self._check.raise_differences(_ALL, found, _REMEDY)
+        remedy = _remedy(found, variables, model)
+        self._check.raise_differences(_ALL, found, remedy)
         return offered
 
     def broadcast(self, model: keras.Model) -> None:
@@ -140,6 +153,19 @@ def _same_everywhere(model: keras.Model, weights: Sequence[Any]) -> list[Any]:
 
 def _value(variable: Any) -> np.ndarray:
     return np.asarray(distribute.read_first(variable.value))
+
+
+def _remedy(
+    found: Sequence[Fingerprint], variables: Sequence[Any], model: keras.Model
+) -> str:
+    """What to do: steps keep weights alike, custom ones not all."""
+    statistics = {id(each) for each in keras_config.moving_statistics(model)}
+    different = [
+        id(variable)
+        for index, variable in enumerate(variables)
+        if len({each.facts.get(f"variable {index}") for each in found}) > 1
+    ]
+    return _STATISTICS if statistics.issuperset(different) else _REMEDY
 
 
 def _statement(

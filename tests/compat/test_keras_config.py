@@ -86,3 +86,12 @@ def test_batch_sizes_of_a_dataset_are_known():
     assert datasets.batch_sizes(data.batch(3).prefetch(1)) == [3]
     assert datasets.batch_sizes(data.batch(2).batch(4)) == [4, 2]
     assert datasets.batch_sizes(data.batch(2, num_parallel_calls=2)) == [2]
+
+
+def test_moving_statistics_are_those_of_batch_normalization():
+    layer = keras.layers.BatchNormalization()
+    model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1), layer])
+    found = keras_config.moving_statistics(model)
+    assert [v.name for v in found] == ["moving_mean", "moving_variance"]
+    unbuilt = keras.Sequential([keras.layers.BatchNormalization()])
+    assert keras_config.moving_statistics(unbuilt) == []

@@ -5,6 +5,8 @@ worker; it returns what the test looks at, or raises on both workers. Workers
 that have found out by comparison that they differ can go on.
 """
 
+import contextlib
+import io
 import os
 import random
 import tempfile
@@ -86,6 +88,15 @@ def weights_of_the_chief_alone(strategy, index):
     if not index:
         model.layers[-1].set_weights([np.ones([8, 1]), np.zeros([1])])
     fit(model)
+
+
+@case
+def statistics_of_a_custom_loop(strategy, index):
+    with strategy.scope():
+        model = worker_cases.dense(keras.layers.BatchNormalization())
+        model.compile("sgd", "mse")
+    model.layers[1].moving_mean.assign(np.full([8], float(index)))
+    model.evaluate(worker_cases.X, worker_cases.TARGET, verbose=0)
 
 
 @case
@@ -547,6 +558,15 @@ def decisions_on_validation_of_parts(strategy, index):
             folder,
             validation_data=data.filter(lambda *_: True).with_options(options),
         )
+
+
+@case
+def explained_once(strategy, index):
+    said, passed = io.StringIO(), []
+    with contextlib.redirect_stdout(said):
+        strategy.explain(made(strategy))
+    strategy.explain(made(strategy), print_fn=passed.append)
+    return [bool(said.getvalue()), len(passed)]
 
 
 @case

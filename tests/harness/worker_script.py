@@ -444,6 +444,19 @@ def fit_and_raise(index):
     _fit(60, Raise(), batch_size=4, epochs=1000)
 
 
+def fit_and_exit(index):
+    """Trains until worker `index` ends by `sys.exit(3)` in an epoch."""
+    import keras
+    import worker_cases
+
+    class Exit(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 5 and worker_cases.worker_index() == index:
+                sys.exit(3)
+
+    _fit(60, Exit(), batch_size=4, epochs=1000)
+
+
 def fit_and_leave(index):
     """Trains; worker `index` ends its script after the first epoch."""
     import keras

@@ -184,3 +184,16 @@ def test_a_command_that_cannot_run_is_named(command, message, capsys):
         parse(["--workers", "2", *command])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("columns", "left"), [(80, "69"), (10, "20")])
+def test_the_prefix_of_a_line_is_taken_from_the_columns(script, columns, left):
+    options = parse(["--workers", "1", script])
+    added = environments(options, ["127.0.0.1:1001"], columns)[0]
+    assert added["COLUMNS"] == added["KERAS_ALLREDUCE_COLUMNS"] == left
+
+
+def test_without_a_terminal_the_columns_stay_as_they_are(script):
+    options = parse(["--workers", "1", script])
+    added = environments(options, ["127.0.0.1:1001"])[0]
+    assert not any("COLUMNS" in name for name in added)

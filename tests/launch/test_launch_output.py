@@ -159,3 +159,9 @@ def test_a_write_that_is_cut_short_goes_on():
     out = OneByteAtATime()
     Screen(out, out).write(out, ["abc"], None)
     assert out.getvalue() == b"abc\n"
+
+
+def test_a_screen_has_columns_if_it_is_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert Screen(Terminal(), io.BytesIO()).columns == 80
+    assert Screen(io.BytesIO(), io.BytesIO()).columns is None

@@ -1,12 +1,13 @@
 """What is seeded alike where Keras reads a `PyDataset`."""
 
 import random
-from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
+from keras_allreduce.compat import keras_calls
 from keras_allreduce.workers.calls import _Seeds
 from keras_allreduce.workers.data_fingerprint import state_of_unseeded_numpy
 from keras_allreduce.workers.fingerprint import Fingerprint
@@ -20,10 +21,31 @@ class Data(keras.utils.PyDataset):
         return np.zeros([2, 1]), np.zeros([2, 1])
 
 
-def iterator(x, shuffle=False):
-    from keras.src.trainers.data_adapters import get_data_adapter
+class Spy(tf.distribute.MirroredStrategy):
+    """Keeps Keras's iterators over the epochs."""
 
-    return SimpleNamespace(data_adapter=get_data_adapter(x, shuffle=shuffle))
+    def __init__(self):
+        super().__init__(["CPU:0"])
+        self.iterators = []
+
+    def experimental_distribute_dataset(self, dataset, options=None):
+        self.iterators.append(keras_calls.current_call().epoch_iterator)
+        return super().experimental_distribute_dataset(dataset, options)
+
+
+@pytest.fixture(scope="module")
+def iterators():
+    """Keras's own, of a `PyDataset`, of one it shuffles, and of arrays."""
+    spy = Spy()
+    with spy.scope():
+        model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    model.fit(Data(), shuffle=False, verbose=0)
+    model.fit(Data(), shuffle=True, verbose=0)
+    model.fit(np.zeros([2, 1]), np.zeros([2, 1]), verbose=0)
+    return dict(
+        zip(("plain", "shuffled", "arrays"), spy.iterators, strict=True)
+    )
 
 
 def offers(random_states, numpy_states):
@@ -34,20 +56,20 @@ def offers(random_states, numpy_states):
 
 
 SEEDED = {
-    "nobody has seeded NumPy": (iterator(Data()), "aa", "bc", False, True),
-    "one has seeded NumPy": (iterator(Data()), "aa", ["b", ""], False, False),
-    "all have seeded NumPy": (iterator(Data()), "aa", ["", ""], False, False),
-    "the state of NumPy is set": (iterator(Data()), "aa", "bb", False, False),
-    "Keras shuffles": (iterator(Data(), True), "ab", "cc", True, False),
-    "Keras shuffles alike": (iterator(Data(), True), "aa", "cc", False, False),
-    "arrays": (iterator(np.zeros([2, 1])), "ab", "cd", False, False),
+    "nobody has seeded NumPy": ("plain", "aa", "bc", False, True),
+    "one has seeded NumPy": ("plain", "aa", ["b", ""], False, False),
+    "all have seeded NumPy": ("plain", "aa", ["", ""], False, False),
+    "the state of NumPy is set": ("plain", "aa", "bb", False, False),
+    "Keras shuffles": ("shuffled", "ab", "cc", True, False),
+    "Keras shuffles alike": ("shuffled", "aa", "cc", False, False),
+    "arrays": ("arrays", "ab", "cd", False, False),
 }
 
 
 @pytest.mark.parametrize("name", SEEDED)
-def test_what_nobody_has_seeded_is_seeded_alike(name):
-    epochs, randoms, numpys, python, numpy = SEEDED[name]
-    seeds = _Seeds.agreed(epochs, offers(randoms, numpys), 3)
+def test_what_nobody_has_seeded_is_seeded_alike(name, iterators):
+    data, randoms, numpys, python, numpy = SEEDED[name]
+    seeds = _Seeds.agreed(iterators[data], offers(randoms, numpys), 3)
     assert (seeds.python, seeds.numpy) == (python, numpy)
 
 

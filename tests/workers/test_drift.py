@@ -29,6 +29,12 @@ ERRORS = {
         "kernel': worker 0 (",
         "has [1 1 1 ...] (checksum ",
     ),
+    "statistics_of_a_custom_loop": (
+        "weights and optimizer",
+        "/moving_mean': worker 0 (",
+        "After a custom training loop",
+        "`BatchNormalization(synchronized=True)`",
+    ),
     "evaluate_other_weights": (
         "weights and optimizer",
         "/bias': worker 0 (",
@@ -105,6 +111,7 @@ SHARED = [
     "warnings_of_order",
     "warnings_of_generators",
     "what_may_differ",
+    "explained_once",
     "store_operations",
     "decisions_on_validation",
     "decisions_on_validation_of_parts",
@@ -210,6 +217,12 @@ def test_an_order_that_cannot_be_known_is_warned_of(found):
 def test_what_each_worker_has_of_its_own_ends_no_job(found):
     result = shared(found, "what_may_differ")
     assert not any("All workers" in each for each in result["said"])
+
+
+def test_the_chief_alone_prints_what_a_step_will_send(found):
+    printed = [each["explained_once"] for each in found]
+    # A function that is passed is called where it is passed.
+    assert printed == [[True, 1], [False, 1]]
 
 
 def test_a_worker_asks_the_store_twice_in_an_epoch(found):

@@ -132,6 +132,16 @@ def test_the_error_of_a_script_is_told_by_the_other(index):
     assert "has failed: KeyError: 'of the script'. Look at its log" in last
 
 
+@EITHER
+def test_a_code_of_sys_exit_is_a_failure_that_the_other_tells(index):
+    codes, outputs = ends("fit_and_exit", index)
+    assert codes[index] == 3
+    assert codes[1 - index] == 1
+    last = outputs[1 - index].strip().splitlines()[-1]
+    assert f"Received: worker {index} (127.0.0.1:" in last, outputs[1 - index]
+    assert "has failed: SystemExit: 3. Look at its log" in last
+
+
 def test_a_sigterm_while_tensorflow_connects_ends_the_worker():
     codes, _ = ends("fit_with_a_sigterm_while_connecting", 1)
     assert codes == [1, -signal.SIGTERM]

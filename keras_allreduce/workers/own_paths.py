@@ -1,0 +1,37 @@
+"""Names the remedy where workers write to the same files.
+
+Callbacks of Keras that save, and `Dataset.cache(path)`, take one file or folder
+for their own; on a shared file system, and on one machine, each worker needs
+another.
+"""
+
+import tensorflow as tf
+
+from keras_allreduce.compat.frames import is_raised_in_callback
+
+_REMEDY = (
+    "All workers must write to files of their own. Received: {what}. Pass one "
+    'path per worker, such as `f"{{folder}}/{{strategy.cluster_resolver.'
+    'task_id}}"`, or, where a file is only written, pass the callback on the '
+    "chief alone."
+)
+
+
+def remedy(error: BaseException) -> str | None:
+    """What to do if an error may come of a path that workers share.
+
+    Args:
+        error: What has ended the script.
+
+    Returns:
+        The remedy; `None` if the error is about something else.
+    """
+    if isinstance(error, tf.errors.AlreadyExistsError):
+        what = "AlreadyExistsError, as of a `cache` file that another writes"
+        return _REMEDY.format(what=what)
+    if isinstance(error, OSError) and is_raised_in_callback(
+        error.__traceback__
+    ):
+        what = f"{type(error).__name__} in a callback of `fit`"
+        return _REMEDY.format(what=what)
+    return None
