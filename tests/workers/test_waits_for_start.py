@@ -1,5 +1,7 @@
 """A worker that waits for others to start says so, once."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from keras_allreduce.workers import connect
@@ -28,7 +30,9 @@ def said(monkeypatch):
     """What is logged."""
     messages = []
     timers.clear()
-    monkeypatch.setattr(connect.threading, "Timer", FakeTimer)
+    # Others, such as pytest-timeout, have timers too.
+    fake = SimpleNamespace(Timer=FakeTimer)
+    monkeypatch.setattr(connect, "threading", fake)
     monkeypatch.setattr(
         connect.logging,
         "warning",
