@@ -44,8 +44,6 @@ PURE = [
     "fit_output.recording",
     "fit_output.stats",
     "workers.address_exchange",
-    "fit_output.trace_file",
-    "fit_output.xplane",
     "workers.checksum",
     "workers.cluster",
     "workers.place",

@@ -9,8 +9,7 @@ timelines and `ReduceStats`.
                |                                   +--> tensorboard.py
                +--> advisor.py --> hints.py
                +--> timeline.py --> recording.py --> chrome_trace.py
-                    (steps)         (of a worker)    |
-                                         trace_file.py, xplane.py
+                    (steps)         (of a worker)
 
     model --> gradients.py --> a plan of `reduce` --> explain.py
 

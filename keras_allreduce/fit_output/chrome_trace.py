@@ -11,11 +11,13 @@ One process of the trace is a worker. Its rows, for two replicas:
 Replica 0 waits for replica 1 where it says "1", and all replicas of a worker
 wait for the last worker in the same way, on the clock of the chief.
 
-Format: "Trace Event Format", as Perfetto, chrome://tracing and TensorBoard's
-profiler read it.
+Format: "Trace Event Format", as Perfetto and chrome://tracing read it.
 """
 
+import gzip
+import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -292,3 +294,19 @@ def _name(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
         "tid": tid,
         "args": {"name": name},
     }
+
+
+def write(path: str | os.PathLike[str], drawn: dict[str, Any]) -> None:
+    """Writes a trace.
+
+    Args:
+        path: The file of JSON; compressed if it ends in `.gz`.
+        drawn: What `trace` returned.
+    """
+    path = os.fspath(path)
+    folder = os.path.dirname(path)
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+    opened = gzip.open if path.endswith(".gz") else open
+    with opened(path, "wt", encoding="utf-8") as text:
+        json.dump(drawn, text, allow_nan=False)

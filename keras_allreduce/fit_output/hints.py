@@ -29,14 +29,10 @@ class Options:
     Attributes:
         bytes_per_pack: Capacity of a pack that was asked for; 0: none.
         sparse_as_dense: Whether sparse gradients are made dense.
-        wire_dtype: In which gradients cross between workers, if in another.
-        num_workers: Number of workers.
     """
 
     bytes_per_pack: int = 0
     sparse_as_dense: bool = False
-    wire_dtype: str | None = None
-    num_workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ def hint(measured: Measured, options: Options) -> str | None:
     least = WORTH * measured.step_ms
     found = [
         advice
-        for rule in (_straggler, _one_pack, _wire, _sparse, _between)
+        for rule in (_straggler, _one_pack, _sparse, _between)
         for advice in [rule(measured, options)]
         if advice is not None and advice.gain_ms >= least
     ]
@@ -142,37 +138,6 @@ def _one_pack(measured: Measured, options: Options) -> _Advice | None:
     )
 
 
-def _wire(measured: Measured, options: Options) -> _Advice | None:
-    """Half the bytes, if bytes and not messages take the time."""
-    sizes = [pack.nbytes for pack in measured.plan.packs]
-    if options.num_workers < 2 or options.wire_dtype or None in sizes:
-        return None
-    if set(measured.plan.dtypes) != {"float32"}:
-        return None
-    nbytes = np.array(sizes, dtype=float)
-    seconds = np.median(measured.done - measured.ready, axis=0)
-    if len(set(sizes)) < 3:
-        return None
-    per_byte, fixed = np.polyfit(nbytes, seconds, 1)
-    fitted = per_byte * nbytes + fixed
-    spread = ((seconds - seconds.mean()) ** 2).sum()
-    if per_byte <= 0 or ((seconds - fitted) ** 2).sum() > 0.2 * spread:
-        return None
-    of_bytes = (
-        per_byte
-        * nbytes.sum()
-        / (per_byte * nbytes.sum() + max(fixed, 0.0) * len(sizes))
-    )
-    exposed = measured.exposed_ms
-    gain = exposed * of_bytes / 2
-    return _Advice(
-        gain,
-        f"{_of_step(exposed, measured)} wait for the all-reduce, and "
-        f"{of_bytes:.0%} of its time goes with the bytes. "
-        f'wire_dtype="bfloat16" halves them: up to {milliseconds(gain)} less.',
-    )
-
-
 def _sparse(measured: Measured, options: Options) -> _Advice | None:
     """Small tables, whose rows cost more than the whole of them would."""
     plan = measured.plan
@@ -205,6 +170,6 @@ def _between(measured: Measured, _options: Options) -> _Advice | None:
     return _Advice(
         between,
         f"{_of_step(between, measured)} pass between two steps, in Keras and "
-        "in callbacks. compile(steps_per_execution=8) passes them once in 8 "
+        "in callbacks. compile(steps_per_execution=8) pays this once every 8 "
         "steps.",
     )

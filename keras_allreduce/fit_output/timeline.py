@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 
-from keras_allreduce.fit_output import chrome_trace, trace_file
+from keras_allreduce.fit_output import chrome_trace
 from keras_allreduce.fit_output.clocks import ROWS, ReplicaTimes
 from keras_allreduce.fit_output.meter import step_log_of
 from keras_allreduce.fit_output.recording import (
@@ -176,7 +176,7 @@ def record(
         # By worker: without a store only this one's text comes back.
         read = map(WorkerTimeline.loads, texts)
         everyone = list({each.worker: each for each in read}.values())
-        trace_file.write(path, chrome_trace.trace(everyone))
+        chrome_trace.write(path, chrome_trace.trace(everyone))
 
 
 @contextlib.contextmanager
@@ -215,8 +215,7 @@ class AllReduceTimeline(keras.callbacks.Callback):
     overhead.
 
     Args:
-        path: Path of the JSON file; gzipped if it ends in `.gz`. With
-            `.xplane.pb`, the format is that of TensorBoard's profile plugin.
+        path: Path of the JSON file; gzipped if it ends in `.gz`.
         steps: Range of steps to record: the first, counted over the epochs of
             this `fit`, and the first after it. The first steps of a `fit`
             include tracing.

@@ -41,15 +41,8 @@ class StrategyBase(tf.distribute.Strategy):
         if fit_log:
             keras_hook.install()
 
-    def _set_options_of_hints(
-        self, ops: BatchAllReduce, wire_dtype: str | None = None
-    ) -> None:
-        self.step_log.options = Options(
-            ops.bytes_per_pack,
-            ops.sparse_as_dense,
-            wire_dtype,
-            self.extended.num_workers,
-        )
+    def _set_options_of_hints(self, ops: BatchAllReduce) -> None:
+        self.step_log.options = Options(ops.bytes_per_pack, ops.sparse_as_dense)
 
     @property
     def num_replicas_in_sync(self) -> int:

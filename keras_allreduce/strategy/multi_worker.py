@@ -118,10 +118,7 @@ class MultiWorkerAllReduceStrategy(
             self, cluster_resolver, stock_options, options
         )
         tf.distribute.Strategy.__init__(self, extended)
-        self._set_options_of_hints(
-            self.extended.gradient_ops,
-            None if wire_format is EXACT else wire_format.name,
-        )
+        self._set_options_of_hints(self.extended.gradient_ops)
 
     # MultiWorkerMirroredStrategy takes this from its class.
     _collective_key_base = 0

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from keras_allreduce.fit_output import chrome_trace, trace_file
+from keras_allreduce.fit_output import chrome_trace
 from keras_allreduce.fit_output.recording import (
     Call,
     Clock,
@@ -205,53 +205,6 @@ class TestWorkers:
         assert WorkerTimeline.loads(sent.dumps()) == sent
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    xplane_pb2 = pytest.importorskip(
-        "tensorflow.tsl.profiler.protobuf.xplane_pb2"
-    )
-    path = tmp_path_factory.mktemp("logs") / "host.xplane.pb"
-    meetings = [(0.0, 0.0)]
-    trace = chrome_trace.trace(
-        [
-            worker(meetings=meetings),
-            worker(1, [moved(STEP, 0.0015)], meetings=meetings),
-        ]
-    )
-    trace_file.write(path, trace)
-    return trace, xplane_pb2.XSpace.FromString(path.read_bytes())
-
-
-class TestForTensorBoard:
-    """Read with the message that its profile plugin reads."""
-
-    def test_every_worker_is_a_plane_and_every_row_a_line(self, both):
-        trace, space = both
-        assert [plane.name for plane in space.planes] == [
-            "/device:CUSTOM:worker 0",
-            "/device:CUSTOM:worker 1",
-        ]
-        for pid, plane in enumerate(space.planes):
-            rows = {line.id - 1: line.name for line in plane.lines}
-            assert rows == names(trace, pid)
-
-    def test_it_has_the_slices_of_the_chrome_trace(self, both):
-        trace, space = both
-        for pid, plane in enumerate(space.planes):
-            found = [
-                [
-                    line.id - 1,
-                    plane.event_metadata[event.metadata_id].name,
-                    event.offset_ps / 1e9,
-                    round((event.offset_ps + event.duration_ps) / 1e9, 4),
-                ]
-                for line in plane.lines
-                for event in line.events
-            ]
-            assert sorted(found) == sorted(slices(trace, pid))
-            assert len(found) > 10
-
-
 class TestClocks:
     def test_limits_of_all_meetings_count(self):
         # At least 5 - 2 and 10 - 8 ahead, at most 6 - 1 and 14.5 - 7.
@@ -280,7 +233,7 @@ class TestTheFile:
     def test_it_is_json_that_a_viewer_reads(self, tmp_path, name):
         path = tmp_path / name
         trace = chrome_trace.trace([worker()])
-        trace_file.write(path, trace)
+        chrome_trace.write(path, trace)
         opened = gzip.open if name.endswith("gz") else open
         with opened(path, "rt") as file:
             read = json.load(file)

@@ -221,8 +221,8 @@ class Clock(keras.callbacks.Callback):
 class TestTheHint:
     HINT = (
         "hint: 1.0s of 1.1s per step (91%) pass between two steps, in "
-        "Keras and in callbacks. compile(steps_per_execution=8) passes them "
-        "once in 8 steps. (KERAS_ALLREDUCE_HINT=0 hides this line.)"
+        "Keras and in callbacks. compile(steps_per_execution=8) pays this "
+        "once every 8 steps. (KERAS_ALLREDUCE_HINT=0 hides this line.)"
     )
 
     @pytest.fixture(autouse=True)
@@ -269,7 +269,7 @@ class TestTheHint:
         ours = AllReduceStrategy(
             DEVICES[:2], bytes_per_pack=7, sparse_as_dense=True
         )
-        assert ours.step_log.options == Options(7, True, None, 1)
+        assert ours.step_log.options == Options(7, True)
 
 
 class TestWithoutInteractiveLogging:
