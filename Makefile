@@ -40,7 +40,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini
-	@$(BIN)/python tests/measures.py --long
+	@$(BIN)/python tests/measures.py --notes
 
 check: lint test
 

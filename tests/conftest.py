@@ -65,10 +65,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """One more than cores: tests of workers wait for most of their time."""
+    """One for each core, which all are busy; each one imports TensorFlow."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None
-    return (os.cpu_count() or 1) + 1
+    return os.cpu_count()
 
 
 @pytest.fixture(autouse=True)

@@ -25,8 +25,6 @@ FRAMES = re.compile(
     r"|calling_frames|frames\.\w+\("
 )
 
-REGISTRY = re.compile(r"^(_\w+)\b[^=\n]*= weakref\.Weak\w+", re.MULTILINE)
-
 TIME_LIMIT = re.compile(r"^_?[A-Z_]*SECONDS\b[^=\n]*=", re.MULTILINE)
 
 # A clause in the place of a noun: "what it is", "who asks". Other projects
@@ -44,12 +42,6 @@ SAME = {
     "mechanisms by which a step takes part in Keras": {
         "objects are shadowed": r"^class SummedUpdate",
         "classes are hooked": r"^def (hooked|hooks|installed)\b|_HOOKS",
-    },
-    "channels that say what the current step is": {
-        "thread-locals": r"= threading\.local\(\)",
-        "context variable": r"= contextvars\.ContextVar\(",
-        "attributes of extended": r"^    _step: Step",
-        "frames": r"^def step_of",
     },
     'names of "the other processes"': {
         "Peers": r"^class Peers",
@@ -87,6 +79,14 @@ class Source:
 
     def code_of(self, node: ast.AST) -> str:
         return ast.get_source_segment(self.text, node) or ""
+
+    def globals_made_with(self, *calls: str) -> Iterator[str]:
+        for node in self.tree.body:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
+                name = ast.unparse(node).partition("=")[0].partition(":")[0]
+                value = ast.unparse(node.value)
+                if any(call in value for call in calls):
+                    yield f"{self.name}:{name.strip()}"
 
     def words(self) -> str:
         """All docstrings and comments."""
@@ -160,12 +160,20 @@ def table(files: list[Source]) -> Iterator[tuple[str, str]]:
             ),
         )
     yield (
+        "thread-locals and context variables",
+        _listed(
+            name
+            for file in files
+            for name in file.globals_made_with("threading.local", "ContextVar")
+        ),
+    )
+    yield (
         "module-global registries of what is known of a model",
         _listed(
-            f"{file.name}:{name}"
+            name
             for file in files
             if file.folder == "one_device"
-            for name in REGISTRY.findall(file.text)
+            for name in file.globals_made_with("weakref.Weak")
         ),
     )
     yield (
@@ -211,13 +219,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--long", action="store_true")
+    parser.add_argument("--notes", action="store_true")
     parser.add_argument("--files", action="store_true")
     chosen = parser.parse_args()
     files = sources()
-    if chosen.long:
+    if chosen.notes:
         for each in too_long(files):
             print(f"note: {each}")
+        for folder, rate in noun_clauses(files).items():
+            if folder and rate > MOST_NOUN_CLAUSES:
+                print(f"note: {folder}: {rate:.1f} noun clauses in 1,000 words")
     elif chosen.files:
         for file in files:
             said = ast.get_docstring(file.tree) or ""
