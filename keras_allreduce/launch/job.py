@@ -78,6 +78,7 @@ class Job:
                     guard,
                     self._screen,
                     self._events,
+                    self._options.output_dir,
                 )
             while len(self._ended) < len(self._workers):
                 self._take(self._next())

@@ -47,6 +47,8 @@ class LaunchOptions:
         hosts: `host:port` of all workers, or empty: all run here.
         host_index: Which of `hosts` this one is.
         grace_seconds: Time to end after a signal, before SIGKILL.
+        output_dir: Folder of a file with all output of each worker started
+            here; `None`: none.
     """
 
     command: tuple[str, ...]
@@ -57,6 +59,7 @@ class LaunchOptions:
     hosts: tuple[str, ...]
     host_index: int
     grace_seconds: float
+    output_dir: Path | None
 
 
 def parse(arguments: Sequence[str] | None = None) -> LaunchOptions:
@@ -75,6 +78,7 @@ def parse(arguments: Sequence[str] | None = None) -> LaunchOptions:
         hosts = parse_hosts(given.hosts) if given.hosts is not None else ()
         _check_place(given, hosts)
         gpus = _gpus(given)
+        _make_folder(given.output_dir)
     except ValueError as error:
         parser.error(str(error))
     return LaunchOptions(
@@ -86,6 +90,7 @@ def parse(arguments: Sequence[str] | None = None) -> LaunchOptions:
         hosts=hosts,
         host_index=given.host_index or 0,
         grace_seconds=given.grace_seconds,
+        output_dir=given.output_dir,
     )
 
 
@@ -212,6 +217,13 @@ def _add_options(add: Callable[..., Any]) -> None:
         help="how long a worker may take to end after a signal before it gets "
         "SIGKILL (default: %(default)g)",
     )
+    add(
+        "--output-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="append all that worker N writes to FOLDER/worker-N.log too, as it"
+        " is: the progress bars of all workers, and the output of restarts",
+    )
 
 
 def _add_command(add: Callable[..., Any]) -> None:
@@ -229,6 +241,18 @@ def _add_command(add: Callable[..., Any]) -> None:
         help="training script, the same on all workers",
     )
     add("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
+
+
+def _make_folder(folder: Path | None) -> None:
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            "--output-dir must be a folder that can be written. Received: "
+            f"{folder} ({error.strerror})"
+        ) from None
 
 
 def _gpus(given: argparse.Namespace) -> tuple[tuple[str, ...], ...]:

@@ -1,5 +1,6 @@
 """One worker process: its start, its output, its end."""
 
+import contextlib
 import io
 import os
 import queue
@@ -9,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from keras_allreduce.launch.guard import Guard, signal_group
@@ -56,6 +58,7 @@ class Worker:
         guard: Starts it.
         screen: Shows its output.
         events: Hears of its end.
+        output_dir: Folder of the file that gets all of its output, or `None`.
     """
 
     def __init__(
@@ -66,12 +69,14 @@ class Worker:
         guard: Guard,
         screen: Screen,
         events: Events,
+        output_dir: Path | None = None,
     ):
         self.index = index
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
         self._guard = guard
         self._screen = screen
         self._events = events
+        self._log = output_dir and output_dir / f"worker-{index}.log"
         self._threads: list[threading.Thread] = []
         self._process = guard.start(command, {**os.environ, **environment})
         self._follow(self._pump, self._process.stdout, screen.out)
@@ -105,6 +110,7 @@ class Worker:
         is_chief_out = self.index == 0 and stream is self._screen.out
         reader = LineReader(visible if self.index == 0 else visible_without_bar)
         while data := pipe.read(65536):
+            self._append(data)
             lines = self._tagged(reader.feed(data))
             status = None
             if is_chief_out:
@@ -115,6 +121,15 @@ class Worker:
         lines = self._tagged(reader.close())
         self._screen.write(stream, lines, "" if is_chief_out else None)
         self.last_lines.extend(lines)
+
+    def _append(self, data: bytes) -> None:
+        """Adds to the file of this worker; a full disk must not end the job."""
+        if self._log is not None:
+            with (
+                contextlib.suppress(OSError),
+                open(self._log, "ab", buffering=0) as log,
+            ):
+                log.write(data)
 
     def _tagged(self, lines: Sequence[str]) -> list[str]:
         return [f"{tag(self.index)}{line}" for line in lines]

@@ -199,6 +199,30 @@ print("trained", INDEX)
     ]
 
 
+def test_each_worker_has_a_file_with_all_it_writes(write_script, tmp_path):
+    script = write_script(
+        """
+print("Epoch 1/3")
+print("out of", INDEX)
+print("err of", INDEX, file=sys.stderr)
+"""
+    )
+    folder = tmp_path / "new" / "logs"
+    for _ in range(2):  # It is appended to, as by a restart.
+        done = run("--workers", "2", "--output-dir", str(folder), script)
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in folder.iterdir()} == {
+        "worker-0.log",
+        "worker-1.log",
+    }
+    for index in range(2):
+        written = (folder / f"worker-{index}.log").read_text().splitlines()
+        # Of worker 1 too the bar's heading, which the screen leaves out.
+        assert sorted(written) == sorted(
+            ["Epoch 1/3", f"out of {index}", f"err of {index}"] * 2
+        )
+
+
 def test_a_failure_ends_all_and_is_told_last(write_script, tmp_path):
     script = write_script("""
 if INDEX == 1:
@@ -436,3 +460,13 @@ def test_the_module_is_a_command():
     )
     assert done.returncode == 0
     assert "KERAS_ALLREDUCE_HOST_DEVICES=D" in done.stdout
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_job(
+    write_script, tmp_path
+):
+    (tmp_path / "logs" / "worker-0.log").mkdir(parents=True)
+    script = write_script("print('out')")
+    done = run("--workers", "1", "--output-dir", str(tmp_path / "logs"), script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[worker 0] out\n"

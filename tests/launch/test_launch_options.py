@@ -197,3 +197,14 @@ def test_without_a_terminal_the_columns_stay_as_they_are(script):
     options = parse(["--workers", "1", script])
     added = environments(options, ["127.0.0.1:1001"])[0]
     assert not any("COLUMNS" in name for name in added)
+
+
+def test_the_folder_of_the_output_is_made_or_named(script, tmp_path, capsys):
+    folder = tmp_path / "new" / "logs"
+    words = ["--workers", "1", "--output-dir"]
+    assert parse([*words, str(folder), script]).output_dir == folder
+    assert folder.is_dir()
+    with pytest.raises(SystemExit):
+        parse([*words, script, script])  # A file has that name.
+    error = capsys.readouterr().err
+    assert "--output-dir must be a folder that can be written" in error
