@@ -168,6 +168,50 @@ def layers(model: Any) -> list[Any]:
     return list(model._flatten_layers())
 
 
+def innermost_layer(model: Any, op_name: str) -> Any:
+    """The layer of a model in whose `call` an op was traced, or `None`.
+
+    Keras opens a name scope of the name of a layer, to which TensorFlow adds
+    a number if there is one already.
+    """
+    by_name = {layer.name: layer for layer in layers(model)}
+    for scope in reversed(op_name.split("/")[:-1]):
+        for name in (scope, scope.rpartition("_")[0]):
+            if name in by_name:
+                return by_name[name]
+    return None
+
+
+def is_keras_layer(layer: Any) -> bool:
+    """Whether Keras's code computes a layer, and no other layers or ops.
+
+    A `Lambda`, and a model, run what the user has written.
+    """
+    return (
+        layer is not None
+        and type(layer).call.__module__.startswith("keras.")
+        and not isinstance(layer, keras.Model | keras.layers.Lambda)
+    )
+
+
+def has_custom_forward_pass(model: Any) -> bool:
+    """Whether code that is not that of Keras's layers computes the outputs.
+
+    That is a layer or a model with a `call` of its own, a `Lambda`, or ops
+    between the layers of a functional model.
+    """
+    every = layers(model)
+    return any(
+        not type(layer).call.__module__.startswith("keras.")
+        or isinstance(layer, keras.layers.Lambda)
+        for layer in every
+    ) or any(
+        not isinstance(operation, keras.Layer)
+        for layer in every
+        for operation in getattr(layer, "operations", ())
+    )
+
+
 def seed_generators(model: Any) -> list[Any]:
     """All `keras.random.SeedGenerator` objects in the layers of a model.
 

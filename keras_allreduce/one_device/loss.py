@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.compat import keras_losses
-from keras_allreduce.one_device import replica, warn, whole_batch
+from keras_allreduce.one_device import mixing, replica, warn, whole_batch
 from keras_allreduce.one_device.natures import Natures
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shares import part_of_sum
@@ -40,6 +40,8 @@ class LossOfTheReplica:
         natures: Measures what is a mean, and what a sum.
         is_known: Whether the user has said what all losses are, so that each
             replica computes its own.
+        reads: Whether the forward pass is read, in search of what mixes
+            samples.
 
     Attributes:
         gathered: The losses that are computed on the whole batch, by their
@@ -53,11 +55,13 @@ class LossOfTheReplica:
         natures: Callable[[], Natures],
         *,
         is_known: bool,
+        reads: bool = False,
     ):
         self._model = model
         self._replicas = replicas
         self._natures = natures
         self._is_known = is_known
+        self._reads = reads
         self.gathered: dict[int, GatheredLoss] = {}
 
     def shadows(self) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -83,8 +87,29 @@ class LossOfTheReplica:
         **training: Any,
     ) -> Any:
         """The loss of this replica; 0 on an empty one."""
+        self._read_forward_pass(x, y_pred)
         loss = keras_compute_loss(x, y, y_pred, sample_weight, **training)
         return scale(loss, replica.current().has_samples)
+
+    def _read_forward_pass(self, x: Any, y_pred: Any) -> None:
+        """Warns, once, if the outputs of Keras's step mix the samples."""
+        if not self._reads:
+            return
+        self._reads = False  # All replicas run the same.
+        inputs, outputs = (
+            [leaf for leaf in keras.tree.flatten(each) if _is_dense(leaf)]
+            for each in (x, y_pred)
+        )
+        op = mixing.find(
+            inputs,
+            outputs,
+            lambda name: keras_compat.is_keras_layer(
+                keras_compat.innermost_layer(self._model, name)
+            ),
+        )
+        if op is not None:
+            layer = keras_compat.innermost_layer(self._model, op)
+            warn.of_mixing(self._model, layer or self._model, op)
 
     def _compiled_loss(
         self,
@@ -199,3 +224,8 @@ class LossOfTheReplica:
             return scale(value, total / size)
         part = part_of_sum(scale(total, this.has_samples), self._replicas)
         return scale(value, part * this.inverse_weight())
+
+
+def _is_dense(value: Any) -> bool:
+    """Whether a value is a dense tensor of a graph."""
+    return isinstance(value, tf.Tensor) and tf.is_symbolic_tensor(value)

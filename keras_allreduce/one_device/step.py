@@ -242,6 +242,10 @@ class Step:
             self._replicas,
             lambda: self._natures,
             is_known=self._weigh_samples is not None,
+            reads=self._weigh_samples is None
+            and self._trains
+            and not self._is_custom
+            and keras_compat.has_custom_forward_pass(self._model),
         )
         self.gathered = losses.gathered
         yield keras_losses.compiled_losses_replaced(

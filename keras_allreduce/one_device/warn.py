@@ -60,6 +60,21 @@ def of_comparing(model: keras.Model, what: str, measured: str) -> None:
     )
 
 
+def of_mixing(model: keras.Model, layer: keras.Layer, op: str) -> None:
+    """Warns of a layer that mixes the samples of a batch."""
+    _once(
+        model,
+        f"The layer {layer.name!r} ({type(layer).__name__}) mixes the samples "
+        f"of a batch, in the op {op!r}. Each replica sees its part of the "
+        "batch only, so the result differs from that of one device. Reduce "
+        "along other axes than the first one, such as `axis=-1` or "
+        "`axes=1`, or first get the rows of all replicas, with "
+        "`tf.distribute.get_replica_context().all_gather(x, axis=0)`; "
+        "weigh_samples=True of the strategy says that parts of the batch are "
+        "what you want.",
+    )
+
+
 def of_large_loss(model: keras.Model, name: str, nbytes: int) -> None:
     """Warns of a loss whose samples are too large to be sent to workers."""
     most = size_of(whole_batch.MOST_BYTES_OF_A_SAMPLE)

@@ -90,6 +90,32 @@ def test_dropout_is_reproducible_but_not_that_of_one_device():
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_layer_that_mixes_samples_is_warned_about():
+    class Dot(keras.Model):
+        def __init__(self, score):
+            super().__init__()
+            self.user, self.movie = (keras.layers.Dense(3) for _ in "ab")
+            self.score = score
+
+        def call(self, x):
+            score = self.score(self.user(x), self.movie(x))
+            return keras.ops.sigmoid(score) + keras.ops.sum(x, 1, keepdims=True)
+
+    def of_the_batch():
+        return fit(Dot(lambda user, movie: tf.tensordot(user, movie, 2)))
+
+    def of_each_sample():
+        return fit(
+            Dot(lambda a, b: keras.ops.sum(a * b, axis=1, keepdims=True))
+        )
+
+    with pytest.warns(
+        UserWarning, match=r"layer 'dot.*' \(Dot\) mixes the samples"
+    ):
+        assert difference(of_the_batch) > 1e-4
+    assert difference(of_each_sample) < SAME
+
+
 # Custom steps -------------------------------------------------------------
 
 

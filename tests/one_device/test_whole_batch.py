@@ -58,43 +58,44 @@ def test_a_loss_is_that_of_one_device(name):
     assert warned == on_one
 
 
-L = keras.losses
-
-
-class OwnValues(L.MeanSquaredError):
+class OwnValues(keras.losses.MeanSquaredError):
     def call(self, y_true, y_pred):
         return keras.ops.mean(y_true - y_pred, axis=-1)
 
 
-class OwnReduction(L.MeanSquaredError):
+class OwnReduction(keras.losses.MeanSquaredError):
     def __call__(self, y_true, y_pred, sample_weight=None):
         return keras.ops.max(self.call(y_true, y_pred))
 
 
 def wrapped(function, **arguments):
     """A function as `compile` wraps it."""
-    return L.MeanSquaredError.__base__(function, **arguments)
+    return keras.losses.MeanSquaredError.__base__(function, **arguments)
 
 
 @pytest.mark.parametrize(
     ("loss", "shape", "known"),
     [
-        (L.MeanSquaredError(), [None, 3], True),
-        (L.MeanSquaredError(reduction="sum"), [None, 3], True),
-        (wrapped(L.mean_squared_error), [None, None, 3], True),
-        (L.CategoricalCrossentropy(axis=1), [None, 3, 4], True),
-        (L.SparseCategoricalCrossentropy(ignore_class=0), [None, 3], True),
-        (L.Dice(axis=(1, -1)), [None, 3, 4], True),
-        (L.CTC(), [None, 5, 3], True),
+        (keras.losses.MeanSquaredError(), [None, 3], True),
+        (keras.losses.MeanSquaredError(reduction="sum"), [None, 3], True),
+        (wrapped(keras.losses.mean_squared_error), [None, None, 3], True),
+        (keras.losses.CategoricalCrossentropy(axis=1), [None, 3, 4], True),
+        (
+            keras.losses.SparseCategoricalCrossentropy(ignore_class=0),
+            [None, 3],
+            True,
+        ),
+        (keras.losses.Dice(axis=(1, -1)), [None, 3, 4], True),
+        (keras.losses.CTC(), [None, 5, 3], True),
         # The last dimension is that of the samples.
-        (L.MeanSquaredError(), [None], False),
-        (L.MeanSquaredError(), None, False),
-        (L.CosineSimilarity(axis=0), [None, 3], False),
-        (L.CosineSimilarity(axis=-2), [None, 3], False),
-        (L.Dice(axis=(0, 1)), [None, 3], False),
-        (L.Dice(), [None, 3], False),
-        (L.Tversky(), [None, 3], False),
-        (L.Circle(), [None, 3], False),
+        (keras.losses.MeanSquaredError(), [None], False),
+        (keras.losses.MeanSquaredError(), None, False),
+        (keras.losses.CosineSimilarity(axis=0), [None, 3], False),
+        (keras.losses.CosineSimilarity(axis=-2), [None, 3], False),
+        (keras.losses.Dice(axis=(0, 1)), [None, 3], False),
+        (keras.losses.Dice(), [None, 3], False),
+        (keras.losses.Tversky(), [None, 3], False),
+        (keras.losses.Circle(), [None, 3], False),
         (OwnValues(), [None, 3], False),
         (OwnReduction(), [None, 3], False),
         (wrapped(lambda y_true, y_pred: y_pred[:, 0]), [None, 3], False),
