@@ -1,4 +1,4 @@
-"""Data-parallel Keras training that shows what its all-reduce costs."""
+"""Data-parallel Keras training that shows the cost of its all-reduce."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -84,7 +84,7 @@ def parse_addresses(texts: Iterable[Any]) -> tuple[Address, ...]:
 
 
 def _problem(text: Any, host: str, port: str) -> str | None:
-    """What is wrong, as the end of a message; `None` if nothing is."""
+    """The fault, as the end of a message, or `None`."""
     if not isinstance(text, str):
         return ", which is not a string."
     if "://" in text:

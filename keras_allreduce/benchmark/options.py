@@ -43,7 +43,7 @@ docs/benchmark.md explains the output.
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What the command line asks for.
+    """Options of the command line.
 
     Attributes:
         sizes: Bytes of the messages, in ascending order.
@@ -140,7 +140,7 @@ def _add_how_it_is_measured(made: argparse.ArgumentParser) -> None:
 
 
 def options_of(given: argparse.Namespace) -> BenchmarkOptions:
-    """Checks what the parser found.
+    """Checks the parsed options.
 
     Raises:
         ValueError: If it makes no sense together.
@@ -237,7 +237,7 @@ def divide(nbytes: int, dtype: str, gradients: int) -> list[int]:
     """Elements of each gradient of a message; they differ by at most one.
 
     Args:
-        nbytes: Size of the message; what is left of an element is dropped.
+        nbytes: Size of the message; rounded down to whole elements.
         dtype: Name of the dtype.
         gradients: Number of gradients.
     """

@@ -18,7 +18,7 @@ class PlainMpi:
     several devices of a worker are added before the clock starts.
 
     Args:
-        message: What is summed.
+        message: The message.
     """
 
     def __init__(self, message: Message):

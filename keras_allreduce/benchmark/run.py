@@ -1,6 +1,6 @@
 """Measures the all-reduce: `python -m keras_allreduce.benchmark --help`.
 
-What it prints is explained in docs/benchmark.md.
+docs/benchmark.md explains the output.
 """
 
 import os
@@ -63,9 +63,9 @@ def strategies_for(options: BenchmarkOptions) -> dict[str, Any]:
 
 
 def _strategies_between_workers(options: BenchmarkOptions) -> dict[str, Any]:
-    """By transport: the one that is chosen, or all that there are here.
+    """By transport: the one that is chosen, or all that run here.
 
-    GPUs have one, NCCL, whatever carries the rest.
+    GPUs have one, NCCL, with either transport.
     """
     if options.algorithm not in ("auto", "all"):
         raise ValueError(
@@ -116,7 +116,7 @@ def measure(
     Args:
         strategies: What `strategies_for` gave.
         gradients: The message.
-        options: What the command line asks for.
+        options: Options of the command line.
 
     Raises:
         WrongSumError: If a sum is wrong.
@@ -165,7 +165,7 @@ def _take_turns(
 
 
 def about(strategies: dict[str, Any], options: BenchmarkOptions) -> dict:
-    """What the numbers were measured on and with."""
+    """Machine and versions of the measurement."""
     strategy = next(iter(strategies.values()))
     return {
         "keras_allreduce": __version__,

@@ -1,4 +1,4 @@
-"""What the benchmark shows: times in, table, JSON and the fastest out."""
+"""Output of the benchmark: table, JSON, and the fastest settings."""
 
 import math
 import statistics
@@ -35,7 +35,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared.
+    """A setting of the benchmark.
 
     Attributes:
         algorithm: Who sums.
@@ -60,7 +60,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """What one message costs with one setting.
+    """The cost of one message with one setting.
 
     Attributes:
         setting: Who sums, in which packs.
@@ -145,7 +145,7 @@ def fastest(rows: Sequence[Row]) -> dict[str, dict[Setting, float]]:
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """The lines that say what was fastest, and how much faster."""
+    """Lines that name the fastest setting, and by how much."""
     lines = []
     for name, times in fastest(rows).items():
         first, *others = times

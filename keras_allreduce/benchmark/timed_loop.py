@@ -60,7 +60,7 @@ class Message:
 
     Args:
         strategy: Gives the replicas.
-        gradients: What each replica has.
+        gradients: The gradients of each replica.
 
     Raises:
         ValueError: If a dtype cannot hold the sum exactly.
@@ -142,7 +142,7 @@ class TimedLoop:
     """All-reduces a message many times in one call.
 
     Args:
-        message: What is reduced.
+        message: The message.
         strategy: Reduces it, on the replicas of the message's.
         bytes_per_pack: Capacity of a pack; 0: the default.
     """
@@ -154,7 +154,7 @@ class TimedLoop:
         self._options = tf.distribute.experimental.CommunicationOptions(
             bytes_per_pack=bytes_per_pack
         )
-        # What one all-reduce sends, once it is traced.
+        # The plan of one all-reduce, once it is traced.
         self.records: list[BatchRecord] = []
 
     def seconds(self, values: Any, number: tf.Tensor, loops: int) -> float:

@@ -1,4 +1,4 @@
-"""What the user sees of the all-reduce.
+"""The fit output: plan, cost, hints, timelines and statistics.
 
 In: the plan of a step and the times of its packs. Out: the plan line, the
 progress bar, hints, the logs of `AllReduceLogger`, TensorBoard's scalars,

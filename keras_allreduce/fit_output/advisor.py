@@ -1,4 +1,4 @@
-"""Gathers what a hint needs while the first epoch of `fit` runs."""
+"""Gathers the measurements for a hint while the first epoch of `fit` runs."""
 
 import math
 import time
@@ -42,7 +42,7 @@ class Advisor:
         """The hint, if there is one; after that never again.
 
         Args:
-            logs: Of the epoch, with what an `AllReduceLogger` has added.
+            logs: Logs of the epoch, including those of an `AllReduceLogger`.
         """
         steps = self._last_steps - self._first_steps
         found = self._log.steps(self._model)

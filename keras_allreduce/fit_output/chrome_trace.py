@@ -38,7 +38,7 @@ def trace(timelines: Sequence[WorkerTimeline]) -> dict[str, Any]:
     """Draws all workers on the clock of the first one, the chief.
 
     Args:
-        timelines: What each worker has recorded.
+        timelines: The recording of each worker.
 
     Returns:
         The trace, to be written as JSON. Times are in microseconds since the

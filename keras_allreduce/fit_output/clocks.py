@@ -28,7 +28,7 @@ ROWS = 1024
 MARKS = ("begun", "input", "ended")
 """Times of a step beside those of its packs, taken only for a timeline."""
 
-# Ops that run branches, which may write what they are given.
+# Ops that run branches, which may write their inputs.
 _CALLS = ("If", "StatelessIf", "While", "StatefulPartitionedCall")
 
 
@@ -138,7 +138,7 @@ class GraphClocks:
         )
 
     def _read(self, since: int, steps: int) -> np.ndarray:
-        """`times[replica, step, column]` of what is remembered."""
+        """`times[replica, step, column]` of the remembered steps."""
         first = max(since, steps - ROWS)
         kept = np.arange(first, max(first, steps)) % ROWS
         return np.stack([rows.sparse_read(kept).numpy() for rows in self._rows])
@@ -188,7 +188,7 @@ def _host_of(device: str) -> str:
 
 
 def _writes(device: str) -> list[tf.Operation]:
-    """All ops of the current graph that write what a replica has."""
+    """All ops of the current graph that write a replica's variables."""
     return [
         op
         for op in tf.compat.v1.get_default_graph().get_operations()

@@ -148,7 +148,7 @@ def _predicted(
 
 
 def _notes(model: keras.Model, gradients: ModelGradients) -> Iterator[str]:
-    """What is not sure."""
+    """Notes on gradients that could not be determined."""
     if not gradients.callable:
         yield (
             "The model has no `call`, so all gradients are taken for dense "

@@ -3,7 +3,7 @@
 Whether a gradient is dense, rows (`tf.IndexedSlices`) or none at all depends
 on every op between the variable and the loss, not on the kind of its layer. So
 the forward pass is traced, and differentiated, as the train step will be;
-nothing runs. The loss is not needed: it depends on what the outputs depend on.
+nothing runs. The loss is not needed: it depends on the same ops as the outputs.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def gradients_of(
     optimizer = getattr(model, "optimizer", None)
     every = getattr(optimizer, "gradient_accumulation_steps", None) or 1
     if every > 1:
-        # What is accumulated is dense.
+        # Accumulated gradients are dense.
         found = [spec and _dense_like(spec) for spec in found]
     pairs = list(zip(variables, found, strict=True))
     return ModelGradients(

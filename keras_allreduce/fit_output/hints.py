@@ -1,8 +1,8 @@
 """Says what would make the step faster, if that is sure and worth it.
 
-Each rule looks at one thing that can be changed and returns what it would gain
-at most, from the times of the steps that were run. The largest gain is told,
-if it is a tenth of a step or more. No TensorFlow in here.
+Each rule looks at one possible change and returns its largest possible gain,
+from the times of the measured steps. The hint names the largest gain, if it is
+a tenth of a step or more. No TensorFlow in here.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ MIN_STEPS = 5
 
 @dataclass(frozen=True)
 class Options:
-    """What the strategy was made with, as far as hints speak of it.
+    """The options of a strategy that hints mention.
 
     Attributes:
         bytes_per_pack: Capacity of a pack that was asked for; 0: none.
@@ -37,14 +37,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known after an epoch.
+    """Measurements of one epoch.
 
     Attributes:
         step_ms: Milliseconds from one step to the next, on average.
         between_ms: The part of it between two calls of the train function.
         ready: `ready[step, pack]` in seconds.
         done: `done[step, pack]` in seconds.
-        plan: What was sent.
+        plan: The plan of the step.
         tables: Bytes of the whole variable of each sparse pack.
         lateness_ms: How much later than the first the last worker comes to a
             step; `nan` if not known.
@@ -86,8 +86,8 @@ def hint(measured: Measured, options: Options) -> str | None:
     """The one change that would gain most, or `None`.
 
     Args:
-        measured: What one epoch has shown.
-        options: What the strategy was made with.
+        measured: Measurements of one epoch.
+        options: Options of the strategy.
     """
     if measured.ready.shape[0] < MIN_STEPS or not measured.step_ms > 0:
         return None

@@ -1,4 +1,4 @@
-"""Names what a pack carries: whole layers, or single variables of them."""
+"""Names the content of a pack: whole layers, or single variables of them."""
 
 from collections import Counter
 from collections.abc import Sequence

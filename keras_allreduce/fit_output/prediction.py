@@ -1,4 +1,4 @@
-"""Predicts what the all-reduce of a model costs between more workers."""
+"""Predicts the cost of a model's all-reduce between more workers."""
 
 from collections.abc import Sequence
 
@@ -52,7 +52,7 @@ def exposed_seconds(
     step_seconds: float,
     bytes_per_pack: int = 0,
 ) -> float | None:
-    """What the all-reduce adds to a step, by the model of docs/scaling.md.
+    """Exposed time of the all-reduce, by the model of docs/scaling.md.
 
     Args:
         gradients: Specs of all gradients.

@@ -8,7 +8,7 @@ a float with a text of its own, which Keras prints in that place.
 
 While the epoch runs the line is drawn again and again, which works only if it
 does not wrap: the bar gets shorter, and items of ours are left out before the
-terminal breaks the line. What the epoch shows last is broken between items.
+terminal breaks the line. The last state of an epoch is broken between items.
 """
 
 import math
@@ -35,12 +35,12 @@ _CLEAR_TO_END_OF_LINE = "\x1b[K"
 
 
 class Readable(float):
-    """A float that prints as `text`, whatever format is asked for.
+    """A float that prints as `text` in any format.
 
     Args:
         value: The number.
         text: How it prints. `None`: as any float.
-        end: What comes after it.
+        end: Text after it.
     """
 
     def __new__(
@@ -90,7 +90,7 @@ def percent(value: float) -> Readable:
 def logged(logs: Mapping[str, Any]) -> dict[str, Any]:
     """What `AllReduceLogger` has put into the logs, as the bar shows it.
 
-    Not what the bar shows anyway, and not what is not known (`nan`).
+    Leaves out values that the bar shows already or that are `nan`.
     """
     names: dict[str, tuple[str, Callable[[float], Readable]]] = {
         "all_reduce_gbps": ("bandwidth", _gigabytes),
@@ -117,7 +117,7 @@ def _whole(value: float) -> Readable:
 
 
 def item(name: str, value: Any) -> str:
-    """What Keras's bar prints for one of the logs."""
+    """The text of Keras's bar for one of the logs."""
     number = value if isinstance(value, float) else float(np.mean(value))
     return f" - {name}: {number:{'.4f' if abs(number) > 1e-3 else '.4e'}}"
 

@@ -1,4 +1,4 @@
-"""What each worker records for a timeline, and how far its clock is off.
+"""Records of each worker for a timeline, and the offset of its clock.
 
 No TensorFlow: workers send this to the chief as text.
 """
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class PackLabel:
-    """What one pack carries.
+    """The content of one pack.
 
     Attributes:
         layers: Paths of the layers, in the order of backprop.
@@ -31,7 +31,7 @@ class StepTimes:
 
     Attributes:
         number: Its number.
-        packs: What was sent.
+        packs: The packs of the step.
         ready: `ready[replica][pack]`, its last gradient was there.
         done: `done[replica][pack]`, its result was.
         marks: `marks[replica]`: the step had begun, its input was there, all
@@ -66,7 +66,7 @@ class Call:
 
 @dataclass(frozen=True)
 class WorkerTimeline:
-    """What one worker has recorded.
+    """The recording of one worker.
 
     Attributes:
         worker: Its number; 0 is the chief.
@@ -124,7 +124,7 @@ class Clock:
 def clock_of(
     worker: Sequence[tuple[float, float]], chief: Sequence[tuple[float, float]]
 ) -> Clock:
-    """Compares two clocks by what cannot have been otherwise.
+    """Bounds the offset of two clocks by the barriers that both passed.
 
         chief    entered |------------------------| left
         worker          entered |-----------| left

@@ -1,4 +1,4 @@
-"""What the all-reduce costs, computed from the times of its packs.
+"""The cost of the all-reduce, computed from the times of its packs.
 
 one step   ready[0]      done[0]
            |---- pack 0 ----|

@@ -26,7 +26,7 @@ class TracedStep:
     """One traced (or eager) step function that reduces gradients.
 
     Attributes:
-        plan: What it sends.
+        plan: Its plan.
         clocks: Its clocks. A traced step owns them, so this is a weak
             reference there.
         model: Weak reference to the model whose `train_step` it is, or to
@@ -38,7 +38,7 @@ class TracedStep:
     model: Any
 
     def labels(self) -> list[PackLabel]:
-        """What each of its packs carries, by the layers of the model."""
+        """The content of each of its packs, by layers of the model."""
         model = self.model()
         names: list[str] = []
         if model is not None:
@@ -62,9 +62,9 @@ class StepLog:
     """All step functions of one strategy, in the order they were first run.
 
     Attributes:
-        recorders: Who records a timeline. While there is one, steps that are
+        recorders: Recorders of timelines. While there is one, steps that are
             traced also take the times that only a timeline needs.
-        options: What the strategy was made with.
+        options: Options of the strategy.
         may_hint: Whether no hint has been given yet, and one may be.
     """
 
@@ -99,7 +99,7 @@ class StepLog:
         if not records:
             return
         # Gradients are the largest batch. Others are the statistics of
-        # synchronized layers and what the user's own code reduces.
+        # synchronized layers and all-reduces of custom code.
         record = max(
             records,
             key=lambda record: (record.plan.nbytes or 0, len(record.packs)),

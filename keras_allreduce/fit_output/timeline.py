@@ -150,12 +150,12 @@ def record(
     recorder: Recorder,
     calls: Sequence[Call] = (),
 ) -> None:
-    """Writes what was recorded; with several workers the chief writes.
+    """Writes the recording; with several workers the chief writes.
 
     Args:
         strategy: The strategy. All workers must call this.
         path: The file.
-        recorder: What has recorded.
+        recorder: The recorder.
         calls: See `Recorder.read`.
     """
     devices = [

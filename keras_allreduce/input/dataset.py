@@ -211,7 +211,7 @@ class Iteration:
 
 
 def _maker(source: datasets.Source, one_by_one: bool) -> Callable[[], Any]:
-    """What makes the iterator of one worker."""
+    """Makes the iterator of one worker."""
     if not source.prefetches:
         return source.make_iterator
     size = source.buffer_size

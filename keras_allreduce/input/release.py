@@ -107,7 +107,7 @@ class Releaser:
     def free_all(self, timeout_seconds: float = _EXIT_SECONDS) -> None:
         """Frees the iterators that are left at the end of the process.
 
-        What is not free in time ends with the process.
+        Iterators that are not freed in time end with the process.
         """
         if self._threads == 0:
             return

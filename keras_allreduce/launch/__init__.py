@@ -3,5 +3,5 @@
 command line --> options.py --> job.py --> worker.py (one per worker)
                                   |            |
                                 guard.py    output.py
-                       nothing outlives it   what is shown
+                       nothing outlives it   the screen
 """

@@ -2,13 +2,14 @@
 
 The launcher holds one end of a pipe, and a small process, the guard, reads
 the other: when the launcher dies, however it does, the guard reads the end of
-the pipe and kills what was told to it. A worker tells its own process group
-before it becomes the script, so that there is no moment without a guard:
+the pipe and kills all process groups that it knows. A worker tells its own
+process group before it becomes the script, so that there is no moment without
+a guard:
 
     launcher ──starts──> worker: "+group", then becomes the script
         └───── "-group" when it has ended ─────> guard
 
-Linux also kills the worker by itself (not what the worker started).
+Linux also kills the worker by itself (not its children).
 
 This file is run by its path: it needs only the standard library.
 """
@@ -30,7 +31,7 @@ class Guard:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # What ends the launcher's group spares it.
+            start_new_session=True,  # Signals to the launcher's group spare it.
         )
         if self._process.stdin is None:
             raise RuntimeError("The guard has no pipe to read from.")

@@ -1,6 +1,6 @@
 """Starts the workers of a job: `python -m keras_allreduce.launch --help`.
 
-One thread per pipe shows what a worker writes; one per worker waits for its
+One thread per pipe shows a worker's output; one per worker waits for its
 end. The main thread takes what happens, in the order in which it happens:
 
     signals ──┐
@@ -42,7 +42,7 @@ class Job:
     """All workers of this host, from their start until none is left.
 
     Args:
-        options: What the command line asks for.
+        options: Options of the command line.
         addresses: `host:port` of all workers.
         screen: Shows their output.
         events: What happens.
@@ -62,7 +62,7 @@ class Job:
         self._workers: dict[int, Worker] = {}
         self._ended: list[Ended] = []
         self._received: list[int] = []
-        # What ends the job before its time, and when patience with it ends.
+        # The event that ends the job early, and the deadline after it.
         self._cause: Ended | int | None = None
         self._deadline: float | None = None
 
@@ -121,7 +121,7 @@ class Job:
     def _outcome(self) -> Outcome:
         if isinstance(self._cause, Ended):
             return self._failure(self._cause)
-        # Workers may use a signal to save what they have, and end well.
+        # Workers may use a signal to save their state, and end well.
         if self._cause is None or not any(one.code for one in self._ended):
             return Outcome(0, (), is_final=True)
         report = f"ended by {signal_name(self._cause)}"
@@ -162,7 +162,7 @@ def launch(options: LaunchOptions, screen: Screen, events: Events) -> int:
     """Runs the job, again after a failure as often as is asked for.
 
     Args:
-        options: What the command line asks for.
+        options: Options of the command line.
         screen: Shows the output.
         events: What happens.
 

@@ -36,7 +36,7 @@ of its own.
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """What the command line asks for.
+    """Options of the command line.
 
     Attributes:
         command: The script, or `-m` and a module, and its arguments.
@@ -116,10 +116,10 @@ def environments(
     addresses: Sequence[str],
     columns: int | None = None,
 ) -> dict[int, dict[str, str]]:
-    """Plans what to add to the environment of each worker started here.
+    """Plans the additions to the environment of each worker started here.
 
     Args:
-        options: What the command line asks for.
+        options: Options of the command line.
         addresses: `host:port` of all workers.
         columns: Columns of the terminal, `None` if there is none.
 

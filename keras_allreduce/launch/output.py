@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 Clean: TypeAlias = Callable[[str], str | None]
-"""What to show of a line; `None`: nothing."""
+"""Returns the visible text of a line, or `None`."""
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
-# What Keras writes with verbose=1 and verbose=2:
+# Progress bars of Keras with verbose=1 and verbose=2:
 #    12/45 ━━━━━━━━━━━━━━━━━━━━ 1s 12ms/step - loss: 1.2203
 #   7/Unknown 1s 12ms/step - loss: 1.2203
 #   45/45 - 1s - 12ms/step - loss: 1.2203
@@ -30,7 +30,7 @@ _BAR_HEADING = re.compile(r"Epoch \d+/\d+\s*$")
 
 
 def visible(line: str) -> str:
-    """What a terminal shows of a line that overwrites itself."""
+    """The visible text of a line that overwrites itself."""
     return _after_last_return(line).strip("\r").replace("\b", "")
 
 
@@ -41,7 +41,7 @@ def visible_without_bar(line: str) -> str | None:
         line: Line without its end.
 
     Returns:
-        What is left; `None` if that is nothing. A script that prints in the
+        The rest of the line; `None` if it is empty. A script that prints in the
         middle of an epoch prints behind the bar: that is kept.
     """
     shown = visible(line)
@@ -55,7 +55,7 @@ def visible_without_bar(line: str) -> str | None:
 
 
 def tag(index: int) -> str:
-    """What each line of a worker begins with."""
+    """The prefix of each line of a worker."""
     return f"[worker {index}] "
 
 
@@ -63,7 +63,7 @@ class LineReader:
     """Makes lines of the bytes of one pipe.
 
     Args:
-        clean: What to show of a line.
+        clean: Returns the visible text of a line.
     """
 
     def __init__(self, clean: Clean):
@@ -87,7 +87,7 @@ class LineReader:
 
     @property
     def unfinished(self) -> str:
-        """What there is of the line under way; empty if there is none."""
+        """The visible text of the unfinished line, or an empty string."""
         return (self._clean(self._rest) if self._rest else None) or ""
 
     def _shown(self, lines: Sequence[str]) -> list[str]:

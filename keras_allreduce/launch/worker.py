@@ -54,7 +54,7 @@ class Worker:
     Args:
         index: Its index in the cluster.
         command: Script and arguments.
-        environment: What to add to the environment.
+        environment: Additions to the environment.
         guard: Starts it.
         screen: Shows its output.
         events: Hears of its end.
@@ -84,7 +84,7 @@ class Worker:
         self._follow(self._wait)
 
     def send(self, number: int) -> None:
-        """Sends a signal to the worker and to what it started."""
+        """Sends a signal to the worker and its children."""
         if self._process.returncode is None:
             signal_group(self._process.pid, number)
 
@@ -101,7 +101,7 @@ class Worker:
 
     def _wait(self) -> None:
         code = self._process.wait()
-        # What it started must not outlive it, nor hold its pipes open.
+        # Its children must not outlive it, nor hold its pipes open.
         signal_group(self._process.pid, signal.SIGKILL)
         self._guard.forget(self._process.pid)
         self._events.put(Ended(self.index, code))

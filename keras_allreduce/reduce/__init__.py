@@ -13,5 +13,5 @@
     sums of gradients, equal on all replicas
 
 `batch_all_reduce.py` tells the whole story, `batch.py` the part about the
-sums; `plan.py` and `observe.py` report what is sent.
+sums; `plan.py` and `observe.py` report the packs.
 """

@@ -49,7 +49,7 @@ class Batch:
 
     @property
     def specs(self) -> list[GradientSpec]:
-        """What the plan needs to know of the dense gradients."""
+        """Specs of the dense gradients, for the plan."""
         return [packing.spec_of(parts[0]) for parts in self.dense.values()]
 
     def buckets(self, bytes_per_pack: int) -> list[Bucket]:

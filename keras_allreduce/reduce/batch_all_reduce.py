@@ -13,7 +13,7 @@
         |   [5] mean, unpack             mean
         |        |                         |
         v        v                         v
-    [7] results[variable][replica], and a report of what was sent
+    [7] results[variable][replica], and a report of the packs
 
 [4] and the gathering are the `Transport`'s: `InProcess`, or between workers.
 """

@@ -1,7 +1,7 @@
 """Plans which gradients travel in which pack; no TensorFlow.
 
-A plan is made once, while the train step is traced, from what is known then:
-the order, dtype and size of the gradients. It never looks at a clock, so every
+A plan is made once, while the train step is traced, from the order,
+dtype and size of the gradients. It never looks at a clock, so every
 worker and every run makes the same one.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GradientSpec:
-    """What the plan needs to know of one gradient.
+    """Dtype and size of one gradient, for the plan.
 
     Attributes:
         dtype: Name of its dtype, such as `"float32"`.

@@ -1,4 +1,4 @@
-"""Models what an all-reduce between workers costs, from a link's figures.
+"""Models the cost of an all-reduce between workers, from a link's figures.
 
 The model is the usual one for collectives: a message of n bytes takes
 alpha + n / B, and adding it up takes n gamma. Sources:
@@ -81,14 +81,14 @@ def ring_seconds(nbytes: float, workers: int, link: Link) -> float:
 
 
 def exchange_seconds(nbytes: float, workers: int, link: Link) -> float:
-    """Cost when each worker gets what all have, in a ring, and sums it."""
+    """Cost if each worker gathers all parts in a ring and sums them."""
     steps = workers - 1
     sums = steps * nbytes * link.gamma
     return steps * (link.alpha + nbytes / link.bandwidth) + sums
 
 
 def workers_seconds(nbytes: float, workers: int, link: Link) -> float:
-    """Cost of what keras_allreduce does between workers at this size."""
+    """Cost of the collective that keras_allreduce chooses at this size."""
     small = nbytes <= small_bytes(workers)
     return (exchange_seconds if small else ring_seconds)(nbytes, workers, link)
 
@@ -103,7 +103,7 @@ def exposed_seconds(
 
         forward | backprop        |
                 |   g0   g1   g2  |          packs, as they become ready
-                     [b0]...]                b: what it keeps others from
+                     [b0]...]                b: it blocks others
                           [b1]...]           all: until it is there
                                   [b2]...]
                                   |------|   exposed

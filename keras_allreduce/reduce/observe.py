@@ -1,4 +1,4 @@
-"""Records what one batch of all-reduces sends, for the log and observers."""
+"""Records one batch of all-reduces, for the log and observers."""
 
 import contextlib
 import contextvars
@@ -16,8 +16,8 @@ class PackTensors:
     """The tensors between which one pack is in flight.
 
     Attributes:
-        gradients: `gradients[replica][i]`, what the pack is made of.
-        results: `results[replica]`, what came back on each replica.
+        gradients: `gradients[replica][i]`, the content of the pack.
+        results: `results[replica]`, the sum on each replica.
     """
 
     gradients: Sequence[Sequence[Any]]
@@ -29,7 +29,7 @@ class BatchRecord:
     """One batch of all-reduces, for an observer.
 
     Attributes:
-        plan: What is sent.
+        plan: The plan.
         packs: The tensors of each pack.
         devices: Device of each replica.
         started: When it was called, in seconds since the epoch. In eager
@@ -57,7 +57,7 @@ _observed: contextvars.ContextVar[list[BatchRecord] | None] = (
 def observe() -> Iterator[list[BatchRecord]]:
     """Collects a `BatchRecord` of every batch in the block.
 
-    The observer says what is reduced, so `BatchAllReduce` does not log it.
+    The observer reports the plan, so `BatchAllReduce` does not log it.
     """
     records: list[BatchRecord] = []
     token = _observed.set(records)
@@ -68,7 +68,7 @@ def observe() -> Iterator[list[BatchRecord]]:
 
 
 def report(record: BatchRecord) -> None:
-    """Hands `record` to the observer, or else logs what is traced."""
+    """Passes `record` to the observer, or logs the plan of a traced batch."""
     observed = _observed.get()
     if observed is not None:
         observed.append(record)

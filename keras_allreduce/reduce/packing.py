@@ -61,7 +61,7 @@ def nbytes_of(tensor: tf.Tensor) -> int | None:
 
 
 def spec_of(gradient: tf.Tensor) -> GradientSpec:
-    """What the plan needs to know of a dense gradient."""
+    """The spec of a dense gradient, for the plan."""
     return GradientSpec(gradient.dtype.name, nbytes_of(gradient))
 
 

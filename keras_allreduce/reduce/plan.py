@@ -29,7 +29,7 @@ class GatheredLoss:
 
 @dataclass(frozen=True)
 class ReducePlan:
-    """What one batch of all-reduces sends; its `str` is the plan line.
+    """The plan of one batch of all-reduces; its `str` is the plan line.
 
     Attributes:
         num_gradients: Number of dense gradients.
@@ -98,7 +98,7 @@ def size_of(nbytes: int) -> str:
 
 
 def bus_share(num_ranks: int) -> float:
-    """What each rank sends at least in an all-reduce, as a share of its size.
+    """The least that each rank sends in an all-reduce, as a share of its size.
 
     That is 2 (n - 1) / n for n ranks: reduce-scatter and all-gather. It is
     also the factor between the algorithm and the bus bandwidth of nccl-tests.

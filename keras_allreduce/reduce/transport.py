@@ -62,4 +62,4 @@ class Transport(Protocol):
         algorithm: Algorithm,
         specs: Sequence[GradientSpec],
     ) -> ReducePlan:
-        """Returns `plan` with what this transport has to add to its line."""
+        """Returns `plan` with this transport's part of the line."""
