@@ -120,11 +120,16 @@ def _add_worker(name, worker, address, rate):
     _run(f"ip -n {switch} link set {port} master br0")
     for namespace, device in ((own, "eth0"), (switch, port)):
         if rate:
-            _run(
-                f"tc -n {namespace} qdisc add dev {device} root tbf "
-                f"rate {rate} burst {BURST} latency {LONGEST_QUEUE}"
-            )
+            limit(namespace, device, rate)
         _run(f"ip -n {namespace} link set {device} up")
+
+
+def limit(namespace, device, rate):
+    """Lets one end of a link pass on at most `rate`, as `tc` writes it."""
+    _run(
+        f"tc -n {namespace} qdisc add dev {device} root tbf "
+        f"rate {rate} burst {BURST} latency {LONGEST_QUEUE}"
+    )
 
 
 def _add_namespace(name):

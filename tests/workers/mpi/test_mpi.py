@@ -57,6 +57,24 @@ def test_workers_train_as_one_device_does(name, over_mpi):
     test_multi_worker.agree(name, over_mpi)
 
 
+DIFFERENT = {
+    "layers_of_a_set": "`sorted(...)`",
+    "other_activation": "`activation` of layer 'first'",
+    "other_batch_size": "batch size: worker 0 (",
+    "statistics_of_a_custom_loop": "After a custom training loop",
+}
+
+
+def test_other_models_and_data_are_found_over_mpi_too():
+    shuffled = "py_dataset_that_shuffles_itself"
+    both = mpi_jobs.results("drift_cases", [*DIFFERENT, shuffled])
+    for found in both:
+        for name, part in DIFFERENT.items():
+            assert found[name]["error"].startswith("WorkersDifferError"), name
+            assert part in found[name]["error"]
+        np.testing.assert_allclose(found[shuffled]["used"], 1.0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", test_multi_worker.ON_TWO_DEVICES_EACH)
 def test_workers_of_two_devices_train_as_one_does(
     name, over_mpi_with_two_devices
