@@ -9,6 +9,9 @@ HINT = "KERAS_ALLREDUCE_HINT"
 COLUMNS = "KERAS_ALLREDUCE_COLUMNS"
 """Columns of the terminal in which the launcher shows a worker's output."""
 
+DEBUG = "KERAS_ALLREDUCE_DEBUG"
+"""Set to 1: decisions and waits are logged to standard error."""
+
 TF_CONFIG = "TF_CONFIG"
 """JSON with the addresses of all workers and the task of this one."""
 

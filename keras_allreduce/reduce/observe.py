@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce import debug
 from keras_allreduce.reduce.plan import ReducePlan
 
 
@@ -69,6 +70,13 @@ def observe() -> Iterator[list[BatchRecord]]:
 
 def report(record: BatchRecord) -> None:
     """Passes `record` to the observer, or logs the plan of a traced batch."""
+    if debug.is_on() and not tf.executing_eagerly():
+        debug.log(f"a step was traced: {record.plan}")
+        for number, pack in enumerate(record.plan.packs):
+            debug.log(
+                f"pack {number}: {pack.nbytes} bytes of {pack.dtype}, "
+                f"gradients {list(pack.indices)}"
+            )
     observed = _observed.get()
     if observed is not None:
         observed.append(record)

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_allreduce import debug
 from keras_allreduce.compat import keras_build, keras_jit, keras_threads
 from keras_allreduce.fit_output import explain, keras_hook, prediction
 from keras_allreduce.fit_output.gradients import ModelGradients, gradients_of
@@ -40,6 +41,14 @@ class StrategyBase(tf.distribute.Strategy):
         self._fit_log = bool(fit_log)
         if fit_log:
             keras_hook.install()
+
+    def _log_start(self, *details: str) -> None:
+        """Logs how the strategy was made, in debug mode."""
+        if debug.is_on():
+            versions = f"TensorFlow {tf.__version__}, Keras {keras.__version__}"
+            devices = ", ".join(self.extended.worker_devices)
+            texts = [f"devices here: {devices}", *details, versions]
+            debug.log(f"{type(self).__name__}: {'; '.join(texts)}")
 
     def _set_options_of_hints(self, ops: BatchAllReduce) -> None:
         self.step_log.options = Options(ops.bytes_per_pack, ops.sparse_as_dense)

@@ -119,6 +119,11 @@ class MultiWorkerAllReduceStrategy(
         )
         tf.distribute.Strategy.__init__(self, extended)
         self._set_options_of_hints(self.extended.gradient_ops)
+        self._log_start(
+            f"worker {self.cluster_resolver.task_id}",
+            f"{self.extended.num_workers} workers",
+            f"options: {options.facts()}",
+        )
 
     # MultiWorkerMirroredStrategy takes this from its class.
     _collective_key_base = 0

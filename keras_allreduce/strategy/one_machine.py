@@ -98,6 +98,7 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
         if isinstance(cross_device_ops, BatchAllReduce):
             cross_device_ops.choose(self.extended.worker_devices)
             self._set_options_of_hints(cross_device_ops)
+        self._log_start()
 
 
 class AllReduceExtended(ExtendedBase):

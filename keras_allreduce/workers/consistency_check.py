@@ -15,6 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_allreduce import debug
 from keras_allreduce.compat import keras_calls
 from keras_allreduce.version import __version__
 from keras_allreduce.workers.cluster import Cluster
@@ -132,8 +133,10 @@ class ConsistencyCheck:
                 from the chief's.
             WorkerError: If a worker does not publish its own in time.
         """
+        debug.log(f"compares {name} with the other workers")
         found = self.state(fingerprint)
         self.raise_differences(name, found, remedy)
+        debug.log(f"all workers have the same {name}")
         return found
 
     def state(self, fingerprint: Fingerprint) -> list[Fingerprint]:
