@@ -182,4 +182,17 @@ def host_devices(count: int) -> list[str]:
                 f"Received: host_devices({count}), but TensorFlow has already "
                 f"started with {there}. Call it right after the imports."
             ) from None
+    global _asked
+    _asked = max(_asked, count)
     return [f"/cpu:{index}" for index in range(count)]
+
+
+_asked = 1
+
+
+def num_asked_host_devices() -> int:
+    """How many host devices `host_devices` was asked for; 1 if it was not.
+
+    A process may have more, which `tf.config` made for something else.
+    """
+    return _asked

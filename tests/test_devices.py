@@ -286,3 +286,21 @@ class TestHostDevices:
         )
         result = warm_python.run(["-c", script])
         assert result.stdout.strip() == "4"
+
+
+@pytest.mark.slow
+def test_a_worker_takes_one_cpu_unless_several_are_asked_for():
+    script = (
+        "import sys\n"
+        "import keras_allreduce, tensorflow as tf\n"
+        "host = tf.config.list_physical_devices('CPU')[0]\n"
+        "cpus = [tf.config.LogicalDeviceConfiguration()] * 3\n"
+        "tf.config.set_logical_device_configuration(host, cpus)\n"
+        "if 'asked' in sys.argv:\n"
+        "    keras_allreduce.host_devices(2)\n"
+        "strategy = keras_allreduce.MultiWorkerAllReduceStrategy()\n"
+        "print(strategy.num_replicas_in_sync)\n"
+    )
+    for asked, replicas in ([], "1"), (["asked"], "2"):
+        result = warm_python.run(["-c", script, *asked])
+        assert result.stdout.strip() == replicas, result.stderr

@@ -36,6 +36,17 @@ class InTurn:
         self.iterator = iterator
         self._devices = devices
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both read the same iterator: a spec makes others of it."""
+        return (
+            isinstance(other, InTurn)
+            and self.iterator is other.iterator
+            and tuple(self._devices) == tuple(other._devices)
+        )
+
+    def __hash__(self) -> int:
+        return id(self.iterator)
+
     def get_next_as_list(self, name: str | None = None) -> list[Any]:
         """The next part for each replica, on its device.
 

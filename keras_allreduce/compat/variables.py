@@ -69,7 +69,12 @@ class _NotReadAfterAssign(_Numbers):
         read_value: bool = True,
     ) -> Any:
         stock: Any = super()
-        if read_value and _is_cross_replica():
+        if (
+            read_value
+            and _is_cross_replica()
+            # In a graph of TensorFlow 1 what `assign` returns is what runs.
+            and tf.compat.v1.executing_eagerly_outside_functions()
+        ):
             stock.assign(value, use_locking, name, read_value=False)
             return self
         return stock.assign(value, use_locking, name, read_value)

@@ -11,7 +11,11 @@ from keras_allreduce import malloc
 from keras_allreduce.compat import distribute
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.compat.iterators import every_worker_knows_its_steps
-from keras_allreduce.devices import on_each, on_gpus
+from keras_allreduce.devices import (
+    num_asked_host_devices,
+    on_each,
+    on_gpus,
+)
 from keras_allreduce.one_device import shares
 from keras_allreduce.reduce import scaling
 from keras_allreduce.strategy.datasets import share_steps, shuffled_alike
@@ -159,7 +163,10 @@ class MultiWorkerAllReduceExtended(
         devices, kind = super()._initialize_local_devices(
             cluster_resolver, worker_device
         )
-        return (_all_cpus(worker_device) if kind == "CPU" else devices), kind
+        if kind == "CPU":
+            # TensorFlow takes one.
+            devices = _asked_cpus(worker_device)
+        return devices, kind
 
     def _experimental_distribute_dataset(
         self, dataset: Any, options: Any
@@ -224,12 +231,11 @@ def _in_own_row(value: tf.Tensor, index: int, count: int) -> tf.Tensor:
     )
 
 
-def _all_cpus(worker_device: str) -> tuple[str, ...]:
-    """Names of the logical CPU devices of this worker."""
-    host = tf.config.list_physical_devices("CPU")[0]
-    made = tf.config.get_logical_device_configuration(host) or [None]
+def _asked_cpus(worker_device: str) -> tuple[str, ...]:
+    """Names of the host devices of this worker that were asked for."""
     return tuple(
-        f"{worker_device}/device:CPU:{index}" for index in range(len(made))
+        f"{worker_device}/device:CPU:{index}"
+        for index in range(num_asked_host_devices())
     )
 
 

@@ -39,6 +39,23 @@ def test_a_variable_that_is_summed_when_it_is_read_is_a_number(strategy):
     assert float(total) == 6.0
 
 
+def test_an_assignment_in_a_graph_of_tensorflow_1_is_what_it_returns():
+    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:2])
+    compat = tf.compat.v1
+    with tf.Graph().as_default(), compat.Session() as session:
+        with strategy.scope():
+            total = compat.Variable(
+                0.0,
+                use_resource=True,
+                synchronization=tf.VariableSynchronization.ON_READ,
+                aggregation=tf.VariableAggregation.SUM,
+            )
+        session.run(compat.global_variables_initializer())
+        session.run(total.assign(6.0))
+        parts = strategy.experimental_local_results(total)
+        assert session.run(parts) == (3.0, 3.0)
+
+
 def test_variables_are_shown_under_their_names(strategy):
     with strategy.scope():
         variable = tf.Variable(1.0)

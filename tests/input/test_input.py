@@ -254,6 +254,18 @@ def test_a_function_may_make_the_iterator():
     assert int(total()) == sum(range(13))
 
 
+def test_an_iterator_that_a_spec_makes_again_equals_the_first():
+    data = tf.data.Dataset.range(8).batch(4)
+    first, other = (
+        iter(strategy().experimental_distribute_dataset(data)) for _ in "ab"
+    )
+    spec = first._type_spec
+    again = spec._from_components(spec._to_components(first))
+    assert again._iterators == first._iterators
+    assert len({*again._iterators, *first._iterators}) == 1
+    assert other._iterators != first._iterators
+
+
 # How much is made ------------------------------------------------------------
 
 
