@@ -7,6 +7,7 @@ fit, evaluate, predict      call, steps, data; the seed of a shuffle
 |-- end of the last epoch   the same
 """
 
+import contextlib
 import random
 import secrets
 from collections.abc import Sequence
@@ -204,7 +205,9 @@ class _Epochs:
 
     def note(self, batch: Any) -> None:
         """Notes the first batch of an epoch, in the thread that makes it."""
-        self.first_batch = data_fingerprint.of_batch(batch)
+        # Whatever a script makes; Keras says so if it cannot be read.
+        with contextlib.suppress(TypeError, ValueError):
+            self.first_batch = data_fingerprint.of_batch(batch)
 
     def warn(self, found: Sequence[Fingerprint]) -> None:
         """Warns, once, if first batches are of other samples."""

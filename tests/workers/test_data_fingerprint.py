@@ -147,6 +147,16 @@ SAMPLES = {
         (tf.ragged.constant([[1], [2, 3]]), LABELS[:2]),
         False,
     ),
+    "of texts": (
+        (ROWS, np.array(["a", "b"])),
+        (ROWS + NOISE, np.array(["a", "b"])),
+        False,
+    ),
+    "of objects": (
+        (ROWS, np.array([[1], [1, 2], None], object)),
+        (ROWS, np.array([[1], [1, 2], None], object)),
+        False,
+    ),
     "another size": ((ROWS, LABELS), (ROWS[:3], LABELS[:3]), True),
     "of no Python code": (None, None, False),
     "not there yet": ((ROWS, LABELS), None, False),
