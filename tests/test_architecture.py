@@ -46,7 +46,7 @@ PURE = [
     "workers.address_exchange",
     "workers.checksum",
     "workers.cluster",
-    "workers.place",
+    "workers.probe",
     "workers.ranks",
     "workers.rendezvous",
     "workers.reports",

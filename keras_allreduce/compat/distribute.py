@@ -4,7 +4,7 @@ Everything else in the package uses public API. A name moves out of this file
 as soon as there is a public way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -78,3 +78,26 @@ def read_first(value: Any) -> tf.Tensor:
     if isinstance(value, tf.distribute.DistributedValues):
         value = value._values[0]
     return tf.raw_ops.ReadVariableOp(resource=value.handle, dtype=value.dtype)
+
+
+def count_collectives(
+    extended: CollectiveAllReduceExtended, count: Callable[[], None]
+) -> None:
+    """Calls `count` before each collective that a strategy numbers itself.
+
+    TensorFlow's multi-worker strategy takes the next number for each eager
+    collective, and for each in a graph when that is called. Nothing public
+    tells that a sum crosses between workers; some stay on this one.
+
+    Args:
+        extended: `extended` of a multi-worker strategy.
+        count: Called in the thread that begins the collective.
+    """
+    keys = extended._collective_keys
+    next_number = keys.get_instance_key
+
+    def counted(group_key: int, device: str) -> int:
+        count()
+        return int(next_number(group_key, device))
+
+    keys.get_instance_key = counted

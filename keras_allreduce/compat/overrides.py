@@ -86,7 +86,7 @@ MEMBERS = [
         (
             "CollectiveAllReduceExtended._enable_check_health",
             "2.21",
-            "The watchdog replaces TensorFlow's health check.",
+            "The health monitor replaces TensorFlow's health check.",
         ),
         (
             "CollectiveAllReduceExtended._experimental_distribute_dataset",
@@ -96,7 +96,7 @@ MEMBERS = [
         (
             "CollectiveAllReduceExtended._gather_to_implementation",
             "2.21",
-            "The watchdog knows which collectives are in flight.",
+            "The health monitor knows which collectives are in flight.",
         ),
         (
             "CollectiveAllReduceExtended._reduce_to",
@@ -133,7 +133,7 @@ MEMBERS = [
         (
             "CollectiveAllReduceStrategy._collective_key_base",
             "2.21",
-            "TensorFlow reads it from the class of the strategy.",
+            "Groups of devices of each strategy get numbers of their own.",
         ),
         # What sums.
         (

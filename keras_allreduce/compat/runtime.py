@@ -39,24 +39,32 @@ def is_started() -> bool:
 
 
 def configure_coordination(
-    leader: str, tasks_of_jobs: dict[str, int], timeout_seconds: float
+    leader: str,
+    tasks_of_jobs: dict[str, int],
+    timeout_seconds: float,
+    heartbeat_seconds: float,
 ) -> None:
     """Sets up how workers find each other, as TensorFlow's strategy would.
 
     It does not, if this has been called before. Theirs waits an hour for a
-    worker, and reports a lost one in words of its own, which `watchdog`
-    does in ours.
+    worker, and reports a lost one in words of its own, which our health
+    monitor does in ours.
+
+    Args:
+        leader: Task of the chief.
+        tasks_of_jobs: Number of the tasks of each job.
+        timeout_seconds: How long the workers may take to come.
+        heartbeat_seconds: A worker that was not heard for so long ends the
+            job, and so does one that was suspended for so long.
     """
     if _context.context().coordination_service is not None:
         return
     milliseconds = int(timeout_seconds * 1000)
-    # Later than `watchdog` says it, which names the worker.
-    heartbeat_milliseconds = 100_000
     _context.context().configure_coordination_service(
         service_type="standalone",
         service_leader=leader,
         cluster_register_timeout_in_ms=milliseconds,
-        heartbeat_timeout_in_ms=heartbeat_milliseconds,
+        heartbeat_timeout_in_ms=int(heartbeat_seconds * 1000),
         coordinated_jobs=[
             _coordination_config.CoordinatedJob(name=job, num_tasks=count)
             for job, count in tasks_of_jobs.items()

@@ -1,5 +1,6 @@
 """MultiWorkerMirroredStrategy whose gradients go through `BatchAllReduce`."""
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,11 @@ from keras_allreduce.workers.wire_formats import (
 )
 
 _CommunicationOptions = tf.distribute.experimental.CommunicationOptions
+
+
+# Strategies are made in one order on all workers. Groups of our own begin far
+# above: `workers/collectives.py`.
+_key_bases = itertools.count(0, 100)
 
 
 class MultiWorkerAllReduceStrategy(
@@ -114,6 +120,10 @@ class MultiWorkerAllReduceStrategy(
             bytes_per_pack=options.bytes_per_pack,
             implementation=asked.implementation,
         )
+        # TensorFlow numbers its groups of devices from here. The eager
+        # collectives of two strategies are two groups, or the second would
+        # repeat the numbers of the first.
+        self._collective_key_base = next(_key_bases)
         extended = MultiWorkerAllReduceExtended(
             self, cluster_resolver, stock_options, options
         )
@@ -124,9 +134,6 @@ class MultiWorkerAllReduceStrategy(
             f"{self.extended.num_workers} workers",
             f"options: {options.facts()}",
         )
-
-    # MultiWorkerMirroredStrategy takes this from its class.
-    _collective_key_base = 0
 
     @property
     def shown_steps(self) -> StepLog | None:

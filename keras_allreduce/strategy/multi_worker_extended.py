@@ -44,7 +44,7 @@ class MultiWorkerAllReduceExtended(
 
     _workers: Workers | SingleWorker
 
-    # The watchdog does this, and names the worker.
+    # The health monitor does this, and names the worker.
     _enable_check_health = False
 
     def __init__(
@@ -72,6 +72,7 @@ class MultiWorkerAllReduceExtended(
                 communication_options=communication_options,
             )
         if cluster is not None:
+            distribute.count_collectives(self, self._in_flight.count_eager)
             self._workers = Workers.connect(
                 cluster,
                 self,

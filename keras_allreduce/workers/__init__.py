@@ -10,7 +10,7 @@ error that names the failed worker.
               model_fingerprint.py --> described.py
     step      between_workers.py --> wire.py --> collectives.py
               wire_formats.py: how a tensor crosses
-    failure   in_flight.py, heartbeats.py --> watchdog.py --> exit_message.py
-    deadlock  whereabouts.py --> lookout.py, board.py --> watchdog.py
+    failure   probe.py --> heartbeats.py --> health.py --> excepthook.py
+    stall     in_flight.py --> progress.py --> stall.py --> health.py
     straggler lateness.py
 """

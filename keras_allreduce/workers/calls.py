@@ -26,8 +26,8 @@ from keras_allreduce.workers.consistency_check import (
     ConsistencyCheck,
 )
 from keras_allreduce.workers.fingerprint import Fingerprint
+from keras_allreduce.workers.progress import Progress
 from keras_allreduce.workers.weight_fingerprint import WeightCheck
-from keras_allreduce.workers.whereabouts import Whereabouts
 
 _SEED, _RANDOM, _NUMPY = "seed", "state of random", "state of numpy"
 
@@ -43,7 +43,7 @@ class Calls:
 
     Args:
         check: Compares what the workers do.
-        whereabouts: Notes the calls.
+        progress: Notes the calls.
         weights: Compares models.
 
     Attributes:
@@ -53,11 +53,11 @@ class Calls:
     def __init__(
         self,
         check: ConsistencyCheck,
-        whereabouts: Whereabouts,
+        progress: Progress,
         weights: WeightCheck,
     ):
         self._check = check
-        self._whereabouts = whereabouts
+        self._progress = progress
         self.weights = weights
 
     def begin(
@@ -82,8 +82,7 @@ class Calls:
                 other data.
         """
         iterator = call.epoch_iterator
-        number = self._check.next_point
-        self._whereabouts.begin_call(number, str(call), iterator)
+        number = self._progress.begin_call(str(call), iterator)
         facts = {
             "call": f"{call} (its data)",
             _STEPS: data_fingerprint.steps_of_epochs(*steps),
@@ -113,7 +112,7 @@ class Calls:
         call = keras_calls.current_call()
         if call is None:
             return
-        self._whereabouts.rename(epochs.number, str(call))
+        self._progress.rename(epochs.number, str(call))
         if call.is_nested:
             # `fit` has compared the model.
             facts = {"call": str(call)}

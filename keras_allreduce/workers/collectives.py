@@ -69,11 +69,11 @@ class Places:
 class Collectives:
     """Collectives of one group of devices, over gRPC or NCCL.
 
-    They wait for the others without a limit; the watchdog ends them.
+    They wait for the others without a limit; the health monitor ends them.
 
     Args:
         group: The devices.
-        in_flight: Tracks the collectives for the watchdog.
+        in_flight: Counts the collectives for the health monitor.
     """
 
     medium = "gRPC"
@@ -129,7 +129,8 @@ class Collectives:
             The sum, on each of `devices`.
         """
         with tf.device(self._group.device):
-            place = self._place(tensors[0], purpose)
+            name = self._places.name(tensors[0], purpose)
+            place = self._place(name, tensors[0])
 
             def launch(tensor: tf.Tensor, token: tf.Tensor) -> tf.Tensor:
                 return tf.raw_ops.CollectiveReduceV2(
@@ -141,7 +142,7 @@ class Collectives:
                 )
 
             tokens = [self._token_of(device) for device in devices]
-            with self._in_flight.watched(tensors) as flight:
+            with self._in_flight.watched(f"gpus {name}", tensors) as flight:
                 flight.results += on_each(devices, launch, tensors, tokens)
             return flight.results
 
@@ -181,8 +182,9 @@ class Collectives:
         self, op: Any, tensor: tf.Tensor, purpose: str, **attributes: Any
     ) -> tf.Tensor:
         with tf.device(self._group.device):
-            place = self._place(tensor, purpose)
-            with self._in_flight.watched([tensor]) as flight:
+            name = self._places.name(tensor, purpose)
+            place = self._place(name, tensor)
+            with self._in_flight.watched(name, [tensor]) as flight:
                 result = op(
                     input=tensor,
                     ordering_token=flight.tokens,
@@ -193,8 +195,7 @@ class Collectives:
                 flight.results.append(result)
             return result
 
-    def _place(self, tensor: tf.Tensor, purpose: str) -> dict[str, Any]:
-        name = self._places.name(tensor, purpose)
+    def _place(self, name: str, tensor: tf.Tensor) -> dict[str, Any]:
         return {
             "group_size": self._group.size,
             "group_key": self._group.key,

@@ -10,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
+from keras_allreduce.addresses import parse_address
 from keras_allreduce.compat import runtime
 from keras_allreduce.environment import JOB_TOKEN, TF_CONFIG
 from keras_allreduce.workers import signals
@@ -23,6 +24,10 @@ from keras_allreduce.workers.errors import WorkerStartError
 from keras_allreduce.workers.rendezvous import meet
 from keras_allreduce.workers.time_limit import limited
 from keras_allreduce.workers.timing import TIMING
+
+# Where gRPC looks for a proxy.
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+_OF_GRPC, _OF_ALL = "no_grpc_proxy", "no_proxy"
 
 
 def read_cluster(resolver: Any) -> Cluster | None:
@@ -84,6 +89,7 @@ def starting(resolver: Any, timeout_seconds: float) -> Iterator[Cluster | None]:
         problem = meet(cluster, timeout_seconds, os.environ.get(JOB_TOKEN, ""))
     if problem is not None:
         raise WorkerStartError(problem)
+    _keep_from_proxy(cluster)
     _configure(cluster, timeout_seconds)
     with signals.kept(), _connecting(cluster, timeout_seconds):
         yield cluster
@@ -115,12 +121,28 @@ def waits_for_start(worker: str, timeout_seconds: float) -> Iterator[None]:
         said.cancel()
 
 
+def _keep_from_proxy(cluster: Cluster) -> None:
+    """Lets gRPC reach the workers directly, whatever proxy is set.
+
+    It takes a proxy for every address, and looks for exceptions in the first
+    of `no_grpc_proxy` and `no_proxy` that is set.
+    """
+    if not any(os.environ.get(name) for name in _PROXIES):
+        return
+    exceptions = os.environ.get(_OF_GRPC) or os.environ.get(_OF_ALL)
+    hosts = [parse_address(each).host for each in cluster.addresses]
+    listed = [exceptions] if exceptions else []
+    os.environ[_OF_GRPC] = ",".join(dict.fromkeys([*listed, *hosts]))
+
+
 def _configure(cluster: Cluster, timeout_seconds: float) -> None:
     jobs = [task.removeprefix("/job:").split("/")[0] for task in cluster.tasks]
     runtime.configure_coordination(
         cluster.tasks[0],
         {job: jobs.count(job) for job in JOBS if job in jobs},
         timeout_seconds,
+        # Our own health monitor finds a lost worker long before, and names it.
+        TIMING.coordination,
     )
 
 

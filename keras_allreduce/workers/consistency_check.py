@@ -2,10 +2,9 @@
 
 Workers that run different code do not fail by themselves: each waits for a
 collective that another never starts. So each publishes what it is about to do
-in the `Store`, and reads what the others do.
+in the store, and reads what the others do.
 """
 
-import itertools
 import json
 import platform
 import time
@@ -26,8 +25,8 @@ from keras_allreduce.workers.fingerprint import (
     in_another_order,
     without_numbers,
 )
-from keras_allreduce.workers.store import NoStore, Store
-from keras_allreduce.workers.whereabouts import Whereabouts
+from keras_allreduce.workers.progress import Progress
+from keras_allreduce.workers.store import KeyValueStore, NoStore
 
 ORDER = (
     "Make layers in the same order on all workers: a Python `set` has another "
@@ -52,30 +51,27 @@ class ConsistencyCheck:
     Args:
         cluster: The workers.
         store: What they publish.
-        whereabouts: Notes that this worker compares.
+        progress: Numbers the points at which this worker compares.
         paths_of_gradients: Returns the paths of as many gradients, or nothing.
 
     Attributes:
         rank: Number of this worker.
-        next_point: Number of the next comparison, the same on all workers.
     """
 
     def __init__(
         self,
         cluster: Cluster,
-        store: Store | NoStore,
-        whereabouts: Whereabouts,
+        store: KeyValueStore | NoStore,
+        progress: Progress,
         paths_of_gradients: Callable[[int], Sequence[str]] = lambda count: (),
     ):
         self._cluster = cluster
         self._store = store
-        self._whereabouts = whereabouts
+        self._progress = progress
         self._paths_of_gradients = paths_of_gradients
         self._lists: list[dict[str, str]] = []
-        # Everything is counted together: where one worker makes a variable
-        # and another goes on to its step, these two meet.
-        self.next_point = 0
-        self._meetings = itertools.count()
+        # Of the last comparison.
+        self._point = 0
         self.rank = cluster.rank
 
     def meet(self) -> tuple[float, float]:
@@ -86,7 +82,8 @@ class ConsistencyCheck:
             since the epoch.
         """
         entered = time.time()
-        self._store.exchange(f"meeting/{next(self._meetings)}", "")
+        with self._progress.point() as number:
+            self._store.all_gather(number, "a barrier", "")
         return entered, time.time()
 
     def exchange(self, name: str, text: str) -> list[str]:
@@ -101,9 +98,9 @@ class ConsistencyCheck:
         Raises:
             RuntimeError: See `compare`.
         """
-        key = f"{name}/{next(self._meetings)}"
-        texts = self._store.exchange(key, text)
-        self._store.let_all_read(key)
+        with self._progress.point() as number:
+            texts = self._store.all_gather(number, f"a gather ({name})", text)
+        self._store.linger(number)
         return texts
 
     def name(self, rank: int) -> str:
@@ -141,10 +138,12 @@ class ConsistencyCheck:
 
     def state(self, fingerprint: Fingerprint) -> list[Fingerprint]:
         """The fingerprints of all workers, by rank, compared by nobody."""
-        self._point = f"point {self.next_point}"
-        self.next_point += 1
-        with self._whereabouts.comparing():
-            texts = self._store.exchange(self._point, fingerprint.to_json())
+        # All are counted together: where one worker makes a variable and
+        # another goes on to its step, these two meet.
+        with self._progress.point() as self._point:
+            texts = self._store.all_gather(
+                self._point, "a comparison", fingerprint.to_json()
+            )
         return [Fingerprint.from_json(text) for text in texts]
 
     def raise_differences(
@@ -161,7 +160,7 @@ class ConsistencyCheck:
         ]
         if not differences:
             return
-        self._store.let_all_read(self._point)
+        self._store.linger(self._point)
         raise WorkersDifferError(
             f"All workers must have the same {name}. Received: "
             f"{'; '.join(differences)}. {remedy}"

@@ -1,7 +1,7 @@
 """The other workers of one strategy, or none: two classes of one interface.
 
 Workers.connect
-    [1] watchdog        asks the others, from now on
+    [1] monitor         asks the others, from now on
     [2] check           same versions, devices and options?
     [3] collectives     between host devices (gRPC or MPI), between GPUs
     [4] wires           exact, and in the format of `compression`
@@ -32,15 +32,14 @@ from keras_allreduce.workers.consistency_check import (
     environment,
 )
 from keras_allreduce.workers.fingerprint import Fingerprint
+from keras_allreduce.workers.health import HealthMonitor, watch
 from keras_allreduce.workers.host_collectives import HostCollectives
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.mpi.collectives import MpiCollectives
 from keras_allreduce.workers.mpi.start import MPI, engine_of
+from keras_allreduce.workers.progress import Progress
 from keras_allreduce.workers.tensors import all_gather_tensors
-from keras_allreduce.workers.watch import watch
-from keras_allreduce.workers.watchdog import Watchdog
 from keras_allreduce.workers.weight_fingerprint import WeightCheck
-from keras_allreduce.workers.whereabouts import Whereabouts
 from keras_allreduce.workers.wire import Wire
 from keras_allreduce.workers.wire_formats import WireFormat
 
@@ -207,11 +206,11 @@ class Workers:
         in_flight: InFlight,
         paths: Callable[[int], Sequence[str]],
     ) -> "Workers":
-        """Starts the watchdog and compares the workers, as drawn at the top.
+        """Starts the monitor and compares the workers, as drawn at the top.
 
         Args:
             cluster: The workers, which TensorFlow has connected.
-            owner: The watchdog watches as long as this object is there.
+            owner: The monitor watches as long as this object is there.
             devices: Devices of this worker.
             host: Host device of this worker.
             options: Options of the strategy.
@@ -221,9 +220,11 @@ class Workers:
         Raises:
             WorkerError: If workers differ in what [2] compares, or one fails.
         """
-        seconds, at = options.timeout_seconds, Whereabouts(in_flight)
-        watchdog, store = watch(cluster, owner, seconds, in_flight, at)  # [1]
-        check = ConsistencyCheck(cluster, store, at, paths)  # [2]
+        seconds, progress = options.timeout_seconds, Progress(in_flight)
+        monitor, store = watch(  # [1]
+            cluster, owner, seconds, in_flight, progress
+        )
+        check = ConsistencyCheck(cluster, store, progress, paths)  # [2]
         facts: Mapping[str, Any] = environment(devices) | options.facts()
         check.compare("versions, devices and options", Fingerprint(facts))
         workers = len(cluster.tasks)
@@ -231,14 +232,14 @@ class Workers:
         gpus = CollectiveGroup(workers * len(devices), host)
         between: HostCollectives = Collectives(group, in_flight)
         if options.transport == MPI:
-            between = _over_mpi(cluster, group, seconds, in_flight, watchdog)
+            between = _over_mpi(cluster, group, seconds, in_flight, monitor)
         nccl = Collectives(gpus, in_flight)
         weights = WeightCheck(check, Wire(between, workers).all_reduce, cluster)
-        calls = Calls(check, at, weights)
+        calls = Calls(check, progress, weights)
         return cls(workers, check, calls, between, nccl, options, in_flight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Workers":
-        """A copy of the strategy has the same watchdog and collectives."""
+        """A copy of the strategy has the same monitor and collectives."""
         return self
 
     def compare_initial_value(self, initial_value: Any) -> Any:
@@ -309,9 +310,9 @@ def _over_mpi(
     group: CollectiveGroup,
     timeout_seconds: float,
     in_flight: InFlight,
-    watchdog: Watchdog,
+    monitor: HealthMonitor,
 ) -> HostCollectives:
-    """Collectives over MPI, which fail when the watchdog gives up."""
+    """Collectives over MPI, which fail when the monitor gives up."""
     engine = engine_of(cluster, timeout_seconds)
-    watchdog.on_loss.append(engine.fail)
+    monitor.on_loss.append(engine.fail)
     return MpiCollectives(engine, group, in_flight)

@@ -2,99 +2,245 @@
 
 C++ threads answer, so a worker that computes, compiles, saves or stands in a
 debugger does answer; one that was killed or frozen, or whose network is cut,
-does not.
+does not. Questions have connections of their own (`probe.py`), and whatever
+else arrives from a worker counts as its answer: so none is silent because its
+link is busy.
 """
 
+import contextlib
+import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import tensorflow as tf
 
+from keras_allreduce.addresses import parse_address
 from keras_allreduce.compat import runtime
 from keras_allreduce.workers.cluster import Cluster
-
-FROZEN_SECONDS = 20.0
-"""A worker that has not answered for so long has failed."""
-
-IS_GONE = "is gone"
-"""What is wrong with a worker whose port is closed: it may have ended."""
+from keras_allreduce.workers.errors import WorkerError, WorkerLostError
+from keras_allreduce.workers.probe import Addresses, Answer, Probe, resolve
+from keras_allreduce.workers.timing import TIMING
 
 REFUSALS = 3
 """A closed port is asked so often, in case only one connection broke."""
 
-_PROBE_SECONDS, _MOMENT_SECONDS = 2.0, 0.5
+_REMEDY = (
+    "Look at its log, then start all workers again; "
+    "keras.callbacks.BackupAndRestore goes on where they were."
+)
 
-# A probe that took so much longer has been frozen with this process.
-_FROZEN_HERE_SECONDS = 3.0
+# How long a look waits for answers, and how often it looks for them.
+_ANSWERS_SECONDS, _PAUSE_SECONDS = 0.1, 0.005
+
+
+class LastWords(Protocol):
+    """What workers say before they go; `stall.StallInspector` reads it."""
+
+    def has_ended(self, rank: int) -> bool:
+        """Whether the script of a worker has ended, as it should."""
+
+    def failure_of(self, rank: int) -> WorkerError | None:
+        """The error in which a worker has failed, if it said so."""
+
+
+@dataclass
+class _Peer:
+    """Another worker.
+
+    Attributes:
+        asked: When it was asked last.
+        answered: Since when nothing was heard of it.
+        refusals: How often in a row its port was closed.
+        probes: Questions without an answer yet.
+        addresses: Its addresses, once its name was resolved.
+    """
+
+    asked: float
+    answered: float
+    refusals: int = 0
+    probes: list[Probe] = field(default_factory=list)
+    addresses: Addresses = ()
 
 
 class Heartbeats:
-    """When each of the other workers has answered.
+    """Finds a worker that has failed or cannot be reached.
 
     Args:
         cluster: The workers.
-        limit_seconds: A worker that has not answered for so long has failed.
+        limit_seconds: A worker that was not heard for so long has failed.
+        clock: Tells the seconds; see `health.AwakeClock`.
+
+    Attributes:
+        last_words: What the others have said before they went.
+        waits: Whether this worker waits for others, and asks more often.
+        needs_all: Whether a collective has failed, so that this worker cannot
+            go on without one whose script has ended.
     """
 
-    def __init__(self, cluster: Cluster, limit_seconds: float):
+    def __init__(
+        self,
+        cluster: Cluster,
+        limit_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._cluster = cluster
         self._limit_seconds = limit_seconds
-        self._asked = dict.fromkeys(cluster.others, time.monotonic())
-        self._answered = dict(self._asked)
-        self._refusals = dict.fromkeys(cluster.others, 0)
+        self._clock = clock
+        now = clock()
+        self._peers = {rank: _Peer(now, now) for rank in cluster.others}
+        self._lock = threading.Lock()
+        self.last_words: LastWords | None = None
+        self.waits: Callable[[], bool] = lambda: False
+        self.needs_all = False
 
     @property
     def are_unsure(self) -> bool:
         """Whether a worker has refused, but not yet often enough."""
-        return any(0 < n < REFUSALS for n in self._refusals.values())
+        return any(0 < p.refusals < REFUSALS for p in self._peers.values())
 
-    def due(self, interval_seconds: float) -> list[int]:
-        """The workers to ask now.
+    def heard(self, rank: int) -> None:
+        """Notes that something has arrived from a worker."""
+        self._peers[rank].answered = self._clock()
+
+    def heard_all(self) -> None:
+        """Notes that a collective has ended, to which all have sent."""
+        for rank in self._peers:
+            self.heard(rank)
+
+    def check(self, *, all_now: bool = False) -> WorkerError | None:
+        """Asks those that are due; to be called again and again.
 
         Args:
-            interval_seconds: How often a worker is asked that answers.
-        """
-        now = time.monotonic()
-        return [
-            rank
-            for rank in self._cluster.others
-            if 0 < self._refusals[rank] < REFUSALS
-            or now - self._asked[rank] >= interval_seconds
-        ]
-
-    def ask(self, rank: int) -> str | None:
-        """Asks a worker, and waits for its answer.
+            all_now: Whether all are due, and are to answer within a moment.
 
         Returns:
-            What is wrong with it: `IS_GONE`, or a part of a sentence.
+            An error if a worker has failed or cannot be reached.
         """
-        asked = self._asked[rank] = time.monotonic()
-        patience = min(_PROBE_SECONDS, self._limit_seconds)
-        try:
-            runtime.check_peer(self._cluster.tasks[rank], patience)
-        except tf.errors.DeadlineExceededError:
-            now = time.monotonic()
-            if now - asked > patience + _FROZEN_HERE_SECONDS:
-                self._answered[rank] = now
-            silent = now - self._answered[rank]
-            if silent < self._limit_seconds:
-                return None
-            return (
-                f"has not answered for {silent:.0f} s: it is frozen, or the "
-                "network is cut."
-            )
-        except tf.errors.FailedPreconditionError:
-            return "was started again while this worker was not."
-        except tf.errors.OpError:
-            self._refusals[rank] += 1
-            return IS_GONE if self._refusals[rank] >= REFUSALS else None
-        self._answered[rank] = asked
-        self._refusals[rank] = 0
+        with self._lock:
+            for rank, peer in self._peers.items():
+                if all_now or self._is_due(peer):
+                    self._ask(rank, peer)
+            self._collect(TIMING.moment if all_now else _ANSWERS_SECONDS)
+            for rank in self._peers:
+                error = self._judge(rank, all_now)
+                if error is not None:
+                    return error
         return None
 
     def answers(self, rank: int) -> bool:
         """Asks a worker once, for a moment; whether it answered."""
         try:
-            runtime.check_peer(self._cluster.tasks[rank], _MOMENT_SECONDS)
+            probe = Probe(self._addresses(rank), self._clock())
+        except OSError:
+            return False
+        with contextlib.closing(probe):
+            end = time.monotonic() + TIMING.moment
+            while probe.poll() is Answer.NOT_YET and time.monotonic() < end:
+                time.sleep(_PAUSE_SECONDS)
+            return probe.poll() is Answer.YES
+
+    def _is_due(self, peer: _Peer) -> bool:
+        interval = TIMING.check_waiting if self.waits() else TIMING.check
+        is_unsure = 0 < peer.refusals < REFUSALS
+        return is_unsure or self._clock() - peer.asked >= interval
+
+    def _ask(self, rank: int, peer: _Peer) -> None:
+        peer.asked = self._clock()
+        with contextlib.suppress(OSError):
+            peer.probes.append(Probe(self._addresses(rank), peer.asked))
+
+    def _addresses(self, rank: int) -> Addresses:
+        peer = self._peers[rank]
+        if not peer.addresses:
+            address = parse_address(self._cluster.addresses[rank])
+            peer.addresses = resolve(address.host, address.port)
+        return peer.addresses
+
+    def _collect(self, seconds: float) -> None:
+        """Takes the answers that arrive in this time."""
+        end = time.monotonic() + seconds
+        while True:
+            newest = [
+                peer.probes[-1].started == peer.asked
+                for peer in self._peers.values()
+                if self._take(peer) and peer.probes
+            ]
+            if not any(newest) or time.monotonic() >= end:
+                return
+            time.sleep(_PAUSE_SECONDS)
+
+    def _take(self, peer: _Peer) -> bool:
+        """Takes the answers of a worker; whether questions are left."""
+        for probe in list(peer.probes):
+            answer = probe.poll()
+            if answer is Answer.YES:
+                peer.answered = max(peer.answered, probe.started)
+                peer.refusals = 0
+            elif answer is Answer.CLOSED:
+                peer.refusals += 1
+            if answer is not Answer.NOT_YET:
+                probe.close()
+                peer.probes.remove(probe)
+        # What was asked before the last answer is answered.
+        for probe in list(peer.probes):
+            if probe.started <= peer.answered:
+                probe.close()
+                peer.probes.remove(probe)
+        return bool(peer.probes)
+
+    def _judge(self, rank: int, all_now: bool) -> WorkerError | None:
+        what = self._wrong(rank, all_now)
+        if what is None:
+            return None
+        last = self.last_words
+        failure = last.failure_of(rank) if last else None
+        if failure is not None:
+            return failure
+        if last is not None and last.has_ended(rank):
+            if not self.needs_all:
+                return None
+            what = "has ended its script, while this worker still needs it."
+        return lost_error(self._cluster, rank, what)
+
+    def _wrong(self, rank: int, all_now: bool) -> str | None:
+        peer = self._peers[rank]
+        if peer.refusals >= REFUSALS:
+            return (
+                f"is gone since {time.strftime('%H:%M:%S')}, its port is "
+                "closed: it was killed, or failed."
+            )
+        silent = self._clock() - peer.answered
+        if silent >= self._limit_seconds:
+            return (
+                f"has not answered for {silent:.0f} s: it is frozen, or the "
+                "network is cut."
+            )
+        if all_now and self._is_another(rank):
+            return "was started again while this worker was not."
+        return None
+
+    def _is_another(self, rank: int) -> bool:
+        """Whether the worker was started again: TensorFlow knows the first."""
+        try:
+            runtime.check_peer(self._cluster.tasks[rank], TIMING.moment)
+        except tf.errors.FailedPreconditionError:
+            return True
         except tf.errors.OpError:
             return False
-        return True
+        return False
+
+
+def lost_error(cluster: Cluster, rank: int, what: str) -> WorkerLostError:
+    """The error that says how a worker was lost.
+
+    Args:
+        cluster: The workers.
+        rank: Of the worker.
+        what: The rest of a sentence that begins with its name.
+    """
+    return WorkerLostError(
+        "All workers must stay until training ends. Received: "
+        f"{cluster.name(rank)} {what} {_REMEDY}"
+    )

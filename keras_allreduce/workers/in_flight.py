@@ -1,17 +1,19 @@
-"""Tracks the collectives that are in flight, for the watchdog.
+"""Counts the collectives that have begun and ended, for the health monitor.
 
 TensorFlow's own timeout starts a thread for each collective, which sleeps until
 the time is up: with ten minutes and fifty collectives a second, thirty thousand
 of them. Here a collective in a graph counts when it begins and when it has
-ended, in two variables of its own, so that none waits for another; the
-watchdog reads them once in a while.
+ended, in two variables of its own, so that none waits for another; the health
+monitor reads them once in a while. The variables belong to the name of the
+collective, which a graph that is traced again uses again: so the counts of all
+workers are of the same collectives, however often each of them traces.
 """
 
 import contextlib
 import threading
 import time
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -20,7 +22,7 @@ from keras_allreduce.graph_order import keep_with_graph, new_counter
 
 
 class Counters:
-    """How often one collective of a graph has begun, and ended."""
+    """How often one collective of graphs has begun, and ended."""
 
     def __init__(self) -> None:
         self.begun, self.ended = new_counter(), new_counter()
@@ -57,39 +59,70 @@ class Flight:
         self.tokens = list(tokens)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The collectives of one strategy at one time.
+
+    Attributes:
+        begun: How many of graphs have begun.
+        ended: How many of graphs have ended.
+        waiting_seconds: Since the oldest in flight, in a graph or not, was
+            seen to be so; 0: none is.
+    """
+
+    begun: int
+    ended: int
+    waiting_seconds: float
+
+
 class InFlight:
-    """The collectives of one strategy that are in flight."""
+    """The collectives of one strategy that are in flight.
+
+    Attributes:
+        clock: Tells the seconds; see `health.AwakeClock`.
+        eager: How many collectives outside of graphs have begun.
+        on_eager: Called before each of them.
+    """
 
     timed = False
     """Whether `read_waits` measures."""
 
     def __init__(self) -> None:
+        self.clock: Callable[[], float] = time.monotonic
+        self.eager = 0
+        self.on_eager: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
-        self._counters: weakref.WeakSet[Counters] = weakref.WeakSet()
-        self._seen: weakref.WeakKeyDictionary[Counters, tuple[int, float]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._counters: dict[str, Counters] = {}
+        self._seen: dict[str, tuple[int, float]] = {}
         self._calls: dict[object, float] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InFlight":
-        """A copy of the strategy has the same watchdog, which reads this."""
+        """A copy of the strategy has the same monitor, which reads this."""
         return self
 
     @contextlib.contextmanager
-    def watched(self, tensors: Sequence[tf.Tensor]) -> Iterator[Flight]:
+    def watched(
+        self, name: str, tensors: Sequence[tf.Tensor]
+    ) -> Iterator[Flight]:
         """Counts the collective that is traced or run in the block.
 
         It is in flight from when all of `tensors` are ready until all that
         the block appends to `results` is.
+
+        Args:
+            name: Name of the collective, the same on all workers.
+            tensors: What it sends.
         """
         if tf.executing_eagerly():
+            self.count_eager()
             with self.during():
                 yield Flight(())
             return
-        counters = self._new_counters()
-        keep_with_graph(counters)
         with self._lock:
-            self._counters.add(counters)
+            if name not in self._counters:
+                self._counters[name] = self._new_counters()
+            counters = self._counters[name]
+        keep_with_graph(counters)
         flight = Flight([counters.begun.handle])
         began = counters.begin(tensors)
         with tf.control_dependencies(began[-1:]):
@@ -99,9 +132,14 @@ class InFlight:
     def _new_counters(self) -> Counters:
         return Counters()
 
+    def count_eager(self) -> None:
+        """Counts a collective outside of a graph, which is about to begin."""
+        self.on_eager()
+        self.eager += 1
+
     @contextlib.contextmanager
     def during(self) -> Iterator[None]:
-        """Counts what runs eagerly in the block as in flight.
+        """Takes what runs eagerly in the block for in flight.
 
         What is only traced there counts by itself.
         """
@@ -109,7 +147,7 @@ class InFlight:
             yield
             return
         call = object()
-        self._calls[call] = time.monotonic()
+        self._calls[call] = self.clock()
         try:
             yield
         finally:
@@ -120,33 +158,38 @@ class InFlight:
         """Whether a collective outside of a graph is in flight."""
         return bool(self._calls)
 
-    def read_waits(self) -> float:
-        """Mean seconds per step in the slowest collective; `nan`, untimed."""
-        return float("nan")
-
-    def waiting_seconds(self) -> float:
-        """Seconds since the oldest collective in flight was seen to be so.
+    def read(self) -> Reading:
+        """Reads the collectives of graphs, and the oldest wait of all.
 
         To be called again and again: of a collective in a graph this tells
         how long it has been in flight only from the first call that saw it.
         """
-        now = time.monotonic()
+        now = self.clock()
         since = [now, *list(self._calls.values())]
-        since += [self._since(each, now) for each in self._all_counters()]
-        return now - min(since)
+        begun = ended = 0
+        for name, each in self._all_counters():
+            # In this order one that ends in between is not seen in flight.
+            runs = int(each.begun.numpy()), int(each.ended.numpy())
+            begun, ended = begun + runs[0], ended + runs[1]
+            if runs[0] > runs[1]:
+                since.append(self._since(name, runs[0], now))
+        return Reading(begun, ended, now - min(since))
 
-    def _all_counters(self) -> list[Any]:
+    def waiting_seconds(self) -> float:
+        """Seconds since the oldest collective in flight was seen to be so."""
+        return self.read().waiting_seconds
+
+    def read_waits(self) -> float:
+        """Mean seconds per step in the slowest collective; `nan`, untimed."""
+        return float("nan")
+
+    def _all_counters(self) -> list[tuple[str, Any]]:
         with self._lock:
-            return list(self._counters)
+            return list(self._counters.items())
 
-    def _since(self, counters: Counters, now: float) -> float:
-        # In this order one that ends in between does not look as in flight.
-        begun = int(counters.begun.numpy())
-        ended = int(counters.ended.numpy())
-        if begun <= ended:
-            return now
-        seen, since = self._seen.get(counters, (0, now))
+    def _since(self, name: str, begun: int, now: float) -> float:
+        seen, since = self._seen.get(name, (0, now))
         if seen != begun:
             since = now
-            self._seen[counters] = (begun, now)
+            self._seen[name] = (begun, now)
         return since

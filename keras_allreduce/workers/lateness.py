@@ -5,7 +5,6 @@ no clocks of different hosts are compared.
 """
 
 import math
-import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,13 +37,19 @@ class TimedCounters(Counters):
         """Counts, and adds up the time since `begin`."""
         super().end(began, results)
         times, start = began
+        first = self._first_of_this_graph()
         with tf.control_dependencies(results):
             seconds = self._now_ended() - start
-        counts = times > 1
+        counts = times > first
         self.seconds.assign_add(
             tf.where(counts, seconds, 0.0), read_value=False
         )
         self.timed.assign_add(tf.cast(counts, tf.int64), read_value=False)
+
+    def _first_of_this_graph(self) -> int:
+        """The count of the first run of the graph that is traced now."""
+        with tf.init_scope():
+            return int(self.begun.numpy()) + 1
 
 
 class TimedInFlight(InFlight):
@@ -54,9 +59,7 @@ class TimedInFlight(InFlight):
 
     def __init__(self) -> None:
         super().__init__()
-        self._read: weakref.WeakKeyDictionary[
-            TimedCounters, tuple[float, int]
-        ] = weakref.WeakKeyDictionary()
+        self._read: dict[str, tuple[float, int]] = {}
 
     def _new_counters(self) -> TimedCounters:
         return TimedCounters()
@@ -69,10 +72,10 @@ class TimedInFlight(InFlight):
         step.
         """
         longest = float("nan")
-        for each in self._all_counters():
+        for name, each in self._all_counters():
             now = float(each.seconds.numpy()), int(each.timed.numpy())
-            before = self._read.get(each, (0.0, 0))
-            self._read[each] = now
+            before = self._read.get(name, (0.0, 0))
+            self._read[name] = now
             seconds, steps = now[0] - before[0], now[1] - before[1]
             if steps:
                 longest = np.fmax(longest, seconds / steps)

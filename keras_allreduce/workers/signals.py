@@ -4,7 +4,7 @@ When TensorFlow connects the workers, its preemption notifier catches SIGTERM
 in C++ and swallows it: the process no longer ends, a handler that the script
 has installed never runs, and processes that it forks inherit both. Python does
 not know, so that `signal.getsignal` still returns the old handler. A SIGTERM in
-that very moment is sent again by `watchdog.py`, if TensorFlow reports it, which
+that very moment is sent again by `health.py`, if TensorFlow reports it, which
 it does once the workers are connected.
 
 The C library is asked, rather than Python, because Python only sets signals

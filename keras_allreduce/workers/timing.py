@@ -39,7 +39,8 @@ class Timing:
         suspended: A look that comes so much later than it was due shows that
             this process was suspended.
         refused: Pause before a closed port is asked again.
-        coordination: TensorFlow's coordination service gives a worker up.
+        coordination: TensorFlow's coordination service ends a job, one of
+            whose workers was not heard, or was suspended, for so long.
         preempted: TensorFlow publishes a SIGTERM that came while it connected.
         linger: A script that has ended well waits until the others know.
         linger_failed: One that has failed waits until they know.
@@ -73,7 +74,7 @@ class Timing:
     silent: float = 20.0
     suspended: float = 3.0
     refused: float = 0.3
-    coordination: float = 100.0
+    coordination: float = 86_400.0
     preempted: float = 10.0
 
     linger: float = 10.0

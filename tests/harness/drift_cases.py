@@ -580,7 +580,7 @@ def store_operations(strategy, index):
     def counted(name):
         def call(key, *arguments):
             result = stock[name](key, *arguments)
-            if "/place/" not in key:  # Another thread reads where others are.
+            if "/progress/" not in key:  # Of another thread.
                 counts[name] += 1
             return result
 
@@ -601,3 +601,28 @@ def store_operations(strategy, index):
             setattr(runtime, name, function)
     once, five = found
     return {"in an epoch": (five - once) / 4, "in a fit": once}
+
+
+class Shift(keras.callbacks.Callback):
+    """Moves a kernel of worker 1 by a part of itself, after two epochs."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 1 and worker_cases.worker_index():
+            kernel = self.model.layers[0].kernel
+            kernel.assign(kernel * (1 + self.part))
+
+
+@case
+def off_by_more_than_rounding(strategy, index):
+    fit(made(strategy), epochs=4, callbacks=[Shift(2**-10)])
+
+
+@case
+def off_by_rounding(strategy, index):
+    model = made(strategy)
+    fit(model, epochs=4, callbacks=[Shift(2**-21)])
+    return model.get_weights()

@@ -80,7 +80,8 @@ def network(num_workers, rate=None):
     Args:
         num_workers: Number of workers.
         rate: What a link carries in each direction, as `tc` writes it:
-            `"1gbit"`. `None`: as much as it can.
+            `"1gbit"`. `None`: as much as it can. A list: of each worker, up
+            and down.
 
     Yields:
         `Network`. At the end of the block its namespaces are gone; a process
@@ -103,7 +104,8 @@ def network(num_workers, rate=None):
         _run(f"ip -n {net.name}-switch link add br0 type bridge")
         _run(f"ip -n {net.name}-switch link set br0 up")
         for worker, address in enumerate(net.addresses):
-            _add_worker(net.name, worker, address, rate)
+            rates = rate[worker] if isinstance(rate, list) else (rate, rate)
+            _add_worker(net.name, worker, address, rates)
         yield net
 
 
@@ -112,13 +114,14 @@ def prefix():
     return f"{PREFIX}-{os.getpid()}-"
 
 
-def _add_worker(name, worker, address, rate):
+def _add_worker(name, worker, address, rates):
     own, switch, port = f"{name}-{worker}", f"{name}-switch", f"p{worker}"
     _add_namespace(own)
     _run(f"ip -n {own} link add eth0 type veth peer name {port} netns {switch}")
     _run(f"ip -n {own} address add {address}/24 dev eth0")
     _run(f"ip -n {switch} link set {port} master br0")
-    for namespace, device in ((own, "eth0"), (switch, port)):
+    ends = ((own, "eth0"), (switch, port))
+    for (namespace, device), rate in zip(ends, rates, strict=True):
         if rate:
             limit(namespace, device, rate)
         _run(f"ip -n {namespace} link set {device} up")

@@ -4,6 +4,7 @@ Not a test. `workers.py` starts it.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -328,10 +329,10 @@ def fit_and_signal(name, index, timeout_seconds):
     import keras
     import worker_cases
 
-    from keras_allreduce.workers import watch
+    from keras_allreduce.workers import health
 
     # Tests need not wait as long as users for one that is only slow.
-    watch.FROZEN_SECONDS = PATIENCE_SECONDS
+    health.TIMING = dataclasses.replace(health.TIMING, silent=PATIENCE_SECONDS)
 
     class Signal(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -393,6 +394,112 @@ def fit_until_ended(timeout_seconds):
             print("an epoch has ended", flush=True)
 
     _fit(timeout_seconds, Report(), batch_size=4, epochs=10**6)
+
+
+def fit_epochs(epochs):
+    """Trains; says when an epoch has ended."""
+    import keras
+
+    from keras_allreduce.workers import health
+
+    # Else a test would have to suspend the workers for as long as users do.
+    health.TIMING = dataclasses.replace(health.TIMING, silent=PATIENCE_SECONDS)
+
+    class Report(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            print("an epoch has ended", flush=True)
+
+    _fit(DEADLINE_SECONDS, Report(), batch_size=4, epochs=epochs)
+    return True
+
+
+def fit_large_gradients(width, epochs):
+    """Trains a kernel of `width` KB; returns its sum and the loss."""
+    import keras
+    import numpy as np
+
+    import keras_allreduce
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=DEADLINE_SECONDS
+    )
+    keras.utils.set_random_seed(1)
+    with strategy.scope():
+        layers = [
+            keras.layers.Dense(width, use_bias=False),
+            keras.layers.Dense(1, use_bias=False),
+        ]
+        model = keras.Sequential([keras.Input([250]), *layers])
+        model.compile(keras.optimizers.SGD(1e-4), "mse")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=[12, 250]).astype("float32")
+    history = model.fit(x, x[:, :1], batch_size=6, epochs=epochs, verbose=0)
+    kernel = np.asarray(model.layers[0].kernel, "float64")
+    return [kernel.sum(), history.history["loss"][-1]]
+
+
+def fit_clipped(epochs):
+    """Trains with a norm over a million numbers; returns sums of weights."""
+    import keras
+    import numpy as np
+
+    import keras_allreduce
+
+    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+        timeout_seconds=DEADLINE_SECONDS
+    )
+    keras.utils.set_random_seed(1)
+    with strategy.scope():
+        layers = [
+            keras.layers.Dense(1500, activation="relu"),
+            keras.layers.Dense(700, activation="tanh"),
+            keras.layers.Dense(1),
+        ]
+        model = keras.Sequential([keras.Input([400]), *layers])
+        model.compile(keras.optimizers.Adam(1e-3, global_clipnorm=0.5), "mse")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=[64, 400]).astype("float32")
+    model.fit(x, x[:, :1], batch_size=32, epochs=epochs, verbose=0)
+    return [float(np.asarray(w, "float64").sum()) for w in model.get_weights()]
+
+
+def use_two_strategies():
+    """Trains under two strategies in turns, beginning with the first again."""
+    import keras
+    import worker_cases
+
+    import keras_allreduce
+
+    models = []
+    for optimizer in ("sgd", "adam"):
+        strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
+            timeout_seconds=DEADLINE_SECONDS
+        )
+        keras.utils.set_random_seed(1)
+        with strategy.scope():
+            model = worker_cases.dense()
+            model.compile(optimizer, "mse")
+        models.append((strategy, model))
+        _losses(model)
+    losses = [_losses(model) for _, model in models]
+    for strategy, _ in models:
+        with strategy.scope():
+            another = worker_cases.dense()
+            another.compile("sgd", "mse")
+        losses.append(_losses(another))
+    return losses
+
+
+def _losses(model):
+    """Loss of an epoch with validation, and of `evaluate` after it."""
+    import worker_cases
+
+    data = worker_cases.X, worker_cases.TARGET
+    history = model.fit(
+        *data, batch_size=22, validation_data=data, verbose=0
+    ).history
+    after = model.evaluate(*data, batch_size=22, verbose=0)
+    return [history["loss"][0], history["val_loss"][0], after]
 
 
 def fit_with_other_lengths(steps_per_epoch):

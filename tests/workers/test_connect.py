@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from keras_allreduce.workers import connect
 from keras_allreduce.workers.cluster import check_cluster
 from keras_allreduce.workers.connect import read_cluster
 
@@ -135,3 +136,35 @@ def test_a_dictionary_of_addresses_is_in_the_order_of_its_indices():
 
 def test_ipv6_addresses_have_ports_too():
     assert check_cluster({"worker": ["[::1]:1", "[::1]:2"]}, "worker", 1)
+
+
+PROXY = {"http_proxy": "http://proxy:3128"}
+WORKERS = "a,fd00::1"
+
+
+@pytest.mark.parametrize(
+    ("environment", "exceptions"),
+    [
+        ({}, None),
+        ({"no_proxy": "x"}, None),
+        (PROXY, WORKERS),
+        ({**PROXY, "no_proxy": ".site,10.0.0.1"}, f".site,10.0.0.1,{WORKERS}"),
+        (
+            {**PROXY, "no_proxy": "x", "no_grpc_proxy": "y"},
+            f"y,{WORKERS}",
+        ),
+        ({"grpc_proxy": "p:1"}, WORKERS),
+    ],
+)
+def test_the_workers_are_kept_from_a_proxy(
+    environment, exceptions, monkeypatch
+):
+    for name in (*connect._PROXIES, "no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    addresses = ["a:1", "[fd00::1]:1"]
+    connect._keep_from_proxy(check_cluster({"worker": addresses}, "worker", 0))
+    before = environment.get("no_grpc_proxy")
+    found = connect.os.environ.get("no_grpc_proxy")
+    assert found == (exceptions or before)

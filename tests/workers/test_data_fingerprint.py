@@ -15,7 +15,7 @@ from keras_allreduce.workers.data_fingerprint import (
 from keras_allreduce.workers.errors import WorkersDifferError
 from keras_allreduce.workers.fingerprint import Fingerprint
 from keras_allreduce.workers.in_flight import InFlight
-from keras_allreduce.workers.whereabouts import Whereabouts
+from keras_allreduce.workers.progress import Progress
 
 
 class Count(keras.callbacks.Callback):
@@ -79,15 +79,15 @@ class Published:
         self.other = other
         self.read_by_all = []
 
-    def exchange(self, name, text):
+    def all_gather(self, point, kind, text):
         return [text, self.other.to_json()]
 
-    def let_all_read(self, name):
+    def linger(self, name):
         self.read_by_all.append(name)
 
 
 def compare(mine, other):
-    check = ConsistencyCheck(CLUSTER, Published(other), Whereabouts(InFlight()))
+    check = ConsistencyCheck(CLUSTER, Published(other), Progress(InFlight()))
     return check.compare("options", mine, "Do the same.")
 
 

@@ -96,7 +96,15 @@ ERRORS = {
     ),
 }
 
+ERRORS["off_by_more_than_rounding"] = (
+    "weights and optimizer",
+    "/kernel': worker 0 (",
+    "(checksum ",
+    ", off by 9.8e-04",
+)
+
 SHARED = [
+    "off_by_rounding",
     "shuffle_without_a_seed",
     "shuffle_of_a_py_dataset",
     "py_dataset_that_shuffles_itself",
@@ -201,6 +209,11 @@ def test_logs_of_steps_are_those_of_one_device(name, found):
 def test_a_loss_of_one_worker_that_is_not_a_number_stops_all(found):
     assert shared(found, "terminate_on_nan") == 2
     assert on_one_device("terminate_on_nan") == 2
+
+
+def test_what_is_off_by_rounding_is_the_chiefs_again(found):
+    weights = shared(found, "off_by_rounding")
+    assert np.all(np.isfinite(weights[0]))
 
 
 def test_variables_of_workers_are_numbers(found):

@@ -1,92 +1,255 @@
 """What is wrong with a worker, by how its server answers."""
 
+import socket
+
 import pytest
 import tensorflow as tf
 
 from keras_allreduce.workers import heartbeats as heartbeats_module
 from keras_allreduce.workers.cluster import Cluster
-from keras_allreduce.workers.heartbeats import IS_GONE, Heartbeats
+from keras_allreduce.workers.errors import WorkerLostError
+from keras_allreduce.workers.heartbeats import REFUSALS, Heartbeats
+from keras_allreduce.workers.probe import Answer, Probe, resolve
 
 LIMIT_SECONDS = 20.0
+SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
 
 class FakeServers:
     """The clock, and how the servers of the other workers answer."""
 
     def __init__(self):
-        self.now, self.error, self.takes = 1000.0, None, 0.0
+        self.now, self.answer, self.is_another = 1000.0, Answer.YES, False
+        self.asked = []
 
-    def monotonic(self):
+    def clock(self):
         return self.now
 
+    def probe(self, addresses, started):
+        self.asked.append(addresses)
+        return FakeProbe(self, started)
+
     def check_peer(self, task, timeout_seconds):
-        self.now += self.takes
-        if self.error is not None:
-            raise self.error(None, None, task)
+        if self.is_another:
+            raise tf.errors.FailedPreconditionError(None, None, task)
+
+
+class FakeProbe:
+    def __init__(self, servers, started):
+        self.started, self._servers = started, servers
+
+    def poll(self):
+        return self._servers.answer
+
+    def close(self):
+        pass
 
 
 @pytest.fixture
 def servers(monkeypatch):
     fake = FakeServers()
     monkeypatch.setattr(heartbeats_module, "runtime", fake)
-    monkeypatch.setattr(heartbeats_module, "time", fake)
+    monkeypatch.setattr(heartbeats_module, "Probe", fake.probe)
+    monkeypatch.setattr(heartbeats_module, "resolve", lambda host, port: host)
+    monkeypatch.setattr(heartbeats_module, "_ANSWERS_SECONDS", 0.0)
     return fake
 
 
 @pytest.fixture
 def heartbeats(servers):
     tasks = tuple(f"/job:worker/replica:0/task:{rank}" for rank in range(3))
-    return Heartbeats(Cluster(tasks, ("a:1", "b:1", "c:1"), 0), LIMIT_SECONDS)
+    cluster = Cluster(tasks, ("a:1", "b:1", "c:1"), 0)
+    return Heartbeats(cluster, LIMIT_SECONDS, servers.clock)
+
+
+def check_after(seconds, servers, heartbeats):
+    servers.now += seconds
+    return heartbeats.check()
 
 
 def test_one_that_answers_is_asked_again_after_the_interval(
     servers, heartbeats
 ):
-    assert heartbeats.due(2.0) == []
-    servers.now += 2.0
-    assert heartbeats.due(2.0) == [1, 2]
-    assert heartbeats.ask(1) is None
-    assert heartbeats.due(2.0) == [2]
+    assert heartbeats.check() is None
+    assert servers.asked == []
+    assert check_after(2.0, servers, heartbeats) is None
+    assert servers.asked == ["b", "c"]
+    assert check_after(1.0, servers, heartbeats) is None
+    assert servers.asked == ["b", "c"]
+    heartbeats.waits = lambda: True
+    assert heartbeats.check() is None
+    assert servers.asked == ["b", "c", "b", "c"]
     assert heartbeats.answers(1)
 
 
 def test_one_that_does_not_answer_for_the_limit_is_frozen(servers, heartbeats):
-    servers.error, servers.takes = tf.errors.DeadlineExceededError, 2.0
-    found = [heartbeats.ask(1) for _ in range(10)]
-    assert found[:9] == [None] * 9
-    assert found[9] == (
-        "has not answered for 20 s: it is frozen, or the network is cut."
+    servers.answer = Answer.NOT_YET
+    for _ in range(9):
+        assert check_after(2.0, servers, heartbeats) is None
+    error = check_after(2.0, servers, heartbeats)
+    assert isinstance(error, WorkerLostError)
+    assert (
+        "worker 1 (b:1) has not answered for 20 s: it is frozen, or the "
+        "network is cut." in str(error)
     )
     assert not heartbeats.answers(1)
 
 
-def test_a_process_that_was_frozen_itself_blames_nobody(servers, heartbeats):
-    servers.error, servers.takes = tf.errors.DeadlineExceededError, 100.0
-    assert heartbeats.ask(1) is None
-    servers.takes = 2.0
-    assert heartbeats.ask(1) is None
+def test_one_that_cannot_be_reached_is_given_as_long(servers, heartbeats):
+    servers.answer = Answer.NEVER
+    assert check_after(19.0, servers, heartbeats) is None
+    assert "the network is cut" in str(check_after(1.0, servers, heartbeats))
+
+
+def test_whatever_arrives_counts_as_an_answer(servers, heartbeats):
+    servers.answer = Answer.NOT_YET
+    assert check_after(19.0, servers, heartbeats) is None
+    heartbeats.heard(1)
+    heartbeats.heard(2)
+    assert check_after(19.0, servers, heartbeats) is None
+    heartbeats.heard_all()
+    assert check_after(19.0, servers, heartbeats) is None
+    heartbeats.heard(2)
+    assert "worker 1 " in str(check_after(1.0, servers, heartbeats))
+
+
+def test_a_late_answer_counts_from_when_it_was_asked_for(servers, heartbeats):
+    servers.answer = Answer.NOT_YET
+    assert check_after(5.0, servers, heartbeats) is None
+    servers.answer = Answer.YES
+    assert check_after(14.0, servers, heartbeats) is None
+    servers.answer = Answer.NOT_YET
+    assert check_after(19.0, servers, heartbeats) is None
+    assert check_after(1.0, servers, heartbeats) is not None
 
 
 def test_a_closed_port_is_asked_again_before_the_worker_is_gone(
     servers, heartbeats
 ):
-    servers.error = tf.errors.UnavailableError
-    assert heartbeats.ask(2) is None
-    assert heartbeats.are_unsure
-    assert heartbeats.due(2.0) == [2]
-    assert heartbeats.ask(2) is None
-    assert heartbeats.ask(2) == IS_GONE
+    servers.answer = Answer.CLOSED
+    for _ in range(REFUSALS - 1):
+        assert check_after(2.0, servers, heartbeats) is None
+        assert heartbeats.are_unsure
+    assert "its port is closed" in str(check_after(0.0, servers, heartbeats))
     assert not heartbeats.are_unsure
 
 
 def test_a_port_that_opens_again_was_never_gone(servers, heartbeats):
-    servers.error = tf.errors.UnavailableError
-    assert heartbeats.ask(2) is None
-    servers.error = None
-    assert heartbeats.ask(2) is None
+    servers.answer = Answer.CLOSED
+    assert check_after(2.0, servers, heartbeats) is None
+    servers.answer = Answer.YES
+    assert heartbeats.check() is None
     assert not heartbeats.are_unsure
 
 
 def test_one_that_was_started_again_is_another(servers, heartbeats):
-    servers.error = tf.errors.FailedPreconditionError
-    assert "was started again" in heartbeats.ask(1)
+    assert heartbeats.check(all_now=True) is None
+    servers.is_another = True
+    assert "was started again" in str(heartbeats.check(all_now=True))
+
+
+class Said:
+    def __init__(self, ended=False, failure=None):
+        self.ended, self.failure = ended, failure
+
+    def has_ended(self, rank):
+        return self.ended
+
+    def failure_of(self, rank):
+        return self.failure
+
+
+@pytest.mark.parametrize("answer", [Answer.CLOSED, Answer.NEVER])
+def test_one_that_has_ended_may_be_gone_unless_it_is_needed(
+    answer, servers, heartbeats
+):
+    heartbeats.last_words = Said(ended=True)
+    servers.answer = answer
+    for _ in range(20):
+        assert check_after(2.0, servers, heartbeats) is None
+    heartbeats.needs_all = True
+    error = str(check_after(2.0, servers, heartbeats))
+    assert "has ended its script, while this worker still needs it" in error
+
+
+def test_one_that_has_said_why_it_fails_fails_all_of_the_same(
+    servers, heartbeats
+):
+    why = WorkerLostError("why")
+    heartbeats.last_words = Said(failure=why)
+    servers.answer = Answer.CLOSED
+    found = [check_after(2.0, servers, heartbeats) for _ in range(REFUSALS)]
+    assert found[-1] is why
+
+
+def server(reply):
+    """A socket that answers its first connection; its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(60)
+    return listener, resolve(*listener.getsockname()[:2])
+
+
+def ask(probe):
+    """Polls until there is an answer."""
+    while probe.poll() is Answer.NOT_YET:
+        pass
+    return probe.poll()
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        (SETTINGS, Answer.YES),
+        (b"HTTP/1.1 400 Bad Request\r\n", Answer.CLOSED),
+        (b"", Answer.CLOSED),
+    ],
+    ids=["gRPC", "another server", "hangs up"],
+)
+def test_a_server_of_grpc_answers_with_its_settings(reply, answer):
+    listener, addresses = server(reply)
+    with listener:
+        probe = Probe(addresses, 0.0)
+        connection, _ = listener.accept()
+        assert probe.poll() is Answer.NOT_YET
+        with connection:
+            assert connection.recv(100).startswith(b"PRI * HTTP/2.0")
+            connection.sendall(reply)
+        assert ask(probe) is answer
+        probe.close()
+
+
+def test_a_process_that_is_frozen_accepts_and_says_nothing():
+    listener, addresses = server(b"")
+    with listener:
+        probe = Probe(addresses, 0.0)
+        for _ in range(100):
+            assert probe.poll() is Answer.NOT_YET
+        probe.close()
+
+
+def test_a_port_on_which_nobody_listens_is_closed():
+    listener, addresses = server(b"")
+    listener.close()
+    assert ask(Probe(addresses, 0.0)) is Answer.CLOSED
+
+
+def test_the_next_address_of_a_host_is_asked_if_one_is_closed():
+    closed, nowhere = server(b"")
+    closed.close()
+    listener, addresses = server(SETTINGS)
+    with listener:
+        probe = Probe([*nowhere, *addresses], 0.0)
+        while probe.poll() is Answer.NOT_YET and probe._left:
+            pass
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(SETTINGS)
+            assert ask(probe) is Answer.YES
+        probe.close()
+
+
+def test_tensorflows_own_server_answers():
+    port = tf.distribute.Server.create_local_server().target.rpartition(":")[2]
+    probe = Probe(resolve("localhost", int(port)), 0.0)
+    assert ask(probe) is Answer.YES
+    probe.close()

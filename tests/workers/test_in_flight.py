@@ -1,4 +1,4 @@
-"""Which collectives are in flight, as the watchdog sees it."""
+"""Which collectives are in flight, as the health monitor sees it."""
 
 import math
 
@@ -21,7 +21,7 @@ def test_waits_that_are_not_timed_are_not_told(found):
 def test_several_tensors_are_in_flight_until_all_are_there(found):
     @tf.function
     def run(tensors):
-        with found.watched(tensors) as flight:
+        with found.watched("sum", tensors) as flight:
             flight.results += [2 * tensor for tensor in tensors]
         return flight.results
 
@@ -41,7 +41,7 @@ def test_a_collective_that_has_not_come_back_is_in_flight(found):
 
     @tf.function
     def run(tensor):
-        with found.watched([tensor]) as flight:
+        with found.watched("sum", [tensor]) as flight:
             flight.results.append(tf.py_function(look, [tensor], tf.float32))
         return flight.results
 
@@ -51,7 +51,7 @@ def test_a_collective_that_has_not_come_back_is_in_flight(found):
 
 
 def test_what_runs_eagerly_is_in_flight_until_its_block_ends(found):
-    with found.watched([]):
+    with found.watched("sum", []):
         assert found.waiting_seconds() > 0
     assert found.waiting_seconds() == 0
 
@@ -59,8 +59,8 @@ def test_what_runs_eagerly_is_in_flight_until_its_block_ends(found):
 def test_collectives_that_are_independent_do_not_wait_for_each_other(found):
     @tf.function
     def run(one, other):
-        for tensor in (one, other):
-            with found.watched([tensor]) as flight:
+        for name, tensor in (("one", one), ("other", other)):
+            with found.watched(name, [tensor]) as flight:
                 op = tf.raw_ops.CollectiveReduceV2(
                     input=tensor,
                     group_size=1,

@@ -25,9 +25,9 @@ def step(monkeypatch):
 
     @tf.function
     def run():
-        for _ in range(2):
+        for name in ("one", "other"):
             one = tf.ones([])
-            with found.watched([one]) as flight:
+            with found.watched(name, [one]) as flight:
                 flight.results.append(tf.identity(one))
 
     return run, found

@@ -21,7 +21,7 @@ from keras_allreduce.workers.fingerprint import (
 )
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.model_fingerprint import ModelCheck, facts_of
-from keras_allreduce.workers.whereabouts import Whereabouts
+from keras_allreduce.workers.progress import Progress
 
 CLUSTER = Cluster(
     ("/job:worker/replica:0/task:0", "/job:worker/replica:0/task:1"),
@@ -38,10 +38,10 @@ class Published:
     def __init__(self):
         self.other = None
 
-    def exchange(self, name, text):
+    def all_gather(self, point, kind, text):
         return [text, self.other or text]
 
-    def let_all_read(self, name):
+    def linger(self, what):
         pass
 
 
@@ -52,7 +52,7 @@ def compared(chief, other):
         WorkersDifferError: If the chief ends in it.
     """
     store = Published()
-    at = Whereabouts(InFlight())
+    at = Progress(InFlight())
     sent = []
     check = ConsistencyCheck(CLUSTER, store, at)
     check.state = lambda fingerprint: sent.append(fingerprint) or [fingerprint]
@@ -386,9 +386,7 @@ def test_a_config_that_holds_itself_has_an_end():
 
 def test_a_change_is_seen_after_another_compile():
     store = Published()
-    models = ModelCheck(
-        ConsistencyCheck(CLUSTER, store, Whereabouts(InFlight()))
-    )
+    models = ModelCheck(ConsistencyCheck(CLUSTER, store, Progress(InFlight())))
     model = compiled()
     before = models.checksum(model)
     assert models.checksum(model) == before

@@ -126,7 +126,7 @@ class _Site:
 class MpiCollectives:
     """Collectives of the host devices of all workers, over MPI.
 
-    They wait for the others without a limit; the watchdog ends them.
+    They wait for the others without a limit; the health monitor ends them.
 
     Attributes:
         medium: What the workers send over, for the plan line.
@@ -134,7 +134,7 @@ class MpiCollectives:
     Args:
         engine: Runs them.
         group: The host devices.
-        in_flight: Tracks the collectives for the watchdog.
+        in_flight: Counts the collectives for the health monitor.
     """
 
     medium = "MPI"
@@ -190,6 +190,7 @@ class MpiCollectives:
         self, collective: Collective, tensor: tf.Tensor, purpose: str
     ) -> tf.Tensor:
         if tf.executing_eagerly():
+            self._in_flight.count_eager()
             with self._in_flight.during():
                 return self._run_now(collective, tensor)
         with tf.device(self.device):
@@ -198,7 +199,7 @@ class MpiCollectives:
                 self._engine, name, collective, tensor.dtype, self.device
             )
             keep_with_graph(site)
-            with self._in_flight.watched([tensor]) as flight:
+            with self._in_flight.watched(name, [tensor]) as flight:
                 flight.results.append(site.trace(tensor))
             return flight.results[0]
 

@@ -165,7 +165,7 @@ def test_what_fails_in_the_caller_ends_in_one_reason():
     assert later.wait() == [None]
 
 
-def test_the_watchdog_ends_what_waits_and_what_comes_later():
+def test_the_monitor_ends_what_waits_and_what_comes_later():
     results = Results(2)
     engine = start([])
     # Of two workers, the other never has this name.

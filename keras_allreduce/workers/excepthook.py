@@ -1,7 +1,7 @@
 """Makes the failed worker's name the last line of a process that fails.
 
 Where a worker dies in the middle of a collective, TensorFlow's own error of a
-closed connection is raised before the watchdog has asked.
+closed connection is raised before the health monitor has asked.
 """
 
 import atexit
@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import tensorflow as tf
 
@@ -25,20 +25,37 @@ from keras_allreduce.workers.errors import (
     from_tagged,
 )
 from keras_allreduce.workers.timing import TIMING
-from keras_allreduce.workers.watchdog import Watchdog
 
-_watchdogs: weakref.WeakSet[Watchdog] = weakref.WeakSet()
+
+class Monitor(Protocol):
+    """What is asked of a `health.HealthMonitor`."""
+
+    @property
+    def lost(self) -> str | None:
+        """Which worker failed and how, or `None`."""
+
+    def ask_until_sure(self) -> str | None:
+        """The same, after it has asked the others now until it is sure."""
+
+    def say_goodbye(self, seconds: float) -> None:
+        """Tells the others that the script of this worker ends well."""
+
+    def say_failure(self, error: BaseException, seconds: float) -> None:
+        """Tells the others that it ends in an error."""
+
+
+_monitors: weakref.WeakSet[Monitor] = weakref.WeakSet()
 _state: dict[str, Any] = {"installed": False, "failed": False}
 
 
-def install(watchdog: Watchdog) -> None:
+def install(monitor: Monitor) -> None:
     """Lets the explanation be the last line of a process that fails.
 
     Args:
-        watchdog: Asked which worker failed; says goodbye to the others if
+        monitor: Asked which worker failed; says goodbye to the others if
             the process ends as it should.
     """
-    _watchdogs.add(watchdog)
+    _monitors.add(monitor)
     if _state["installed"]:
         return
     _state["installed"] = True
@@ -74,8 +91,8 @@ def _is_interactive() -> bool:
 
 
 def _tell_of_failure(error: BaseException) -> None:
-    watchdogs = list(_watchdogs)
-    _for_each(watchdogs, lambda w: w.say_failure(error, TIMING.linger_failed))
+    monitors = list(_monitors)
+    _for_each(monitors, lambda w: w.say_failure(error, TIMING.linger_failed))
     if isinstance(error, WorkerError):
         time.sleep(TIMING.after_cause)
 
@@ -95,22 +112,22 @@ def _leave() -> None:
     if exit_code.code():
         _tell_of_failure(SystemExit(exit_code.code()))
         return
-    watchdogs = [each for each in _watchdogs if each.lost is None]
-    _for_each(watchdogs, lambda w: w.say_goodbye(TIMING.linger))
+    monitors = [each for each in _monitors if each.lost is None]
+    _for_each(monitors, lambda w: w.say_goodbye(TIMING.linger))
 
 
 def _for_each(
-    watchdogs: Sequence[Watchdog], tell: Callable[[Watchdog], None]
+    monitors: Sequence[Monitor], tell: Callable[[Monitor], None]
 ) -> None:
     """Tells the workers of each strategy something, all at once."""
 
-    def tell_quietly(watchdog: Watchdog) -> None:
+    def tell_quietly(monitor: Monitor) -> None:
         with contextlib.suppress(Exception):
-            tell(watchdog)
+            tell(monitor)
 
     told = [
-        threading.Thread(target=tell_quietly, args=[watchdog], daemon=True)
-        for watchdog in watchdogs
+        threading.Thread(target=tell_quietly, args=[monitor], daemon=True)
+        for monitor in monitors
     ]
     for each in told:
         each.start()
@@ -136,8 +153,8 @@ def explain(error: BaseException | None) -> str | None:
     told = from_tagged(error.message)
     if told is not None:
         return str(told)
-    for watchdog in list(_watchdogs):
-        lost = watchdog.ask_until_sure()
+    for monitor in list(_monitors):
+        lost = monitor.ask_until_sure()
         if lost is not None:
             return lost
     return None

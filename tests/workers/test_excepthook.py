@@ -3,7 +3,7 @@
 import pytest
 import tensorflow as tf
 
-from keras_allreduce.workers import errors, exit_message
+from keras_allreduce.workers import errors, excepthook
 
 WHYS = {
     "as we write them": "All workers must stay. Received: worker 1 (a:1) fell",
@@ -23,7 +23,7 @@ def test_an_error_that_another_worker_has_sent_is_explained_by_its_tag(why):
         f'{{grpc_message:"Collective ops is aborted by: {sent}"}}',
     )
     shown = why.replace('"', "'").replace("\n", " ").replace("\\", "/")
-    assert exit_message.explain(error) == shown
+    assert excepthook.explain(error) == shown
     again = errors.from_tagged(error.message)
     assert type(again) is errors.WorkerLostError
 

@@ -1,0 +1,292 @@
+"""Watches the other workers, and ends what waits for one that will not come.
+
+A collective waits for all workers, and TensorFlow's errors tell which socket
+was closed, if that. One thread per strategy asks three detectors:
+
+    Heartbeats           a worker is gone, or silent
+    CollectiveTimeout    a collective takes longer than `timeout_seconds`
+    StallInspector       workers wait for each other in vain
+"""
+
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import tensorflow as tf
+
+from keras_allreduce.compat import runtime
+from keras_allreduce.workers import excepthook
+from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.errors import (
+    WorkerError,
+    WorkerTimeoutError,
+    shown,
+    tagged,
+)
+from keras_allreduce.workers.heartbeats import REFUSALS, Heartbeats, lost_error
+from keras_allreduce.workers.in_flight import InFlight
+from keras_allreduce.workers.progress import Progress
+from keras_allreduce.workers.stall import StallInspector
+from keras_allreduce.workers.store import KeyValueStore, NoStore
+from keras_allreduce.workers.timing import TIMING
+
+
+class AwakeClock:
+    """Seconds that this process was awake, as far as it was looked at.
+
+    A job that was suspended as a whole (`scontrol suspend`, `docker pause`, the
+    migration of a virtual machine) has waited for nobody in that time.
+    """
+
+    def __init__(self) -> None:
+        # Time of the last look and seconds until then, which change at once.
+        self._looked = time.monotonic(), 0.0
+
+    def __call__(self) -> float:
+        """Seconds; at most `TIMING.suspended` more than at the last look."""
+        last, awake = self._looked
+        return awake + min(time.monotonic() - last, TIMING.suspended)
+
+    def look(self) -> None:
+        """Goes on; called with each look of the health monitor."""
+        self._looked = time.monotonic(), self()
+
+
+class Detector(Protocol):
+    """Finds one kind of failure."""
+
+    def check(self) -> WorkerError | None:
+        """To be called again and again; returns an error once it is sure."""
+
+
+class CollectiveTimeout:
+    """Finds a collective that takes longer than a worker may wait.
+
+    Args:
+        in_flight: Counts the collectives.
+        timeout_seconds: How long one may wait for the others.
+        ended: Called when collectives have ended since the last look.
+    """
+
+    def __init__(
+        self,
+        in_flight: InFlight,
+        timeout_seconds: float,
+        ended: Callable[[], None] = lambda: None,
+    ):
+        self._in_flight = in_flight
+        self._timeout_seconds = timeout_seconds
+        self._on_ended = ended
+        self._ended = 0
+
+    def check(self) -> WorkerError | None:
+        """See `Detector`."""
+        found = self._in_flight.read()
+        if found.ended > self._ended:
+            self._ended = found.ended
+            self._on_ended()
+        if found.waiting_seconds < self._timeout_seconds:
+            return None
+        return WorkerTimeoutError(
+            "All workers must take part in every step within "
+            f"timeout_seconds={self._timeout_seconds:g}. Received: no worker "
+            "was lost, but at least one is somewhere else in its script: it "
+            "has fewer batches, is slower than that, or does something else. "
+            "Give all the same number of batches, or raise `timeout_seconds`."
+        )
+
+
+class HealthMonitor:
+    """Watches the other workers until `stop`, or until one fails.
+
+    Then all collectives of this process end in a `tf.errors.UnavailableError`
+    with the message in `lost`.
+
+    Args:
+        cluster: The workers.
+        clock: Told of each look.
+        heartbeats: Asks the others whether they are there.
+        inspector: Finds workers that wait in vain; `None` where workers cannot
+            publish.
+        others: More detectors.
+
+    Attributes:
+        lost: Which worker failed and how, or `None`.
+        on_loss: Called then, after the collectives of TensorFlow have ended.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        clock: AwakeClock,
+        heartbeats: Heartbeats,
+        inspector: StallInspector | None,
+        others: Sequence[Detector] = (),
+    ):
+        self._cluster = cluster
+        self._clock = clock
+        self._heartbeats = heartbeats
+        self._inspector = inspector
+        self._detectors: list[Detector] = [heartbeats, *others]
+        if inspector is not None:
+            self._detectors.append(inspector)
+        self._stopped = threading.Event()
+        self._giving_up = threading.Lock()
+        self._error: WorkerError | None = None
+        self.on_loss: list[Callable[[], None]] = []
+        self._thread = threading.Thread(
+            target=self._run, name="keras_allreduce.health", daemon=True
+        )
+
+    @property
+    def lost(self) -> str | None:
+        """Which worker failed and how, or `None`."""
+        return None if self._error is None else str(self._error)
+
+    def start(self, owner: Any) -> None:
+        """Watches for as long as `owner`, a strategy, is there."""
+        # Also runs at the end of the process, before TensorFlow is torn down.
+        weakref.finalize(owner, self.stop)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the watch; returns when its thread has ended."""
+        self._stopped.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def failure(self) -> WorkerError | None:
+        """An error with the message in `lost`, or `None`."""
+        found = self._error
+        return None if found is None else type(found)(str(found))
+
+    def cause(self) -> WorkerError | None:
+        """The same, after it has asked the others now until it is sure."""
+        self.ask_until_sure()
+        return self.failure()
+
+    def ask_until_sure(self) -> str | None:
+        """Asks now, after a collective failed, until a closed port is sure."""
+        self._heartbeats.needs_all = True
+        with tf.init_scope():  # A graph may be traced here.
+            for _ in range(REFUSALS + 1):
+                if self.lost is None and not self._stopped.is_set():
+                    self._give_up(self._heartbeats.check(all_now=True))
+                if self.lost is not None or not self._heartbeats.are_unsure:
+                    break
+                time.sleep(TIMING.refused)
+        return self.lost
+
+    def say_goodbye(self, seconds: float) -> None:
+        """Tells the others that the script of this worker ends as it should.
+
+        Args:
+            seconds: How long it may take.
+        """
+        self._stopped.set()
+        if self._inspector is not None:
+            self._inspector.say_goodbye(seconds)
+
+    def say_failure(self, error: BaseException, seconds: float) -> None:
+        """Tells the others that the script of this worker ends in an error.
+
+        Args:
+            error: What was raised.
+            seconds: How long the chief lingers until they know.
+        """
+        if self._inspector is None:
+            return
+        if not isinstance(error, WorkerError):
+            what = f"has failed: {shown(error)}."
+            error = lost_error(self._cluster, self._cluster.rank, what)
+        self._inspector.say_failure(self.failure() or error, seconds)
+
+    def _run(self) -> None:
+        hears = self._inspector is not None  # There is a store.
+        hear_until = time.monotonic() + TIMING.preempted if hears else 0
+        while not self._stopped.wait(
+            TIMING.refused if self._heartbeats.are_unsure else TIMING.tick
+        ):
+            self._clock.look()
+            for detector in self._detectors:
+                self._give_up(detector.check())
+                if self.lost is not None:
+                    return
+            if time.monotonic() < hear_until and _repeat_sigterm(self._cluster):
+                hear_until = 0
+
+    def _give_up(self, error: WorkerError | None) -> None:
+        with self._giving_up:
+            if error is None or self._error or self._stopped.is_set():
+                return
+            self._error = error
+            runtime.abort_collectives(tagged(error))
+            for each in self.on_loss:
+                each()
+        if self._inspector is not None:
+            self._inspector.say_failure(error, 0.0)
+
+
+def watch(
+    cluster: Cluster,
+    owner: Any,
+    timeout_seconds: float,
+    in_flight: InFlight,
+    progress: Progress,
+) -> tuple[HealthMonitor, KeyValueStore | NoStore]:
+    """Watches the other workers for as long as `owner` is there.
+
+    Args:
+        cluster: The workers.
+        owner: A strategy.
+        timeout_seconds: How long a worker waits for the others.
+        in_flight: Counts the collectives.
+        progress: How far this worker is.
+
+    Returns:
+        The monitor, and the store, whose readers fail when it gives up.
+    """
+    clock = in_flight.clock = AwakeClock()
+    heartbeats = Heartbeats(cluster, min(timeout_seconds, TIMING.silent), clock)
+    store: KeyValueStore | NoStore
+    inspector = None
+    if runtime.has_store():
+        store = KeyValueStore(
+            cluster,
+            timeout_seconds,
+            failure=lambda: monitor.failure(),
+            cause=lambda: monitor.cause(),
+            answers=heartbeats.answers,
+            clock=clock,
+        )
+        inspector = StallInspector(cluster, progress, store, heartbeats.heard)
+        heartbeats.last_words = inspector
+        heartbeats.waits = lambda: inspector.waits
+    else:
+        store = NoStore(cluster)
+    timeout = CollectiveTimeout(
+        in_flight, timeout_seconds, heartbeats.heard_all
+    )
+    monitor = HealthMonitor(cluster, clock, heartbeats, inspector, [timeout])
+    excepthook.install(monitor)
+    monitor.start(owner)
+    return monitor, store
+
+
+def _repeat_sigterm(cluster: Cluster) -> bool:
+    """Repeats a SIGTERM that came while TensorFlow connected the workers.
+
+    TensorFlow has heard that one, and the script has not: see `signals.py`.
+
+    Returns:
+        Whether there was one.
+    """
+    own = cluster.tasks[cluster.rank]
+    if not runtime.was_preempted(own, TIMING.moment):
+        return False
+    os.kill(os.getpid(), signal.SIGTERM)
+    return True

@@ -1,0 +1,71 @@
+"""A good job goes on, however slow, old or busy its machines and links are."""
+
+import signal
+import time
+
+import namespaces
+import pytest
+import workers
+from deadlines import PATIENCE_SECONDS
+
+pytestmark = pytest.mark.slow
+
+FAST, SLOW = ("1gbit", "1gbit"), ("20mbit", "20mbit")
+LINKS = {
+    "one of three": [FAST, SLOW, FAST],
+    "up slower than down": [FAST, ("20mbit", "1gbit")],
+    "down slower than up": [("1gbit", "20mbit"), FAST],
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", LINKS)
+def test_a_slow_link_ends_nobody(name):
+    if namespaces.missing():
+        pytest.skip(namespaces.missing())
+    rates = LINKS[name]
+    with namespaces.network(len(rates), rate=rates) as network:
+        first, *others = workers.results(
+            "fit_large_gradients",
+            12000,
+            2,
+            num_workers=len(rates),
+            network=network,
+        )
+    assert all(each == first for each in others)
+
+
+def test_workers_with_other_numbers_of_threads_take_the_chiefs_weights():
+    threads = [{"TF_NUM_INTRAOP_THREADS": number} for number in ("1", "8")]
+    chief, other = workers.results("fit_clipped", 4, environment=threads)
+    assert chief == other
+
+
+def test_strategies_take_turns_in_any_order():
+    chief, other = workers.results("use_two_strategies")
+    assert chief == other
+    # Two more epochs of the first two, and two models from the start.
+    assert len(chief) == 4
+
+
+def test_a_proxy_is_not_asked_for_the_workers():
+    proxy = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "elsewhere"}
+    results = workers.results("fit_epochs", 1, environment=[proxy, proxy])
+    assert results == [True, True]
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on():
+    with workers.running("fit_epochs", 200) as pair:
+        while not all("has ended" in worker.output for worker in pair):
+            codes = [worker.process.poll() for worker in pair]
+            assert codes == [None, None], [worker.output for worker in pair]
+            time.sleep(0.05)
+        for worker in pair:
+            worker.process.send_signal(signal.SIGSTOP)
+        # Longer than a worker that does not answer may take.
+        time.sleep(2 * PATIENCE_SECONDS)
+        for worker in pair:
+            worker.process.send_signal(signal.SIGCONT)
+        assert [worker.wait() for worker in pair] == [0, 0], [
+            worker.output[-3000:] for worker in pair
+        ]

@@ -1,0 +1,152 @@
+"""The health monitor: its clock, its timeout, and what it does in the end."""
+
+import pytest
+
+from keras_allreduce.workers import health
+from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.errors import (
+    WorkerLostError,
+    WorkersDifferError,
+    from_tagged,
+)
+from keras_allreduce.workers.health import (
+    AwakeClock,
+    CollectiveTimeout,
+    HealthMonitor,
+)
+from keras_allreduce.workers.in_flight import Reading
+
+CLUSTER = Cluster(
+    tuple(f"/job:worker/replica:0/task:{rank}" for rank in range(2)),
+    ("a:1", "b:1"),
+    0,
+)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """`now` of the machine's clock, which the test moves."""
+
+    class Machine:
+        now = 100.0
+
+        def monotonic(self):
+            return self.now
+
+    fake = Machine()
+    monkeypatch.setattr(health, "time", fake)
+    return fake
+
+
+def test_a_clock_that_is_looked_at_goes_as_the_machines(machine):
+    clock = AwakeClock()
+    for _ in range(1000):
+        machine.now += 0.5
+        clock.look()
+    machine.now += 0.25
+    assert clock() == 500.25
+
+
+def test_a_clock_stands_still_while_the_process_is_suspended(machine):
+    clock = AwakeClock()
+    machine.now += 130.0
+    # Whoever asks first, the monitor or another thread.
+    assert clock() == 3.0
+    clock.look()
+    machine.now += 1.0
+    assert clock() == 4.0
+
+
+class FakeInFlight:
+    def __init__(self):
+        self.reading = Reading(0, 0, 0.0)
+
+    def read(self):
+        return self.reading
+
+
+def test_a_collective_may_take_as_long_as_the_user_says():
+    ended = []
+    in_flight = FakeInFlight()
+    timeout = CollectiveTimeout(in_flight, 60.0, lambda: ended.append(1))
+    in_flight.reading = Reading(5, 4, 59.0)
+    assert timeout.check() is None
+    in_flight.reading = Reading(5, 4, 60.0)
+    assert "within timeout_seconds=60." in str(timeout.check())
+
+
+def test_collectives_that_end_are_told():
+    ended = []
+    in_flight = FakeInFlight()
+    timeout = CollectiveTimeout(in_flight, 60.0, lambda: ended.append(1))
+    timeout.check()
+    assert ended == []
+    for count in (4, 4, 6):
+        in_flight.reading = Reading(6, count, 0.0)
+        timeout.check()
+    assert ended == [1, 1]
+
+
+class FakeHeartbeats:
+    are_unsure = False
+    needs_all = False
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def check(self, *, all_now=False):
+        return self.error
+
+
+class FakeRuntime:
+    def __init__(self):
+        self.aborted = []
+
+    def abort_collectives(self, message):
+        self.aborted.append(message)
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    fake = FakeRuntime()
+    monkeypatch.setattr(health, "runtime", fake)
+    return fake
+
+
+class Finds:
+    def __init__(self, error):
+        self.error = error
+
+    def check(self):
+        return self.error
+
+
+def test_the_first_failure_counts_and_ends_all_that_waits(runtime):
+    why = WorkersDifferError("why")
+    monitor = HealthMonitor(
+        CLUSTER, AwakeClock(), FakeHeartbeats(), None, [Finds(why)]
+    )
+    ended = []
+    monitor.on_loss.append(lambda: ended.append(1))
+    monitor._run()
+    assert monitor.lost == "why"
+    assert type(monitor.failure()) is WorkersDifferError
+    (message,) = runtime.aborted
+    assert str(from_tagged(message)) == "why"
+    assert ended == [1]
+    assert monitor.ask_until_sure() == "why"
+
+
+def test_a_collective_that_failed_asks_the_others_at_once(runtime):
+    heartbeats = FakeHeartbeats(WorkerLostError("worker 1 is gone"))
+    monitor = HealthMonitor(CLUSTER, AwakeClock(), heartbeats, None)
+    assert str(monitor.cause()) == "worker 1 is gone"
+    assert heartbeats.needs_all
+
+
+def test_a_monitor_that_was_stopped_blames_nobody(runtime):
+    heartbeats = FakeHeartbeats(WorkerLostError("worker 1 is gone"))
+    monitor = HealthMonitor(CLUSTER, AwakeClock(), heartbeats, None)
+    monitor.say_goodbye(0.0)
+    assert monitor.ask_until_sure() is None
+    assert runtime.aborted == []
