@@ -3,6 +3,9 @@
 HOST_DEVICES = "KERAS_ALLREDUCE_HOST_DEVICES"
 """Number of logical CPU devices of each worker."""
 
+DOOR = "KERAS_ALLREDUCE_DOOR"
+"""Set to 0: no method of Keras is wrapped (see `compat/keras_door.py`)."""
+
 HINT = "KERAS_ALLREDUCE_HINT"
 """Set to 0: no hint after the first epoch of `fit`."""
 

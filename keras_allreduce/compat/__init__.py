@@ -8,6 +8,7 @@ behaviour has a test (`tests/compat/test_keras_assumptions.py`).
     keras_optimizers.py    what Keras's optimizers do
     keras_calls.py         what Keras's fit, evaluate and predict do
     keras_config.py        what a Keras model consists of
+    keras_door.py          where Keras tells which of them it does
     distribute.py          private names of tf.distribute
     variables.py           distributed variables
     datasets.py            distributed data sets

@@ -4,13 +4,10 @@
 `tests/compat/test_keras_assumptions.py`.
 """
 
-import warnings
 from typing import Any
 
 import keras
 import tensorflow as tf
-
-from keras_allreduce.compat.frames import calling_frames
 
 # Trainer: steps and logs -----------------------------------------------------
 
@@ -66,15 +63,6 @@ def custom_metrics(model: Any) -> list[Any]:
 # Trainer: what it asks of a strategy -----------------------------------------
 
 
-def is_nested_mean(reduce_op: Any, value: Any, axis: Any) -> bool:
-    """Whether a reduction is of the kind by which Keras looks at shapes.
-
-    Before the first step Keras takes the mean of a whole nested batch over
-    the replicas, and uses its shapes alone.
-    """
-    return _is_mean(reduce_op) and axis is None and keras.tree.is_nested(value)
-
-
 def are_scalar_logs(reduce_op: Any, value: Any, axis: Any) -> bool:
     """Whether a reduction is that of the logs of a step.
 
@@ -93,68 +81,6 @@ def are_scalar_logs(reduce_op: Any, value: Any, axis: Any) -> bool:
 
 def _is_mean(reduce_op: Any) -> bool:
     return str(getattr(reduce_op, "value", reduce_op)).upper() == "MEAN"
-
-
-# Trainer: frames of the caller -----------------------------------------------
-
-
-def keras_asks_for_shapes() -> bool:
-    """Whether Keras iterates over a data set only to see its shapes.
-
-    Keras does it in `Model._maybe_symbolic_build` and gives the data set no
-    sign, so the calling frames are read. A Keras without that method is
-    warned about, once.
-    """
-    if not hasattr(keras.Model, "_maybe_symbolic_build"):
-        _warn_once(
-            "Model._maybe_symbolic_build",
-            "the first batch of a Python generator may be lost",
-        )
-    return any(
-        frame.f_code.co_name == "_maybe_symbolic_build"
-        for frame in calling_frames()
-    )
-
-
-def steps_of_keras_epochs() -> tuple[int | None, int | None] | None:
-    """Steps and batches of the data set that Keras wants to have distributed.
-
-    Keras's iterator knows them, and gives the strategy the data set alone, so
-    the calling frames are read. To be called where a strategy distributes a
-    data set. Where Keras calls without that iterator, a warning says so, once.
-
-    Returns:
-        The steps of an epoch that were asked for and the batches of the data
-        set, each `None` if not known; `None` if it is not Keras that asks.
-    """
-    callers = []
-    for frame in calling_frames():
-        iterator: Any = frame.f_locals.get("self")
-        if hasattr(iterator, "enumerate_epoch"):
-            return iterator.steps_per_epoch, iterator.data_adapter.num_batches
-        module = str(frame.f_globals.get("__name__"))
-        if not module.startswith(("tensorflow.", "keras_allreduce.")):
-            callers.append(module)
-    if callers and callers[0].startswith("keras."):
-        _warn_once(
-            "an iterator with `enumerate_epoch`",
-            "workers cannot check that all run as many steps",
-        )
-    return None
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(missing: str, consequence: str) -> None:
-    if missing not in _warned:
-        _warned.add(missing)
-        warnings.warn(
-            f"keras_allreduce expects {missing} in Keras. Received: Keras "
-            f"{keras.__version__}, which has none, so {consequence}. Use a "
-            "version of Keras that keras_allreduce was tested with.",
-            stacklevel=4,
-        )
 
 
 # Layers ----------------------------------------------------------------------

@@ -1,68 +1,66 @@
-"""Takes part in what Keras does with a first batch, before the first step.
+"""Builds a model before its first step, under a strategy as on one device.
 
-Only under a strategy does Keras call the model, its metrics and its losses on
-the shapes of a first batch, to make all variables. On one device the first
-step makes them. A custom `train_step` need not call the model, nor take the
-batch apart as Keras does, and on one device it trains.
-
-Keras enters the scope of the strategy for it, which is where a strategy takes
-part; nothing of Keras is replaced.
+Only under a strategy does Keras take a first batch before the first step, and
+call the model, its metrics and its losses on its shapes, to make all
+variables. On one device the first step makes them. A custom `train_step` need
+not call the model, nor take the batch apart as Keras does, and on one device it
+trains. So what Keras does there is done here: data is read only if nothing else
+tells its shapes, and a failure is left to the first step.
 """
 
-import contextlib
 import traceback
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
-from keras_allreduce.compat.frames import calling_frames
-
-_NAME = "_maybe_symbolic_build"
-
-# The method of the strategy, that of a subclass, and Keras's.
-_FRAMES = 3
+NAME = "_maybe_symbolic_build"
+"""The method of Keras that takes a first batch."""
 
 
-def first_batch() -> tuple[keras.Model, Any] | None:
-    """The model that Keras is about to build, and the batch for it.
-
-    To be called where a strategy is asked for its scope, or to reduce.
-
-    Returns:
-        Nothing if it is not Keras that asks, to build a model.
-    """
-    for frame in calling_frames(_FRAMES):
-        if frame.f_code.co_name != _NAME:
-            continue
-        model = frame.f_locals.get("self")
-        if isinstance(model, keras.Model):
-            return model, frame.f_locals.get("data_batch")
-    return None
-
-
-@contextlib.contextmanager
-def built_or_left(
-    scope: Any, prepare: Callable[[Any, Any], None], model: Any, batch: Any
-) -> Iterator[None]:
-    """Keras builds a model in the block, which a failure only ends.
-
-    It is left to the first step, which fails on one device too if it is the
-    program's fault.
+def build(
+    model: keras.Model, strategy: Any, epoch_iterator: Any, batch: Any
+) -> None:
+    """Makes the variables of a model that its first step needs.
 
     Args:
-        scope: The scope of the strategy, entered in the block.
-        prepare: Called with the next two first.
         model: The model.
-        batch: The batch that Keras looks at.
+        strategy: Its strategy, one of ours.
+        epoch_iterator: Keras's iterator over the data; `None` where it has a
+            batch.
+        batch: The batch then.
     """
+    if epoch_iterator is not None:
+        dataset = epoch_iterator._get_iterator()
+        iteration = getattr(dataset, "iteration", None)
+        if iteration is None:  # TensorFlow's own; see `input/dataset.py`.
+            batch = next(iter(dataset), ())
+        else:
+            batch = iteration.first_batch(shapes_only=_is_built(model))
+        batch = keras.tree.map_structure(
+            lambda leaf: strategy.experimental_local_results(leaf)[0], batch
+        )
+    with strategy.scope():
+        strategy.prepare_model(model, batch)
+        try:
+            model._symbolic_build(data_batch=batch)
+        except Exception as error:
+            # It fails on one device too if it is the program's fault.
+            if _is_our_own(error):
+                raise
+
+
+def _is_built(model: Any) -> bool:
     try:
-        with scope:
-            prepare(model, batch)
-            yield
-    except Exception as error:
-        if _is_our_own(error):
-            raise
+        return all(
+            part is None or part.built
+            for part in (
+                *model._flatten_layers(),
+                model._compile_metrics,
+                model._compile_loss,
+            )
+        )
+    except AttributeError:
+        return False
 
 
 def _is_our_own(error: BaseException | None) -> bool:

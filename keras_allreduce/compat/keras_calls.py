@@ -1,14 +1,15 @@
 """Assumptions about Keras's `fit`, `evaluate` and `predict` and their data.
 
-Keras tells a strategy neither which call distributes a data set nor when an
-epoch begins. Both are read here: the call in the frames of the caller, the
-epoch by the data adapter, whose `on_epoch_begin` Keras calls.
+One value per thread says which call runs. `keras_door.py` sets it where Keras
+enters; the epochs of a data set are those of its adapter, whose
+`on_epoch_begin` Keras calls.
 """
 
+import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from types import FrameType
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
@@ -32,9 +33,7 @@ from keras.src.trainers.data_adapters.py_dataset_adapter import (
 
 from keras_allreduce.compat.frames import calling_frames
 
-_CALLS = ("fit", "evaluate", "predict")
-
-# Calls of Keras go through a few decorators and iterators.
+# From the creator of a variable up to Keras's: 9 in Keras 3.15.
 _FRAMES = 40
 
 # One of them makes the batches of each pass.
@@ -51,57 +50,165 @@ class KerasCall:
     """A call of `fit`, `evaluate` or `predict` that runs in this thread.
 
     Attributes:
-        name: Name of the method; `"evaluate in fit"` of the validation.
+        kind: Name of the method; `"evaluate in fit"` of the validation.
         model: The model.
-        epoch: Number of the epoch of `fit` and of its last one, both from 1;
-            `None` before the first.
+        epoch: Number of the epoch of `fit`, from 1; `None` before the first.
+        epochs: Number of the last epoch.
         is_first_epoch: Whether it is the first that this `fit` trains.
-        epoch_iterator: Keras's iterator over the epochs, if it reads one now.
+        epoch_iterator: Keras's iterator over the epochs, while it is made.
+        seen: Whatever else Keras has shown of the call.
     """
 
-    name: str
+    kind: str
     model: keras.Model
-    epoch: tuple[int, int] | None
-    is_first_epoch: bool
-    epoch_iterator: Any
+    epoch: int | None = None
+    epochs: int | None = None
+    is_first_epoch: bool = False
+    epoch_iterator: Any = None
+    seen: list[str] = field(default_factory=list)
 
     @property
     def is_nested(self) -> bool:
         """Whether it runs within another, as the validation of `fit`."""
-        return " in " in self.name
+        return " in " in self.kind
+
+    @property
+    def steps(self) -> tuple[int | None, int | None]:
+        """Steps of an epoch that were asked for, and batches of the data set.
+
+        Each `None` if not known. To be called while the iterator is made.
+        """
+        iterator = self.epoch_iterator
+        return iterator.steps_per_epoch, iterator.data_adapter.num_batches
 
     def __str__(self) -> str:
         if self.epoch is None:
-            return self.name
-        number, last = self.epoch
-        return f"{self.name}, epoch {number} of {last}"
+            return self.kind
+        return f"{self.kind}, epoch {self.epoch} of {self.epochs}"
+
+
+class _Thread(threading.local):
+    call: KerasCall | None = None
+    metrics_read: Any = None
+
+
+_thread = _Thread()
 
 
 def current_call() -> KerasCall | None:
-    """The call of Keras that runs in this thread, or `None`.
+    """The call of Keras that runs in this thread, or `None`."""
+    return _thread.call
 
-    To be called where a strategy distributes a data set, or an epoch begins.
+
+@contextlib.contextmanager
+def during(kind: str, model: keras.Model) -> Iterator[list[str]]:
+    """A call runs in the block; yields what Keras shows of it."""
+    outer = _thread.call
+    made = KerasCall(kind, model)
+    if outer is not None and kind != "fit":
+        outer_kinds = [
+            each for each in outer.kind.split(" in ") if each != kind
+        ]
+        made = replace(
+            outer,
+            kind=" in ".join([kind, *outer_kinds]),
+            model=model,
+            epoch_iterator=None,
+            seen=[],
+        )
+    _thread.call = made
+    try:
+        yield made.seen
+    finally:
+        _thread.call = outer
+
+
+def begin_epoch(callbacks: Any, epoch: int) -> None:
+    """The callbacks of the current `fit` hear that an epoch begins."""
+    call = _thread.call
+    if call is None or call.kind != "fit":
+        return
+    if getattr(callbacks, "model", None) not in (None, call.model):
+        return  # Those of a loop of the user's, in a callback.
+    params = getattr(callbacks, "params", None) or {}
+    _thread.call = replace(
+        call,
+        epoch=epoch + 1,
+        epochs=params.get("epochs"),
+        is_first_epoch=call.epoch is None,
+    )
+
+
+@contextlib.contextmanager
+def making(epoch_iterator: Any) -> Iterator[None]:
+    """Keras makes an iterator over epochs in the block."""
+    call = _thread.call
+    if call is None:
+        yield
+        return
+    call.seen.append("iterator")
+    _thread.call = replace(call, epoch_iterator=epoch_iterator)
+    try:
+        yield
+    finally:
+        # Else it would keep the data of the call.
+        _thread.call = call
+
+
+def epoch_iterator_class() -> Any:
+    """The class of Keras that has data sets distributed, if it is there.
+
+    Keras makes one in each call, and gives the strategy the data set alone.
     """
-    names: list[str] = []
-    model, epoch, is_first, epoch_iterator = None, None, False, None
-    for frame in calling_frames(_FRAMES):
-        owner = frame.f_locals.get("self")
-        if epoch_iterator is None and hasattr(owner, "enumerate_epoch"):
-            epoch_iterator = owner
-        name = frame.f_code.co_name
-        if name not in _CALLS or not isinstance(owner, keras.Model):
-            continue
-        if name in names or not _is_keras(frame):
-            continue
-        names.append(name)
-        model = model or owner
-        if name == "fit" and "epoch" in frame.f_locals:
-            local = frame.f_locals
-            epoch = local["epoch"] + 1, local["epochs"]
-            is_first = local["epoch"] == local.get("initial_epoch")
-    if model is None:
+    try:
+        from keras.src.backend.tensorflow.trainer import TFEpochIterator
+    except ImportError:
         return None
-    return KerasCall(" in ".join(names), model, epoch, is_first, epoch_iterator)
+    return TFEpochIterator
+
+
+class MetricsRead:
+    """One reading of all metrics of a model.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: keras.Model):
+        self._model = model
+
+    def variables(self) -> list[Any]:
+        """The distributed variables that are summed when they are read."""
+        variables = [
+            getattr(variable, "value", None)
+            for variable in self._model.metrics_variables
+        ]
+        return [each for each in variables if _is_sum(each)]
+
+
+@contextlib.contextmanager
+def reading_metrics(model: keras.Model) -> Iterator[None]:
+    """Keras reads all metrics of a model in the block."""
+    before = _thread.metrics_read
+    _thread.metrics_read = MetricsRead(model)
+    try:
+        yield
+    finally:
+        _thread.metrics_read = before
+
+
+def metrics_being_read() -> MetricsRead | None:
+    """The reading of metrics in this thread, if there is one."""
+    return _thread.metrics_read
+
+
+def _is_sum(variable: Any) -> bool:
+    return (
+        isinstance(variable, tf.distribute.DistributedValues)
+        and getattr(variable, "synchronization", None)
+        == tf.VariableSynchronization.ON_READ
+        and getattr(variable, "aggregation", None) == tf.VariableAggregation.SUM
+    )
 
 
 def is_py_dataset(epoch_iterator: Any) -> bool:
@@ -145,8 +252,6 @@ def on_epochs(
 ) -> bool:
     """Calls `begin` and `end` with each epoch, until the call of Keras ends.
 
-    Not for the batch that Keras takes first only to see its shapes.
-
     Args:
         epoch_iterator: See `KerasCall`.
         begin: Called before the first batch of the epoch is read.
@@ -163,13 +268,11 @@ def on_epochs(
     own_class: Any = type(adapter)
 
     def on_epoch_begin() -> None:
-        if not _asks_for_shapes():
-            begin()
+        begin()
         own_class.on_epoch_begin(owner())
 
     def on_epoch_end() -> None:
-        if not _asks_for_shapes():
-            end()
+        end()
         own_class.on_epoch_end(owner())
 
     vars(adapter)["on_epoch_begin"] = on_epoch_begin
@@ -257,14 +360,3 @@ def path_of_new_variable() -> str | None:
         if isinstance(owner, keras.Variable):
             return str(owner.path)
     return None
-
-
-def _asks_for_shapes() -> bool:
-    return any(
-        frame.f_code.co_name == "_maybe_symbolic_build"
-        for frame in calling_frames(_FRAMES)
-    )
-
-
-def _is_keras(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__")).startswith("keras.")

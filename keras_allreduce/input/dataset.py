@@ -11,7 +11,7 @@ reads.
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,8 @@ from absl import logging
 from keras_allreduce.compat import (
     datasets,
     iterators,
-    keras_reads,
     split_datasets,
 )
-from keras_allreduce.compat.keras import keras_asks_for_shapes
 from keras_allreduce.devices import on_gpus
 from keras_allreduce.input import in_turn, to_devices
 from keras_allreduce.input.release import RELEASER, Handles
@@ -141,31 +139,35 @@ class Iteration:
         self._steps_are_known = True
 
     def start(self) -> Any:
-        """Returns an iterator, which is made when it is first read.
-
-        To Keras's look at the shapes of a batch it shows an example, if the
-        data cannot be read twice or the shapes are known.
-        """
-        example = self._example()
-        if example is not None:
-            self._queue_up(lambda: None)
-            return iter([example])
+        """Returns an iterator, which is made when it is first read."""
         handles = Handles(self._make, self._lock)
         self._queue_up(weakref.ref(handles))
         iterator = self._iterator_of(handles)
         RELEASER.when_collected(iterator, handles)
-        if keras_asks_for_shapes():
-            return self._or_without_data(iterator)
         return iterator
 
-    def _or_without_data(self, iterator: Any) -> Iterator[Any]:
-        """Yields the batches; an example if there is none."""
-        try:
-            yield next(iterator)
-        except StopIteration:
-            spec = getattr(self._dataset(), "element_spec", None)
-            example = datasets.example(spec, batch_size=1)
-            yield () if example is None else example
+    def first_batch(self, *, shapes_only: bool) -> Any:
+        """A first batch, which is not missing from the data afterwards.
+
+        Args:
+            shapes_only: Whether it is used for nothing but its shapes.
+
+        Returns:
+            A distributed batch; an example of zeros if the shapes are all
+            that is needed, or if the data cannot be read twice; `()` if there
+            is neither data nor an example.
+        """
+        spec = getattr(self._dataset(), "element_spec", None)
+        found = None
+        if shapes_only or self._reads_python:
+            found = datasets.example(spec, 1 if shapes_only else 2)
+        if found is not None:
+            self._queue_up(lambda: None)
+        else:
+            found = next(self.start(), None)
+        if found is None:
+            found = datasets.example(spec, 1)
+        return () if found is None else found
 
     def _iterator_of(self, handles: Handles) -> Any:
         return iterators.LateIterator(
@@ -174,16 +176,6 @@ class Iteration:
             self._in_turn,
             self._steps_are_known,
         )
-
-    def _example(self) -> Any:
-        if not keras_asks_for_shapes():
-            return None
-        spec = getattr(self._dataset(), "element_spec", None)
-        if keras_reads.knows_its_shapes():
-            return datasets.example(spec, batch_size=1)
-        if self._reads_python:
-            return datasets.example(spec, batch_size=2)
-        return None
 
     def _queue_up(self, handles: Callable[[], Handles | None]) -> None:
         if self._draws_seeds:

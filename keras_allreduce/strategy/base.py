@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce import debug
-from keras_allreduce.compat import keras_build, keras_jit, keras_threads
+from keras_allreduce.compat import keras_door, keras_jit, keras_threads
 from keras_allreduce.fit_output import explain, keras_hook, prediction
 from keras_allreduce.fit_output.gradients import ModelGradients, gradients_of
 from keras_allreduce.fit_output.hints import Options
@@ -41,6 +41,7 @@ class StrategyBase(tf.distribute.Strategy):
         self._fit_log = bool(fit_log)
         if fit_log:
             keras_hook.install()
+        keras_door.install()
 
     def _log_start(self, *details: str) -> None:
         """Logs how the strategy was made, in debug mode."""
@@ -70,30 +71,15 @@ class StrategyBase(tf.distribute.Strategy):
         """The steps that the fit output shows; `None` if `fit_log=False`."""
         return self.step_log if self._fit_log else None
 
-    def scope(self) -> contextlib.AbstractContextManager[Any]:
-        """Makes this the strategy of the block, as TensorFlow's does."""
-        scope: contextlib.AbstractContextManager[Any] = super().scope()
-        built = keras_build.first_batch()
-        if built is None:
-            return scope
-        return keras_build.built_or_left(scope, _prepare, *built)
-
-    def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
-        """Reduces `value` across replicas, as `tf.distribute.Strategy` does.
+    def prepare_model(self, model: keras.Model, batch: Any) -> None:
+        """Prepares the first step of a model; nothing is traced yet.
 
         Args:
-            reduce_op: `"SUM"`, `"MEAN"` or a `tf.distribute.ReduceOp`.
-            value: Distributed value, or a nested structure of such.
-            axis: Axis to reduce along within each replica too, or `None`.
-
-        Returns:
-            A tensor, or a structure of tensors like `value`.
+            model: The model, which Keras is about to build.
+            batch: A first batch of one replica, for its shapes.
         """
-        if axis is None and keras_build.first_batch() is not None:
-            return keras.tree.map_structure(
-                lambda leaf: self.experimental_local_results(leaf)[0], value
-            )
-        return super().reduce(reduce_op, value, axis)
+        first_batch.remember(model, batch)
+        keras_threads.make_generator_of_unseeded(self)
 
     def all_reduce_stats(self) -> ReduceStats | None:
         """Cost of the all-reduce in the steps run since the last call.
@@ -205,9 +191,3 @@ class StrategyBase(tf.distribute.Strategy):
                 must enter the block, and the chief writes.
         """
         return recording(self, path)
-
-
-def _prepare(model: keras.Model, batch: Any) -> None:
-    """Prepares the first step of a model; here nothing is traced yet."""
-    first_batch.remember(model, batch)
-    keras_threads.make_generator_of_unseeded(model.distribute_strategy)

@@ -69,12 +69,15 @@ def _copied(*element: Any) -> Any:
 
 
 def shuffled_alike(
-    dataset: Any, begin_call: Callable[[KerasCall, Any], int | None]
+    dataset: Any,
+    call: KerasCall,
+    begin_call: Callable[[KerasCall, Any], int | None],
 ) -> Any:
     """Returns the data of Keras in an order that all workers have.
 
     Args:
         dataset: The data set that Keras has made.
+        call: The call of Keras that has it distributed.
         begin_call: Compares the call of Keras and its data set with the other
             workers; returns a number that all of them have, if there is one.
 
@@ -82,9 +85,6 @@ def shuffled_alike(
         `dataset`, unless Keras shuffles arrays in an order that no seed
         determines.
     """
-    call = keras_calls.current_call()
-    if call is None:
-        return dataset
     seed = begin_call(call, dataset)
     if seed is None or runtime.has_global_seed():
         return dataset

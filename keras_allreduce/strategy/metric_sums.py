@@ -6,12 +6,12 @@ theirs from what came of it.
 """
 
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce.compat import keras_reads
+from keras_allreduce.compat import keras_calls
+from keras_allreduce.compat.keras_calls import MetricsRead
 
 
 class MetricSums:
@@ -23,13 +23,13 @@ class MetricSums:
 
     def __init__(self, sum_over_workers: Callable[[tf.Tensor, str], tf.Tensor]):
         self._sum_over_workers = sum_over_workers
-        # The frame is kept: another could have its address.
-        self._frame: FrameType | None = None
+        # What the sums are of; kept, as another could have its address.
+        self._read: MetricsRead | None = None
         self._sums: dict[int, tf.Tensor] = {}
 
     def forget(self) -> None:
         """Metrics are about to change."""
-        self._frame = None
+        self._read = None
         self._sums = {}
 
     def of(self, variable: Any) -> tf.Tensor | None:
@@ -44,18 +44,17 @@ class MetricSums:
         """
         if not tf.executing_eagerly():
             return None
-        found = keras_reads.metrics_being_read()
-        if found is None:
+        read = keras_calls.metrics_being_read()
+        if read is None:
             return None
-        frame, variables = found
-        if frame is not self._frame:
+        if read is not self._read:
             self.forget()
-            self._sums = self._sum(variables)
-            self._frame = frame
+            self._sums = self._sum(read.variables())
+            self._read = read
         total = self._sums.pop(id(variable), None)
         if not self._sums:
-            # Else it would keep the frames of `fit`, and all their data.
-            self._frame = None
+            # Else it would keep the model.
+            self._read = None
         return total
 
     def _sum(self, variables: Sequence[Any]) -> dict[int, tf.Tensor]:

@@ -196,9 +196,8 @@ class MultiWorkerAllReduceStrategy(
     def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
         """Reduces `value` across replicas, as `tf.distribute.Strategy` does.
 
-        Two things that Keras asks for in `fit` stay on this worker: the
-        shapes of a first batch, and the logs of a step. Those of training are
-        means over the samples of all workers already.
+        The logs of a step stay on this worker. Those of training are means
+        over the samples of all workers already.
 
         Args:
             reduce_op: `"SUM"`, `"MEAN"` or a `tf.distribute.ReduceOp`.
@@ -208,10 +207,6 @@ class MultiWorkerAllReduceStrategy(
         Returns:
             A tensor, or a structure of tensors like `value`.
         """
-        if keras_compat.is_nested_mean(reduce_op, value, axis):
-            return keras.tree.map_structure(
-                lambda leaf: self.experimental_local_results(leaf)[0], value
-            )
         if keras_compat.are_scalar_logs(reduce_op, value, axis):
             parts = self.experimental_local_results(value)
             return tf.reduce_mean(tf.stack(parts))

@@ -8,8 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce import malloc
-from keras_allreduce.compat import distribute
-from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.compat import distribute, keras_calls
 from keras_allreduce.compat.iterators import every_worker_knows_its_steps
 from keras_allreduce.devices import (
     num_asked_host_devices,
@@ -173,10 +172,11 @@ class MultiWorkerAllReduceExtended(
         self, dataset: Any, options: Any
     ) -> Any:
         self.metric_sums.forget()
-        steps = keras_compat.steps_of_keras_epochs()
-        if steps is not None:
+        call, steps = keras_calls.current_call(), None
+        if call is not None and call.epoch_iterator is not None:
+            steps = call.steps
             dataset = shuffled_alike(
-                dataset, partial(self._workers.begin_call, steps=steps)
+                dataset, call, partial(self._workers.begin_call, steps=steps)
             )
         distributed = super()._experimental_distribute_dataset(dataset, options)
         share_steps(dataset, steps, distributed, self)

@@ -131,8 +131,7 @@ class Calls:
         call = keras_calls.current_call()
         if call is None or call.is_nested or call.epoch is None:
             return
-        number, last = call.epoch
-        if number == last:
+        if call.epoch == call.epochs:
             # What is compared nowhere else is what the script saves.
             found = self.weights.compare(
                 f"{call} (end)",

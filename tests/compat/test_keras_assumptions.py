@@ -6,8 +6,6 @@ of ours, so that a test that fails after an upgrade names the assumption that
 broke, not what came of it.
 """
 
-import types
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
@@ -18,7 +16,6 @@ from five_devices import DEVICES
 
 from keras_allreduce.compat import (
     gradient_tape,
-    keras_build,
     keras_losses,
     keras_optimizers,
     keras_steps,
@@ -36,26 +33,20 @@ class SpyStrategy(tf.distribute.MirroredStrategy):
 
     def __init__(self):
         super().__init__(DEVICES[:2], tf.distribute.ReductionToOneDevice())
-        self.steps, self.reductions, self.epochs = [], [], []
+        self.steps, self.reductions = [], []
 
     def run(self, fn, args=(), kwargs=None, options=None):
         self.steps.append(keras_steps.step_of(fn))
         return super().run(fn, args, kwargs, options)
 
     def reduce(self, reduce_op, value, axis):
-        kinds = {keras_compat.is_nested_mean, keras_compat.are_scalar_logs}
-        self.reductions += [
-            kind for kind in kinds if kind(reduce_op, value, axis)
-        ]
+        if keras_compat.are_scalar_logs(reduce_op, value, axis):
+            self.reductions.append(keras_compat.are_scalar_logs)
         if keras.tree.is_nested(value):
             return keras.tree.map_structure(
                 lambda leaf: self.experimental_local_results(leaf)[0], value
             )
         return super().reduce(reduce_op, value, axis)
-
-    def experimental_distribute_dataset(self, dataset, options=None):
-        self.epochs.append(keras_compat.steps_of_keras_epochs())
-        return super().experimental_distribute_dataset(dataset, options)
 
 
 class SpyLoss(keras.losses.Loss):
@@ -186,39 +177,6 @@ def test_keras_shows_the_results_of_the_metrics_after_a_step():
 # Trainer: what it asks of a strategy -----------------------------------------
 
 
-def test_keras_takes_the_mean_of_a_nested_batch_for_its_shapes():
-    strategy, model = under_spy()
-    fit(model)
-    assert strategy.reductions.count(keras_compat.is_nested_mean) == 1
-
-
-def test_keras_enters_the_scope_of_the_strategy_to_build_a_model():
-    seen = []
-
-    class Enters(SpyStrategy):
-        def scope(self):
-            seen.append(keras_build.first_batch())
-            return super().scope()
-
-        def reduce(self, reduce_op, value, axis):
-            if axis is None and keras.tree.is_nested(value):
-                seen.append(keras_build.first_batch())
-            return super().reduce(reduce_op, value, axis)
-
-    strategy = Enters()
-    with strategy.scope():
-        model = compiled()
-    fit(model)
-    model.train_on_batch(X, Y)
-    found = [each for each in seen if each is not None]
-    assert [each[0] for each in found] == [model] * 3
-    # Not known yet where Keras reduces the batch to its shapes.
-    batches = [found[1][1], found[2][1]]
-    assert [batch[0].shape for batch in batches] == [(2, 2), (4, 2)] or [
-        batch[0].shape for batch in batches
-    ] == [(1, 2), (4, 2)]
-
-
 def test_keras_builds_models_on_a_batch_in_symbolic_build():
     _, model = under_spy()
     calls = spy(model, "_symbolic_build")
@@ -311,89 +269,6 @@ def test_keras_divides_the_loss_by_the_replicas_and_shows_it_undivided():
     shown = model.evaluate(x, Y, batch_size=4, verbose=0)
     assert [float(loss) for loss in divided[-2:]] == [2, 2]
     assert shown == 4
-
-
-# Trainer: frames of the caller -----------------------------------------------
-
-
-class SpyDataset:
-    """Notes whether Keras iterates over it for its shapes alone."""
-
-    def __init__(self, dataset):
-        self._dataset = dataset
-        self.for_shapes = []
-
-    def __iter__(self):
-        self.for_shapes.append(keras_compat.keras_asks_for_shapes())
-        return iter(self._dataset)
-
-
-def test_keras_looks_at_shapes_in_maybe_symbolic_build(monkeypatch):
-    strategy, model = under_spy()
-    spies = []
-
-    def distribute(dataset, options=None):
-        spies.append(
-            SpyDataset(
-                tf.distribute.Strategy.experimental_distribute_dataset(
-                    strategy, dataset, options
-                )
-            )
-        )
-        return spies[-1]
-
-    monkeypatch.setattr(strategy, "experimental_distribute_dataset", distribute)
-    model.run_eagerly = True
-    fit(model, epochs=2, steps_per_epoch=1)
-    ((first, *others),) = [each.for_shapes for each in spies]
-    assert first
-    assert others
-    assert not any(others)
-
-
-def test_a_keras_without_maybe_symbolic_build_is_warned_about_once(
-    monkeypatch,
-):
-    monkeypatch.setattr(keras_compat, "_warned", set())
-    for owner in keras.Model.__mro__:
-        if "_maybe_symbolic_build" in vars(owner):
-            monkeypatch.delattr(owner, "_maybe_symbolic_build")
-    with pytest.warns(UserWarning, match="expects Model._maybe_symbolic_build"):
-        assert not keras_compat.keras_asks_for_shapes()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not keras_compat.keras_asks_for_shapes()
-
-
-@pytest.mark.parametrize(
-    ("steps_per_epoch", "expected"), [(None, (None, 2)), (1, (1, 2))]
-)
-def test_keras_distributes_data_in_an_iterator_that_knows_the_steps(
-    steps_per_epoch, expected
-):
-    strategy, model = under_spy()
-    fit(model, batch_size=2, steps_per_epoch=steps_per_epoch)
-    assert strategy.epochs == [expected]
-
-
-def test_a_keras_whose_iterator_is_not_found_is_warned_about_once(monkeypatch):
-    monkeypatch.setattr(keras_compat, "_warned", set())
-
-    def distribute():
-        return keras_compat.steps_of_keras_epochs()
-
-    by_the_user = types.FunctionType(distribute.__code__, globals())
-    by_keras = types.FunctionType(
-        distribute.__code__, {**globals(), "__name__": "keras.src.trainer"}
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert by_the_user() is None
-    with pytest.warns(UserWarning, match="an iterator with `enumerate_epoch`"):
-        assert by_keras() is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert by_keras() is None
 
 
 # Layers ----------------------------------------------------------------------

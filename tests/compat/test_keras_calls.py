@@ -4,6 +4,7 @@ Keras runs without a strategy of ours, as in `test_keras_assumptions.py`.
 """
 
 import gc
+import threading
 import weakref
 
 import keras
@@ -12,7 +13,7 @@ import pytest
 import tensorflow as tf
 from five_devices import DEVICES
 
-from keras_allreduce.compat import keras_calls
+from keras_allreduce.compat import keras_calls, keras_door
 
 pytestmark = pytest.mark.slow
 
@@ -21,9 +22,11 @@ Y = np.zeros([8, 1], "float32")
 
 
 class SpyStrategy(tf.distribute.MirroredStrategy):
-    """TensorFlow's own strategy, which notes the calls of Keras."""
+    """TensorFlow's strategy behind the door, which notes the calls of Keras."""
 
     def __init__(self):
+        keras_door.install()
+        self.prepared, self.steps = [], []
         super().__init__(DEVICES[:2], tf.distribute.ReductionToOneDevice())
         self.calls, self.epochs, self.shuffled, self.arrays = [], [], [], []
         self.iterators, self.ended = [], []
@@ -32,11 +35,15 @@ class SpyStrategy(tf.distribute.MirroredStrategy):
         call = keras_calls.current_call()
         iterator = call.epoch_iterator
         self.calls.append(str(call))
+        self.steps.append(call.steps)
         self.shuffled.append(keras_calls.shuffled_arrays(iterator))
         self.arrays.append(keras_calls.arrays(iterator))
         self.iterators.append(weakref.ref(iterator))
         assert keras_calls.on_epochs(iterator, self.begin_epoch, self.end_epoch)
         return super().experimental_distribute_dataset(dataset, options)
+
+    def prepare_model(self, model, batch):
+        self.prepared.append((model, batch))
 
     def begin_epoch(self):
         call = keras_calls.current_call()
@@ -46,10 +53,8 @@ class SpyStrategy(tf.distribute.MirroredStrategy):
         self.ended.append(str(keras_calls.current_call()))
 
     def reduce(self, reduce_op, value, axis):
-        if keras.tree.is_nested(value):
-            return keras.tree.map_structure(
-                lambda leaf: self.experimental_local_results(leaf)[0], value
-            )
+        # Keras reduced batches to learn their shapes.
+        assert not keras.tree.is_nested(value)
         return super().reduce(reduce_op, value, axis)
 
 
@@ -62,7 +67,7 @@ def under_spy():
     return strategy, model
 
 
-def test_a_call_and_its_epochs_are_told_from_the_frames(under_spy):
+def test_a_call_and_its_epochs_are_told(under_spy):
     strategy, model = under_spy
     model.fit(X, Y, batch_size=4, epochs=2, validation_data=(X, Y), verbose=0)
     model.evaluate(X, Y, batch_size=4, verbose=0)
@@ -102,6 +107,118 @@ def test_every_epoch_ends_after_its_last_batch(steps, under_spy):
     model.fit(data, steps_per_epoch=steps, epochs=2, verbose=0)
     ends = [each for each in strategy.ended if "epoch" in each]
     assert ends == ["fit, epoch 1 of 2", "fit, epoch 2 of 2"]
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "expected"), [(None, (None, 2)), (1, (1, 2))]
+)
+def test_the_iterator_over_epochs_knows_the_steps(
+    under_spy, steps_per_epoch, expected
+):
+    strategy, model = under_spy
+    model.fit(X, Y, batch_size=4, steps_per_epoch=steps_per_epoch, verbose=0)
+    assert strategy.steps == [expected]
+
+
+def test_a_call_within_a_callback_is_told_as_such(under_spy):
+    strategy, model = under_spy
+    with strategy.scope():
+        other = keras.models.clone_model(model)
+        other.compile("sgd", "mse")
+
+    class Calls(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            model.predict(X, batch_size=4, verbose=0)
+            other.fit(X, Y, batch_size=4, epochs=3, verbose=0)
+            seen.append(str(keras_calls.current_call()))
+
+    seen = []
+    model.fit(
+        X, Y, batch_size=4, initial_epoch=1, epochs=2, callbacks=[Calls()]
+    )
+    assert strategy.calls == ["fit", "predict in fit, epoch 2 of 2", "fit"]
+    assert strategy.epochs == [
+        ("fit, epoch 2 of 2", True),
+        ("predict in fit, epoch 2 of 2", True),
+        ("fit, epoch 1 of 3", True),
+        ("fit, epoch 2 of 3", False),
+        ("fit, epoch 3 of 3", False),
+    ]
+    assert seen == ["fit, epoch 2 of 2"]
+
+
+def test_no_call_lingers_after_an_error(under_spy):
+    class Fails(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise KeyError("of the user")
+
+    _, model = under_spy
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            model.fit(X, Y, verbose=0, callbacks=[Fails()])
+        assert keras_calls.current_call() is None
+
+
+def test_each_thread_has_its_own_call(under_spy):
+    _, model = under_spy
+    seen = []
+
+    class Looks(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            thread = threading.Thread(
+                target=lambda: seen.append(keras_calls.current_call())
+            )
+            thread.start()
+            thread.join()
+
+    model.fit(X, Y, verbose=0, callbacks=[Looks()])
+    assert seen == [None]
+
+
+def test_no_call_is_known_of_a_model_without_such_a_strategy():
+    seen = []
+
+    class Looks(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append(keras_calls.current_call())
+
+    keras_door.install()
+    model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.fit(X, Y, verbose=0, callbacks=[Looks()])
+    assert seen == [None]
+
+
+def test_keras_reads_all_metrics_in_get_metrics_result(under_spy):
+    strategy, model = under_spy
+    with strategy.scope():
+        model.compile("sgd", "mse", metrics=["mae"])
+    reads = []
+    reduce = strategy.reduce
+
+    def spied(reduce_op, value, axis):
+        read = keras_calls.metrics_being_read()
+        # TensorFlow's variables are also read where they are reset.
+        if isinstance(value, tf.Variable) and read is not None:
+            assert any(value is each for each in read.variables())
+            reads.append(read)
+        return reduce(reduce_op, value, axis)
+
+    strategy.reduce = spied
+    model.fit(X, Y, batch_size=4, epochs=2, verbose=0)
+    # Two of the loss and two of the metric, in each epoch.
+    assert len(reads) == 8
+    assert len(set(reads)) == 2
+    assert keras_calls.metrics_being_read() is None
+
+
+def test_a_model_is_prepared_before_it_is_built(under_spy):
+    strategy, model = under_spy
+    model.fit(X, Y, batch_size=4, verbose=0)
+    model.train_on_batch(X, Y)
+    assert [each for each, _ in strategy.prepared] == [model] * 2
+    shapes = [batch[0].shape for _, batch in strategy.prepared]
+    assert shapes == [(2, 2), (8, 2)]
 
 
 def test_no_call_is_found_outside_of_one():

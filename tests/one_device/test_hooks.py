@@ -50,8 +50,13 @@ def methods():
         (owner, name, vars(owner).get(name))
         for owner, name, _ in hooks.hooked_methods()
     ]
-    for name in ("_maybe_symbolic_build", "_symbolic_build"):
-        found.append((keras.Model, name, vars(keras.Model).get(name)))
+    found.append(
+        (
+            keras.Model,
+            "_symbolic_build",
+            vars(keras.Model).get("_symbolic_build"),
+        )
+    )
     found.append((tf.distribute.Strategy, "run", tf.distribute.Strategy.run))
     return found
 

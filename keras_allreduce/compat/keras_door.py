@@ -1,0 +1,166 @@
+"""The door through which Keras tells this package what it does.
+
+Keras tells a strategy neither which call distributes a data set, nor when an
+epoch begins, nor what it reads a batch or its metrics for. So a few methods of
+Keras are wrapped, once, when the first strategy is made. For models that are
+not under a strategy of ours they do what they did.
+
+    fit, evaluate, predict               a `KerasCall` begins and ends
+    CallbackList.on_epoch_begin          it has an epoch
+    TFEpochIterator.__init__             it has an iterator over its epochs
+    get_metrics_result                   the metrics are read together
+    _maybe_symbolic_build                see `keras_build.py`
+
+`KERAS_ALLREDUCE_DOOR=0` leaves Keras as it is. Without the door, or where Keras
+is not as it is known, a warning says what is given up.
+"""
+
+import functools
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+
+from keras_allreduce.compat import keras_build, keras_calls
+from keras_allreduce.environment import DOOR
+
+_state = {"installed": False}
+_warned: set[str] = set()
+
+
+def install() -> None:
+    """Wraps the methods, once; warns of those that Keras does not have."""
+    if _state["installed"]:
+        return
+    _state["installed"] = True
+    if os.environ.get(DOOR) == "0":
+        _warn(
+            f"{DOOR} is not 0",
+            f"{DOOR}=0",
+            "the first batch of a Python generator may be lost, a first batch "
+            "that is not as large on all replicas fails, and workers do not "
+            "compare their calls of Keras",
+            f"Unset {DOOR}.",
+        )
+        return
+    for owner, name, wrap, consequence in _doors():
+        stock = None if owner is None else getattr(owner, name, None)
+        if _has_arguments(stock, wrap):
+            setattr(owner, name, wrap(stock))
+        else:
+            _warn_of_keras(f"`{name}`", consequence)
+
+
+def _doors() -> Iterator[tuple[Any, str, Callable[..., Any], str]]:
+    """Owner and name of each method, what wraps it, what it is for."""
+    unknown = "workers do not compare their calls of Keras"
+    for name in ("fit", "evaluate", "predict"):
+        yield keras.Model, name, functools.partial(_call, name), unknown
+    callbacks = keras.callbacks.CallbackList
+    yield callbacks, "on_epoch_begin", _on_epoch_begin, unknown
+    iterator = keras_calls.epoch_iterator_class()
+    yield iterator, "__init__", _iterator_made, unknown
+    slow = "workers sum their metrics one by one"
+    yield keras.Model, "get_metrics_result", _metrics_read, slow
+    lost = "the first batch of a Python generator may be lost"
+    yield keras.Model, keras_build.NAME, _build, lost
+
+
+def _has_arguments(stock: Any, wrap: Callable[..., Any]) -> bool:
+    """Whether a method is there, with the arguments that its wrapper reads."""
+    if stock is None:
+        return False
+    known = inspect.signature(stock).parameters
+    return all(each in known for each in _ARGUMENTS.get(wrap, ()))
+
+
+def _is_ours(model: Any) -> bool:
+    return hasattr(model.distribute_strategy, "prepare_model")
+
+
+def _call(kind: str, stock: Any) -> Any:
+    @functools.wraps(stock)
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_ours(model):
+            return stock(model, *args, **kwargs)
+        with keras_calls.during(kind, model) as seen:
+            result = stock(model, *args, **kwargs)
+        if kind == "fit" and not seen:
+            _warn_of_keras(
+                "an iterator over the epochs of `fit`",
+                "workers do not compare their calls of Keras",
+            )
+        return result
+
+    return call
+
+
+def _on_epoch_begin(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def on_epoch_begin(
+        callbacks: Any, epoch: Any, *args: Any, **kw: Any
+    ) -> Any:
+        keras_calls.begin_epoch(callbacks, epoch)
+        return stock(callbacks, epoch, *args, **kw)
+
+    return on_epoch_begin
+
+
+def _iterator_made(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def init(iterator: Any, *args: Any, **kwargs: Any) -> None:
+        with keras_calls.making(iterator):
+            stock(iterator, *args, **kwargs)
+
+    return init
+
+
+def _metrics_read(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def get_metrics_result(model: Any) -> Any:
+        if not _is_ours(model):
+            return stock(model)
+        with keras_calls.reading_metrics(model):
+            return stock(model)
+
+    return get_metrics_result
+
+
+def _build(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def build(model: Any, iterator: Any = None, data_batch: Any = None) -> Any:
+        # Keras does nothing for a model that was made outside of a scope.
+        strategy = getattr(model, "_distribute_strategy", None)
+        if not hasattr(strategy, "prepare_model"):
+            return stock(model, iterator=iterator, data_batch=data_batch)
+        return keras_build.build(model, strategy, iterator, data_batch)
+
+    return build
+
+
+_ARGUMENTS: dict[Any, tuple[str, ...]] = {
+    _on_epoch_begin: ("epoch",),
+    _build: ("iterator", "data_batch"),
+}
+
+
+def _warn_of_keras(missing: str, consequence: str) -> None:
+    _warn(
+        f"{missing} in Keras",
+        f"Keras {keras.__version__}, which has none that is known",
+        consequence,
+        "Use a version of Keras that keras_allreduce was tested with.",
+    )
+
+
+def _warn(rule: str, received: str, consequence: str, remedy: str) -> None:
+    if rule not in _warned:
+        _warned.add(rule)
+        warnings.warn(
+            f"keras_allreduce expects {rule}. Received: {received}, so "
+            f"{consequence}. {remedy}",
+            stacklevel=4,
+        )
