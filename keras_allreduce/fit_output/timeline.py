@@ -5,7 +5,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -19,54 +19,10 @@ from keras_allreduce.fit_output.recording import (
     WorkerTimeline,
 )
 from keras_allreduce.fit_output.step_log import StepLog, TracedStep
+from keras_allreduce.reduce.process_group import ProcessGroup
 
 _MEETINGS = 16
 """Meetings of the workers from which their clocks are compared."""
-
-
-class Peers(Protocol):
-    """The workers that train together, seen from one of them."""
-
-    index: int
-    """Number of this worker; 0 is the chief."""
-
-    gradient_ops: tf.distribute.CrossDeviceOps
-    """What sums gradients over all workers."""
-
-    def meet(self) -> tuple[float, float]:
-        """Waits until all workers have called this.
-
-        Returns:
-            When this one came, and when it knew that all had come, in seconds
-            since the epoch.
-        """
-
-    def exchange(self, name: str, text: str) -> list[str]:
-        """Sends a text to all workers, and returns those of all, by number.
-
-        To be called on all workers, in the same order.
-        """
-
-
-class Alone(Peers):
-    """The one worker of a strategy of one machine.
-
-    Args:
-        gradient_ops: What sums gradients over its replicas.
-    """
-
-    index = 0
-
-    def __init__(self, gradient_ops: tf.distribute.CrossDeviceOps):
-        self.gradient_ops = gradient_ops
-
-    def meet(self) -> tuple[float, float]:
-        """Returns the time twice: nobody else comes."""
-        return (now := time.time()), now
-
-    def exchange(self, name: str, text: str) -> list[str]:
-        """Returns the text of the one worker."""
-        return [text]
 
 
 class Recorder:
@@ -162,17 +118,17 @@ def record(
         tf.DeviceSpec.from_string(device)
         for device in strategy.extended.worker_devices
     ]
-    peers: Peers = strategy.extended.peers
-    meetings = _MEETINGS if strategy.extended.num_workers > 1 else 0
+    group: ProcessGroup = strategy.extended.group
+    meetings = _MEETINGS if group.size > 1 else 0
     own = WorkerTimeline(
-        peers.index,
+        group.rank,
         [f"{spec.device_type}:{spec.device_index}" for spec in devices],
         recorder.read(calls),
         list(calls),
-        [peers.meet() for _ in range(meetings)],
+        [group.barrier() for _ in range(meetings)],
     )
-    texts = peers.exchange("timeline", own.dumps())
-    if not peers.index:
+    texts = group.all_gather_text("timeline", own.dumps())
+    if not group.rank:
         # By worker: without a store only this one's text comes back.
         read = map(WorkerTimeline.loads, texts)
         everyone = list({each.worker: each for each in read}.values())

@@ -72,7 +72,7 @@ class GradientsOfTheBatch:
         self._note = note
         # Backprop would wait for the shares of all workers.
         self._may_scale_gradients = (
-            replicas.num_workers > 1
+            replicas.group.size > 1
             and not tf.executing_eagerly()
             and not accumulates
         )

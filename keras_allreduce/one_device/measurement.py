@@ -60,7 +60,7 @@ def natures_of(
         lambda leaf: (replicas.local_values(leaf) or (leaf,))[0], data
     )
     own = measure(model, step, local, strategy)
-    found = Natures.from_json(replicas.chiefs(own.to_json()))
+    found = Natures.from_json(replicas.group.broadcast_text(own.to_json()))
     known_natures.keep(model, name, found)
     return found
 

@@ -59,7 +59,7 @@ class SharedMetricState:
         if not replica.is_measured() and metric not in _kinds:
             _kinds[metric] = self._measured(metric, update, args, kwargs)
             if OTHER in _kinds[metric] or (
-                self._is_extreme(metric) and self._replicas.num_workers > 1
+                self._is_extreme(metric) and self._replicas.group.size > 1
             ):
                 warn.of_metric(self._model, metric)
         self._updated[id(metric)] = metric
@@ -68,7 +68,7 @@ class SharedMetricState:
     def agree(self) -> None:
         """Gives all replicas the largest or smallest of their states."""
         for metric in self._updated.values():
-            if self._replicas.num_workers > 1 or not self._is_extreme(metric):
+            if self._replicas.group.size > 1 or not self._is_extreme(metric):
                 continue
             for kind, variable in zip(
                 _kinds[metric], metric.variables, strict=True

@@ -31,7 +31,7 @@ def run(
     Some layers cannot run on an empty batch, so an empty replica runs on a
     sample that it borrows, and returns no row for it.
     """
-    count = replicas.num_workers * len(replicas.devices)
+    count = replicas.group.size * len(replicas.devices)
     if count == 1:
         return call_for_each_replica(fn, args, kwargs)
     data, *rest = args

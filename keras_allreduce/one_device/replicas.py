@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
+from keras_allreduce.reduce.process_group import ProcessGroup
+
 
 class Replicas(Protocol):
     """The replicas of one process, among those of all workers.
@@ -17,8 +19,8 @@ class Replicas(Protocol):
         """Device of each replica of this worker."""
 
     @property
-    def num_workers(self) -> int:
-        """Number of workers; each has as many replicas as this one."""
+    def group(self) -> ProcessGroup:
+        """The processes; each has as many replicas as this one."""
 
     def local_values(self, value: Any) -> Sequence[Any]:
         """The parts of a distributed value, one for each of `devices`.
@@ -35,26 +37,6 @@ class Replicas(Protocol):
         Returns:
             float32 scalars: the shares times the number of all replicas.
         """
-
-    def sum_over_workers(self, value: tf.Tensor, name: str) -> tf.Tensor:
-        """The sum of a tensor that each worker has, in its own dtype."""
-
-    def largest_of_workers(self, value: tf.Tensor) -> tf.Tensor:
-        """The largest of what each worker has, element by element."""
-
-    def tensors_of_others(
-        self, tensors: Sequence[tf.Tensor]
-    ) -> tuple[list[list[tf.Tensor]], list[list[tf.Tensor]]]:
-        """The tensors that the other workers have, `[worker][tensor]`.
-
-        Numbers of rows may differ between workers.
-
-        Returns:
-            Those of the workers before this one, and of those after it.
-        """
-
-    def chiefs(self, text: str) -> str:
-        """The text of the chief; to be called on all workers."""
 
     def sum_gradients(
         self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()

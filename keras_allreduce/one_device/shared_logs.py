@@ -24,7 +24,7 @@ def rule(step: str, replicas: Replicas) -> Callable[..., Any]:
             those of a training step are shared.
         replicas: The replicas of this worker.
     """
-    if step == "train_step" and replicas.num_workers > 1:
+    if step == "train_step" and replicas.group.size > 1:
         return as_of_one_device
     return logs.as_of_one_device
 
@@ -58,7 +58,7 @@ def as_of_one_device(
             _weighted(parts[index], counts if index in sums else weights)
             for index in shared
         ]
-        total = replicas.sum_over_workers(
+        total = replicas.group.all_reduce(
             tf.stack([*local, tf.add_n(weights)]), "logs"
         )
         for place, index in enumerate(shared):

@@ -96,12 +96,12 @@ class SharedState:
                     )
                 ]
             )
-            total = before + self._replicas.sum_over_workers(added, "state")
+            total = before + self._replicas.group.all_reduce(added, "state")
         self._assign(variables, total)
 
     def _take_means(self, variables: Sequence[Any], shares: Any) -> None:
         devices = self._replicas.devices
-        count = self._replicas.num_workers * len(devices)
+        count = self._replicas.group.size * len(devices)
         dtype = variables[0].dtype
         with tf.device("/cpu:0"):
             weights: Sequence[Any] = [1 / count] * len(devices)
@@ -136,9 +136,9 @@ class SharedState:
 
     def _mean_of(self, packs: list[Any], weights: Sequence[Any]) -> Any:
         """The weighted mean over the replicas of all workers."""
-        if self._replicas.num_workers > 1:
+        if self._replicas.group.size > 1:
             total = tf.add_n(list(map(scaling.scale, packs, weights)))
-            return self._replicas.sum_over_workers(total, "statistics")
+            return self._replicas.group.all_reduce(total, "statistics")
         # What is the same everywhere, such as a counter, stays exact.
         first, *others = packs
         gaps = [

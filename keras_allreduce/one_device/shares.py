@@ -58,7 +58,7 @@ def shares_of_batch(
     if not parts:
         return BatchShares()
     with tf.device("/cpu:0"):
-        sizes = _sizes(parts, replicas.num_workers)
+        sizes = _sizes(parts, replicas.group.size)
         has_samples = shares = None
         if sizes is not None:
             # Known without the other workers: no forward pass waits for them.
@@ -82,7 +82,7 @@ def replicas_with_samples(data: Any, replicas: Replicas) -> Any:
     if not parts:
         return None
     with tf.device("/cpu:0"):
-        sizes = _sizes(parts, replicas.num_workers)
+        sizes = _sizes(parts, replicas.group.size)
         if sizes is None:
             return None
         return place([n > 0 for n in sizes], replicas.devices)
@@ -163,7 +163,7 @@ def part_of_sum(value: tf.Tensor, replicas: Replicas) -> tf.Tensor:
     def merge(_strategy: tf.distribute.Strategy, values: Any) -> Any:
         parts = replicas.local_values(values)
         with tf.device("/cpu:0"):
-            total = replicas.sum_over_workers(tf.add_n(parts), "counted")
+            total = replicas.group.all_reduce(tf.add_n(parts), "counted")
         return place(
             [tf.math.divide_no_nan(part, total) for part in parts],
             replicas.devices,

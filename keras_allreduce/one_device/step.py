@@ -105,7 +105,7 @@ class Step:
         self._is_measured = self._is_custom or keras_compat.keeps_own_state(
             model
         )
-        self._count = replicas.num_workers * len(replicas.devices)
+        self._count = replicas.group.size * len(replicas.devices)
         self._trains = name == "train_step"
         self._metrics = SharedMetricState(model, replicas, strategy)
         self._measure: Callable[[], Natures] = Natures

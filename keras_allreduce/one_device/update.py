@@ -18,6 +18,7 @@ from keras_allreduce.devices import on_each
 from keras_allreduce.one_device import compiled_update, replica
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.reduce.observe import BatchRecord, observe
+from keras_allreduce.reduce.process_group import all_reduce_max
 
 
 def sum_when_applied(
@@ -122,7 +123,7 @@ def largest_of_assigned(
         for value in values:
             with tf.device("/cpu:0"):
                 local = tf.stack(replicas.local_values(value))
-                of_all = replicas.largest_of_workers(tf.reduce_max(local, 0))
+                of_all = all_reduce_max(replicas.group, tf.reduce_max(local, 0))
             parts = on_each(
                 replicas.devices,
                 tf.identity,

@@ -171,9 +171,17 @@ def _on_all_replicas(own: Sequence[Any], replicas: Replicas) -> list[Rows]:
             list(replicas.local_values(value)) or [value] * len(devices)
             for value in values
         ]
-        before, after = replicas.tensors_of_others(
-            [part for parts in local for each in parts for part in _split(each)]
+        of_all = replicas.group.all_gather_tensors(
+            [
+                part
+                for parts in local
+                for each in parts
+                for part in _split(each)
+            ],
+            "loss",
         )
+        rank = replicas.group.rank
+        before, after = of_all[:rank], of_all[rank + 1 :]
         first = len(before) * len(devices)
         positions = tuple(range(first, first + len(devices)))
         everyone: list[list[list[Any]]] = [

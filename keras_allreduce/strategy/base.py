@@ -146,7 +146,7 @@ class StrategyBase(tf.distribute.Strategy):
             gradients.specs,
             link,
             step_seconds,
-            self.extended.gradient_ops.bytes_per_pack,
+            self.extended.group.gradient_ops.bytes_per_pack,
         )
         explain.show(
             model, plan, gradients, predicted, step_seconds or 0.0, print_fn
@@ -156,7 +156,7 @@ class StrategyBase(tf.distribute.Strategy):
         self, model: keras.Model, x: Any
     ) -> tuple[ReducePlan, ModelGradients]:
         check_model(model, self)
-        ops = self.extended.gradient_ops
+        ops = self.extended.group.gradient_ops
         if not isinstance(ops, BatchAllReduce):
             raise ValueError(
                 "Only a `BatchAllReduce` makes a plan. Received: "

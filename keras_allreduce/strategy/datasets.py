@@ -49,11 +49,11 @@ def share_steps(
         distributed: The distributed data set that came of it.
         replicas: Sums over the workers.
     """
-    if steps is None or replicas.num_workers == 1:
+    if steps is None or replicas.group.size == 1:
         return
     known = tf.constant(int(ends_in_one_step(dataset, steps[1])))
-    total = replicas.sum_over_workers(known, "steps are known")
-    if int(total) == replicas.num_workers:
+    total = replicas.group.all_reduce(known, "steps are known")
+    if int(total) == replicas.group.size:
         know_steps(distributed)
 
 

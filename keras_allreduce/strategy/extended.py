@@ -14,7 +14,6 @@ from keras_allreduce.compat import (
     variables,
     versions,
 )
-from keras_allreduce.fit_output.timeline import Peers
 from keras_allreduce.input.dataset import own
 from keras_allreduce.one_device import (
     predict,
@@ -24,6 +23,7 @@ from keras_allreduce.one_device import (
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.step import Step
 from keras_allreduce.reduce.observe import observe
+from keras_allreduce.reduce.process_group import ProcessGroup
 from keras_allreduce.strategy.checks import check_model
 from keras_allreduce.strategy.compiled import compiled_by_xla
 from keras_allreduce.strategy.datasets import (
@@ -38,7 +38,7 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
     Keras call it through the interface `Replicas`.
     """
 
-    _workers: Peers
+    _workers: ProcessGroup
 
     def _experimental_distribute_dataset(
         self, dataset: Any, options: Any
@@ -114,19 +114,14 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         return tuple(self.worker_devices)
 
     @property
-    def num_workers(self) -> int:
-        """Number of workers."""
-        return 1
-
-    @property
-    def peers(self) -> Peers:
-        """All workers, seen from this one."""
+    def group(self) -> ProcessGroup:
+        """The processes that train together."""
         return self._workers
 
     @property
-    def gradient_ops(self) -> tf.distribute.CrossDeviceOps:
-        """What sums gradients."""
-        return self.peers.gradient_ops
+    def num_workers(self) -> int:
+        """Number of workers."""
+        return self.group.size
 
     def paths_of_gradients(self, count: int) -> Sequence[str]:
         """Paths of the variables of `count` gradients; none if not of all."""
@@ -148,24 +143,6 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
     def shares_of(self, amounts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Share of each replica in the batch, times the number of replicas."""
         return shares.shares_of(amounts)
-
-    def sum_over_workers(self, value: tf.Tensor, name: str) -> tf.Tensor:
-        """The sum of a tensor that each worker has, in its own dtype."""
-        return value
-
-    def largest_of_workers(self, value: tf.Tensor) -> tf.Tensor:
-        """The largest of what each worker has, element by element."""
-        return value
-
-    def tensors_of_others(
-        self, tensors: Sequence[tf.Tensor]
-    ) -> tuple[list[list[tf.Tensor]], list[list[tf.Tensor]]]:
-        """The tensors that the other workers have: there are none."""
-        return [], []
-
-    def chiefs(self, text: str) -> str:
-        """The text of the chief, which is the only worker."""
-        return text
 
     def sum_gradients(
         self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()

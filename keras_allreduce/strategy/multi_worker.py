@@ -128,7 +128,7 @@ class MultiWorkerAllReduceStrategy(
             self, cluster_resolver, stock_options, options
         )
         tf.distribute.Strategy.__init__(self, extended)
-        self._set_options_of_hints(self.extended.gradient_ops)
+        self._set_options_of_hints(self.extended.group.gradient_ops)
         self._log_start(
             f"worker {self.cluster_resolver.task_id}",
             f"{self.extended.num_workers} workers",
@@ -180,7 +180,7 @@ class MultiWorkerAllReduceStrategy(
             longest. Means over the steps since the last call; all `nan` if a
             worker has counted none.
         """
-        return lateness_ms(self.extended.waits_of_all_workers())
+        return lateness_ms(self.extended.group.waits())
 
     def broadcast(self, model: keras.Model) -> None:
         """Gives all workers the chief's weights and optimizer state.
@@ -191,7 +191,7 @@ class MultiWorkerAllReduceStrategy(
         Args:
             model: A model that was made inside the scope of this strategy.
         """
-        self.extended.broadcast(model)
+        self.extended.group.broadcast(model)
 
     def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
         """Reduces `value` across replicas, as `tf.distribute.Strategy` does.

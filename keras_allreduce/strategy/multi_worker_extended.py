@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from keras_allreduce import malloc
@@ -58,7 +57,9 @@ class MultiWorkerAllReduceExtended(
         )
         # For the variables that TensorFlow makes while it connects.
         self._workers = SingleWorker(options, self._in_flight)
-        self.metric_sums = MetricSums(self.sum_over_workers)
+        self.metric_sums = MetricSums(
+            lambda value, name: self._workers.all_reduce(value, name)
+        )
         seconds = options.timeout_seconds
         resolver = resolver_for(cluster_resolver, seconds, options.transport)
         with connect.starting(resolver, seconds) as cluster:
@@ -94,50 +95,16 @@ class MultiWorkerAllReduceExtended(
         )
 
     @property
-    def num_workers(self) -> int:
-        """Number of workers."""
-        return int(self._num_workers)
-
-    @property
     def is_chief(self) -> bool:
         """Whether this is the worker that reports and saves."""
         return bool(self._is_chief)
 
-    def waits_of_all_workers(self) -> list[float]:
-        """Mean seconds per step in a collective, by worker."""
-        return self._workers.waits()
-
-    def broadcast(self, model: keras.Model) -> None:
-        """Gives all workers the chief's variables of a model."""
-        self._workers.broadcast(model)
-
     def shares_of(self, amounts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Share of each replica of this worker in the whole batch."""
-        total = self.sum_over_workers(tf.add_n(list(amounts)), "batch")
+        total = self._workers.all_reduce(tf.add_n(list(amounts)), "batch")
         return shares.shares_of(
             amounts, total=total, count=self._num_replicas_in_sync
         )
-
-    def chiefs(self, text: str) -> str:
-        """The text of the chief; to be called on all workers."""
-        return self._workers.text_of_chief(text)
-
-    def sum_over_workers(self, value: tf.Tensor, name: str) -> tf.Tensor:
-        """The sum of a tensor that each worker has, in its own dtype."""
-        return self._workers.sum(value, name)
-
-    def largest_of_workers(self, value: tf.Tensor) -> tf.Tensor:
-        """The largest of what each worker has, element by element."""
-        rows = _in_own_row(value, self._workers.index, self.num_workers)
-        return tf.reduce_max(self.sum_over_workers(rows, "largest"), axis=0)
-
-    def tensors_of_others(
-        self, tensors: Sequence[tf.Tensor]
-    ) -> tuple[list[list[tf.Tensor]], list[list[tf.Tensor]]]:
-        """The tensors that the other workers have, before and after this."""
-        of_all = self._workers.all_gather_tensors(tensors, "loss")
-        own = self._workers.index
-        return of_all[:own], of_all[own + 1 :]
 
     def sum_gradients(
         self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()
@@ -214,22 +181,13 @@ class MultiWorkerAllReduceExtended(
                 return value
             # Whether any worker still has data, which every step asks. In one
             # process TensorFlow refuses to sum a lone tensor.
-            return self._workers.sum(value, "reduce")
+            return self._workers.all_reduce(value, "reduce")
         with self._in_flight.during():
             return super()._reduce_to(reduce_op, value, destinations, options)
 
     def _gather_to_implementation(self, *args: Any, **kwargs: Any) -> Any:
         with self._in_flight.during():
             return super()._gather_to_implementation(*args, **kwargs)
-
-
-def _in_own_row(value: tf.Tensor, index: int, count: int) -> tf.Tensor:
-    """One row for each worker, all 0 but the one of this worker."""
-    is_own = tf.range(count) == index
-    shape = [count, *[1] * len(value.shape)]
-    return tf.where(
-        tf.reshape(is_own, shape), value[tf.newaxis], tf.zeros_like(value)
-    )
 
 
 def _asked_cpus(worker_device: str) -> tuple[str, ...]:

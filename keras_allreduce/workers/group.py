@@ -8,7 +8,6 @@ Workers.connect
     [5] gradient_ops    what sums gradients
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ import tensorflow as tf
 from keras_allreduce.compat.keras_calls import KerasCall
 from keras_allreduce.devices import on_gpus
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
+from keras_allreduce.reduce.process_group import OneProcess, ProcessGroup
 from keras_allreduce.workers import lateness
 from keras_allreduce.workers.between_workers import (
     BetweenWorkers,
@@ -71,26 +71,22 @@ class WorkerOptions:
         return {**vars(self), "wire_format": self.wire_format.name}
 
 
-class SingleWorker:
+class SingleWorker(OneProcess):
     """The group of a worker that trains alone.
 
     Args:
         options: Options of the strategy.
         in_flight: Tracks what is reduced eagerly.
-
-    Attributes:
-        gradient_ops: Sums gradients over the devices of this worker.
-        index: Number of this worker.
     """
-
-    index = 0
 
     def __init__(self, options: WorkerOptions, in_flight: InFlight):
         self._in_flight = in_flight
-        self.gradient_ops = BatchAllReduce(
-            "auto",
-            options.bytes_per_pack,
-            sparse_as_dense=options.sparse_as_dense,
+        super().__init__(
+            BatchAllReduce(
+                "auto",
+                options.bytes_per_pack,
+                sparse_as_dense=options.sparse_as_dense,
+            )
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SingleWorker":
@@ -118,38 +114,16 @@ class SingleWorker:
         """Whether a graph is traced: TensorFlow's strategy sums eagerly."""
         return not tf.executing_eagerly()
 
-    def text_of_chief(self, text: str) -> str:
-        """Returns `text`."""
-        return text
-
-    def sum(self, value: tf.Tensor, purpose: str) -> tf.Tensor:
-        """Returns `value`."""
-        return value
-
-    def all_gather_tensors(
-        self, tensors: Sequence[tf.Tensor], purpose: str
-    ) -> list[list[tf.Tensor]]:
-        """Returns the tensors of the one worker."""
-        return [list(tensors)]
-
     def sum_dtype(self, dtype: tf.DType) -> tf.DType:
         """Returns `dtype`: nothing crosses."""
         return dtype
-
-    def meet(self) -> tuple[float, float]:
-        """Returns the time twice: nobody else comes."""
-        return (now := time.time()), now
-
-    def exchange(self, name: str, text: str) -> list[str]:
-        """Returns the text of the one worker."""
-        return [text]
 
     def waits(self) -> list[float]:
         """Mean seconds per step in a collective, of the one worker."""
         return [self._in_flight.read_waits()]
 
 
-class Workers:
+class Workers(ProcessGroup):
     """The workers of one strategy, seen from one of them.
 
     Args:
@@ -163,7 +137,6 @@ class Workers:
 
     Attributes:
         gradient_ops: Sums gradients over the devices of all workers.
-        index: Number of this worker.
     """
 
     def __init__(
@@ -176,10 +149,9 @@ class Workers:
         options: WorkerOptions,
         in_flight: InFlight,
     ):
-        self.index = check.rank
+        self.rank, self.size = check.rank, num_workers
         self._check = check
         self._collectives = collectives
-        self._num_workers = num_workers
         self._in_flight = in_flight
         # On GPUs NCCL sums, which TensorFlow's strategy numbers there.
         self._sums_eagerly = options.transport == MPI and not on_gpus()
@@ -246,11 +218,11 @@ class Workers:
         """See `ConsistencyCheck`."""
         return self._check.compare_initial_value(initial_value)
 
-    def meet(self) -> tuple[float, float]:
+    def barrier(self) -> tuple[float, float]:
         """See `ConsistencyCheck`."""
         return self._check.meet()
 
-    def exchange(self, name: str, text: str) -> list[str]:
+    def all_gather_text(self, name: str, text: str) -> list[str]:
         """See `ConsistencyCheck`."""
         return self._check.exchange(name, text)
 
@@ -275,21 +247,19 @@ class Workers:
         """
         return self._sums_eagerly or not tf.executing_eagerly()
 
-    def text_of_chief(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """See `ConsistencyCheck`."""
         return self._check.text_of_chief(text)
 
-    def sum(self, value: tf.Tensor, purpose: str) -> tf.Tensor:
+    def all_reduce(self, value: tf.Tensor, name: str) -> tf.Tensor:
         """The sum of a tensor that each worker has, in its own dtype."""
-        return self._exact.all_reduce(value, purpose)
+        return self._exact.all_reduce(value, name)
 
     def all_gather_tensors(
-        self, tensors: Sequence[tf.Tensor], purpose: str
+        self, tensors: Sequence[tf.Tensor], name: str
     ) -> list[list[tf.Tensor]]:
         """The tensors of each worker; see `workers/tensors.py`."""
-        return all_gather_tensors(
-            tensors, purpose, self._collectives, self._num_workers
-        )
+        return all_gather_tensors(tensors, name, self._collectives, self.size)
 
     def sum_dtype(self, dtype: tf.DType) -> tf.DType:
         """The dtype in which TensorFlow may sum gradients of `dtype`."""

@@ -928,13 +928,13 @@ def sums_between_steps():
     from keras_allreduce.workers.group import Workers
 
     purposes = []
-    stock = Workers.sum
+    stock = Workers.all_reduce
 
-    def noted(self, value, purpose):
-        purposes.append(purpose)
-        return stock(self, value, purpose)
+    def noted(self, value, name):
+        purposes.append(name)
+        return stock(self, value, name)
 
-    Workers.sum = noted
+    Workers.all_reduce = noted
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
         timeout_seconds=DEADLINE_SECONDS
     )
