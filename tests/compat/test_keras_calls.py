@@ -193,22 +193,22 @@ def test_keras_reads_all_metrics_in_get_metrics_result(under_spy):
     strategy, model = under_spy
     with strategy.scope():
         model.compile("sgd", "mse", metrics=["mae"])
-    reads = []
+    reads, known = set(), set()
     reduce = strategy.reduce
 
     def spied(reduce_op, value, axis):
         read = keras_calls.metrics_being_read()
         # TensorFlow's variables are also read where they are reset.
         if isinstance(value, tf.Variable) and read is not None:
-            assert any(value is each for each in read.variables())
-            reads.append(read)
+            known.update((read, id(each)) for each in read.variables())
+            reads.add((read, id(value)))
         return reduce(reduce_op, value, axis)
 
     strategy.reduce = spied
     model.fit(X, Y, batch_size=4, epochs=2, verbose=0)
-    # Two of the loss and two of the metric, in each epoch.
-    assert len(reads) == 8
-    assert len(set(reads)) == 2
+    assert reads == known
+    # At least one reading of all of them in each epoch.
+    assert len({read for read, _ in reads}) >= 2
     assert keras_calls.metrics_being_read() is None
 
 
