@@ -154,7 +154,7 @@ def cut(parts: Sequence[Sequence[Any]]) -> None:
         flat = tf.nest.flatten(list(gradients), expand_composites=True)
         ends = [xla.outer_tensor(tensor).op for tensor in flat]
         for end in ends:
-            inputs = [tensor.op for tensor in end.inputs]
+            inputs = [xla.outer_tensor(tensor).op for tensor in end.inputs]
             if all(op in part_of for op in inputs) and not _is_heavy(end):
                 part_of[end] = max((part_of[op] for op in inputs), default=part)
         found = ends
@@ -163,7 +163,7 @@ def cut(parts: Sequence[Sequence[Any]]) -> None:
             if op in part_of or xla.scope_of(op).startswith(_KEY):
                 continue
             part_of[op] = part
-            found += [tensor.op for tensor in op.inputs]
+            found += [xla.outer_tensor(tensor).op for tensor in op.inputs]
             found += op.control_inputs
     for op, part in part_of.items():
         if xla.is_marked(op):

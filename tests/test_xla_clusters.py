@@ -189,9 +189,8 @@ class TestCut:
                 gradients = chain(m[0], m[1:])
 
                 def send():
-                    inner = [tf.identity(each) for each in gradients]
-                    captured = [each.op.inputs[0] for each in inner]
-                    xla_clusters.cut([[each] for each in captured])
+                    inner = [each + 1.0 for each in gradients]
+                    xla_clusters.cut([[each] for each in inner])
                     return inner
 
                 tf.cond(tf.reduce_sum(m[0]) > 0, send, lambda: list(gradients))

@@ -93,12 +93,12 @@ def _graph_of(graph: Any, name: str) -> tf.Graph | None:
 def outer_tensor(tensor: tf.Tensor) -> tf.Tensor:
     """The tensor of an outer graph that a function's graph has captured.
 
-    A tensor that is not captured is returned as it is.
+    A tensor that is not captured, or not from a graph, is returned as it is.
     """
     if tensor.op.type == "Placeholder":
         for outer, inner in getattr(tensor.graph, "captures", ()):
-            if inner is tensor and isinstance(outer, tf.Tensor):
-                return outer_tensor(outer) if hasattr(outer, "op") else outer
+            if inner is tensor and tf.is_symbolic_tensor(outer):
+                return outer_tensor(outer)
     return tensor
 
 

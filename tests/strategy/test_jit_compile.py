@@ -1,5 +1,10 @@
 """What is compiled of the steps of Keras, and what is said about it."""
 
+import os
+import re
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -111,3 +116,42 @@ def test_a_step_that_xla_can_hardly_compile_is_warned_about():
         model.fit(X, X[:, :1], batch_size=8, verbose=0)
     (warning,) = (w for w in caught if "XLA compiles" in str(w.message))
     assert "such as" in str(warning.message)
+
+
+SHAPES = """
+import pathlib, sys
+import keras, numpy as np
+import keras_allreduce
+
+strategy = keras_allreduce.AllReduceStrategy(keras_allreduce.host_devices(2))
+with strategy.scope():
+    model = keras.Sequential(
+        [keras.Input([6]), keras.layers.Dense(8, "relu"), keras.layers.Dense(1)]
+    )
+    model.compile("adam", "mse", jit_compile=True)
+
+class Counts(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        programs = pathlib.Path(sys.argv[1]).glob("*before_optimizations.txt")
+        print("programs:", len(list(programs)))
+
+x = np.random.default_rng(0).normal(size=[19, 6])
+model.fit(x, x[:, :1], batch_size=8, epochs=5, verbose=0, callbacks=[Counts()])
+"""
+
+
+@pytest.mark.nightly
+def test_a_smaller_last_batch_is_compiled_once_not_in_every_epoch(tmp_path):
+    output = subprocess.run(
+        [sys.executable, "-c", SHAPES, str(tmp_path)],
+        env=os.environ
+        | {"XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
+    ).stdout
+    counts = [int(each) for each in re.findall(r"programs: (\d+)", output)]
+    assert len(counts) == 5
+    assert 0 < counts[0] < counts[2]
+    assert counts[2] == counts[-1]
