@@ -31,9 +31,6 @@ _REMEDY = (
     "keras.callbacks.BackupAndRestore goes on where they were."
 )
 
-# How long a look waits for answers, and how often it looks for them.
-_ANSWERS_SECONDS, _PAUSE_SECONDS = 0.1, 0.005
-
 
 class LastWords(Protocol):
     """What workers say before they go; `stall.StallInspector` reads it."""
@@ -122,7 +119,7 @@ class Heartbeats:
             for rank, peer in self._peers.items():
                 if all_now or self._is_due(peer):
                     self._ask(rank, peer)
-            self._collect(TIMING.moment if all_now else _ANSWERS_SECONDS)
+            self._collect(TIMING.moment if all_now else TIMING.answers)
             for rank in self._peers:
                 error = self._judge(rank, all_now)
                 if error is not None:
@@ -138,7 +135,7 @@ class Heartbeats:
         with contextlib.closing(probe):
             end = time.monotonic() + TIMING.moment
             while probe.poll() is Answer.NOT_YET and time.monotonic() < end:
-                time.sleep(_PAUSE_SECONDS)
+                time.sleep(TIMING.pause)
             return probe.poll() is Answer.YES
 
     def _is_due(self, peer: _Peer) -> bool:
@@ -169,7 +166,7 @@ class Heartbeats:
             ]
             if not any(newest) or time.monotonic() >= end:
                 return
-            time.sleep(_PAUSE_SECONDS)
+            time.sleep(TIMING.pause)
 
     def _take(self, peer: _Peer) -> bool:
         """Takes the answers of a worker; whether questions are left."""

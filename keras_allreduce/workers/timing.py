@@ -33,8 +33,10 @@ class Timing:
         waiting: A worker that waits for less does not publish it.
         check: Pause between two heartbeats of a worker.
         check_waiting: The same, while this worker waits.
-        probe: A health check is answered.
-        moment: The same, where only an answer at once counts.
+        answers: A look waits for answers to heartbeats; later ones are taken
+            by the next.
+        pause: Between two attempts to take them.
+        moment: A worker answers, where only an answer at once counts.
         silent: A worker that has not answered for so long has failed.
         suspended: A look that comes so much later than it was due shows that
             this process was suspended.
@@ -69,7 +71,8 @@ class Timing:
     waiting: float = 1.0
     check: float = 2.0
     check_waiting: float = 1.0
-    probe: float = 2.0
+    answers: float = 0.1
+    pause: float = 0.005
     moment: float = 0.5
     silent: float = 20.0
     suspended: float = 3.0

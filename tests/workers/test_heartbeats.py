@@ -1,6 +1,7 @@
 """What is wrong with a worker, by how its server answers."""
 
 import socket
+from dataclasses import replace
 
 import pytest
 import tensorflow as tf
@@ -10,6 +11,7 @@ from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.errors import WorkerLostError
 from keras_allreduce.workers.heartbeats import REFUSALS, Heartbeats
 from keras_allreduce.workers.probe import Answer, Probe, resolve
+from keras_allreduce.workers.timing import TIMING
 
 LIMIT_SECONDS = 20.0
 SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -51,7 +53,9 @@ def servers(monkeypatch):
     monkeypatch.setattr(heartbeats_module, "runtime", fake)
     monkeypatch.setattr(heartbeats_module, "Probe", fake.probe)
     monkeypatch.setattr(heartbeats_module, "resolve", lambda host, port: host)
-    monkeypatch.setattr(heartbeats_module, "_ANSWERS_SECONDS", 0.0)
+    monkeypatch.setattr(
+        heartbeats_module, "TIMING", replace(TIMING, answers=0.0)
+    )
     return fake
 
 

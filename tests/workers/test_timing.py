@@ -21,14 +21,15 @@ def test_who_lingers_does_so_for_several_looks_of_the_others():
 
 
 def test_a_silent_worker_was_asked_often_and_is_named_before_tensorflow():
-    assert 5 * (TIMING.probe + TIMING.check_waiting) < TIMING.silent
+    assert 5 * TIMING.check < TIMING.silent
     assert TIMING.check_waiting <= TIMING.check
     assert TIMING.silent < TIMING.coordination
 
 
 def test_one_look_ends_long_before_it_counts_as_a_suspension():
-    reads = 2 * TIMING.read + TIMING.write
-    assert reads < TIMING.suspended
+    reads = TIMING.answers + 2 * TIMING.read + TIMING.write
+    assert TIMING.tick + reads < TIMING.suspended
+    assert TIMING.pause < TIMING.answers < TIMING.moment
     assert TIMING.read_by_chief <= TIMING.read
 
 

@@ -41,7 +41,11 @@ DIFFERENCES = {
         "float32 [8, 8]",
     ),
     "dtype": ("models and steps", "float32", "float16"),
-    "policy": ("models and steps", "float32", "mixed_bfloat16"),
+    "policy": (
+        "models and compile options",
+        "DTypePolicy(name='float32')",
+        "DTypePolicy(name='mixed_bfloat16')",
+    ),
     "option": ("versions, devices and options", "1024", "512"),
     "devices": ("versions, devices and options", "1", "2"),
 }
