@@ -22,7 +22,8 @@ PLAN = (
     "batch_all_reduce: 4 all-reduces with algorithm = shared_memory, "
     "num_packs = 1 (0.1 KiB float32), num_replicas = 2"
 )
-COST = r"all_reduce: \d+(\.\d+)?(us|ms|s) - overlap: \d+%"
+# A sum of 84 bytes may take no time that a clock sees: then nothing overlaps.
+COST = r"all_reduce: (0us|\d+(\.\d+)?(us|ms|s) - overlap: \d+%)"
 
 
 @pytest.fixture
@@ -55,7 +56,9 @@ def lines(output):
 
 
 class TestThePlan:
-    @pytest.mark.parametrize("verbose", [1, 2, "auto"])
+    @pytest.mark.parametrize(
+        "verbose", [1, 2, pytest.param("auto", marks=pytest.mark.nightly)]
+    )
     def test_it_follows_the_first_line_of_the_first_epoch(
         self, model, capsys, verbose
     ):
@@ -151,8 +154,8 @@ class TestTheCost:
         fit(trained, verbose=2)
         assert capsys.readouterr().out.count(" - all_reduce_ms: ") == 2
 
-    def test_it_stands_at_the_end_of_the_bar(self, model, capsys):
-        fit(model)
+    def test_it_stands_at_the_end_of_the_bar(self, trained, capsys):
+        fit(trained)
         output = lines(capsys.readouterr().out)
         bars = [line for line in output if line.startswith("3/3")]
         assert len(bars) == 2
@@ -187,12 +190,11 @@ class TestTheCost:
         # Eagerly all gradients are there before the first leaves.
         assert len(re.findall(r"all_reduce: \S+ - overlap: 0%", output)) == 2
 
-    @pytest.mark.parametrize("verbose", [1, 2])
-    def test_several_steps_at_once_have_one(self, strategy, capsys, verbose):
+    def test_several_steps_at_once_have_one(self, strategy, capsys):
         model = make_model(strategy, steps_per_execution=3)
-        fit(model, verbose=verbose, batch_size=4)
-        output = capsys.readouterr().out
-        assert re.search(COST, output)
+        for verbose in (1, 2):
+            fit(model, verbose=verbose, batch_size=4)
+            assert re.search(COST, capsys.readouterr().out)
 
     def test_a_custom_loop_can_read_it_too(self, strategy, model):
         fit(model, verbose=0)
@@ -249,8 +251,8 @@ class TestTheHint:
         ]
         assert output[2].startswith("6/6")
 
-    def test_a_few_steps_give_none(self, model, clock, capsys):
-        fit(model, verbose=2, callbacks=[clock])
+    def test_a_few_steps_give_none(self, trained, clock, capsys):
+        fit(trained, verbose=2, callbacks=[clock])
         assert "hint" not in capsys.readouterr().out
 
     def test_the_environment_hides_it(self, clock, capsys, monkeypatch):
