@@ -267,19 +267,72 @@ def a_loss_that_uses_a_weight_of_the_model():
     return fit(model, loss)
 
 
+class CustomStep(keras.Sequential):
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        weights = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        return {"loss": loss}
+
+
 @case
 def a_custom_step_that_asks_for_the_loss():
-    class Custom(keras.Sequential):
-        def train_step(self, data):
-            x, y = data
-            with tf.GradientTape() as tape:
-                loss = self.compute_loss(x, y, self(x, training=True))
-            weights = self.trainable_variables
-            self.optimizer.apply(tape.gradient(loss, weights), weights)
-            return {"loss": loss}
+    layer = keras.layers.Dense(3, "softmax")
+    return fit(CustomStep([keras.Input([6]), layer]), root_mean_square)
 
-    model = Custom([keras.Input([6]), keras.layers.Dense(3, "softmax")])
+
+@case
+def a_custom_step_that_asks_for_a_sum():
+    model = CustomStep([keras.Input([6]), keras.layers.Dense(3)])
+    return fit(model, lambda y, p: ops.sum(ops.square(y - p)), rate=0.01)
+
+
+@case
+def a_custom_loss_around_that_of_compile():
+    class Model(keras.Sequential):
+        def compute_loss(self, x=None, y=None, y_pred=None, *args, **kwargs):
+            loss = super().compute_loss(x, y, y_pred, *args, **kwargs)
+            return 2 * loss + 0.1 * ops.mean(ops.square(y_pred))
+
+    model = Model([keras.Input([6]), keras.layers.Dense(3)])
     return fit(model, root_mean_square)
+
+
+@case
+def a_synchronized_layer():
+    model = dense()
+    model.add(keras.layers.BatchNormalization(synchronized=True))
+    return fit(model, root_mean_square)
+
+
+@case
+def a_loss_in_float64():
+    class Negatives(keras.losses.Loss):
+        def call(self, y_true, y_pred):
+            return in_batch_negatives(y_true, y_pred)
+
+    return fit(dense(), Negatives(dtype="float64"))
+
+
+@case
+def a_scaled_loss():
+    optimizer = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(0.05), initial_scale=8.0
+    )
+    return fit(dense(), root_mean_square, optimizer=optimizer)
+
+
+@case
+def train_on_batch():
+    model = dense()
+    model.compile(keras.optimizers.SGD(0.05), root_mean_square)
+    losses = [
+        float(model.train_on_batch(X[:7], Y[:7])),
+        float(model.test_on_batch(X[:5], Y[:5])),
+    ]
+    return {"weights": model.get_weights(), "losses": losses}
 
 
 @case
