@@ -5,6 +5,7 @@ the end, must give the weights and History of one device, without a warning.
 """
 
 import contextlib
+import types
 import warnings
 
 import batch_losses
@@ -108,7 +109,7 @@ def test_which_losses_are_one_value_per_sample(loss, shape, known):
 
 
 class TwoWorkers:
-    num_workers = 2
+    group = types.SimpleNamespace(size=2)
 
 
 @pytest.mark.parametrize(
