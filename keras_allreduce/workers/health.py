@@ -8,6 +8,7 @@ was closed, if that. One thread per strategy asks three detectors:
     StallInspector       workers wait for each other in vain
 """
 
+import math
 import os
 import signal
 import threading
@@ -45,15 +46,20 @@ class AwakeClock:
     def __init__(self) -> None:
         # Time of the last look and seconds until then, which change at once.
         self._looked = time.monotonic(), 0.0
+        self._most = TIMING.suspended
 
     def __call__(self) -> float:
         """Seconds; at most `TIMING.suspended` more than at the last look."""
         last, awake = self._looked
-        return awake + min(time.monotonic() - last, TIMING.suspended)
+        return awake + min(time.monotonic() - last, self._most)
 
     def look(self) -> None:
         """Goes on; called with each look of the health monitor."""
         self._looked = time.monotonic(), self()
+
+    def let_go(self) -> None:
+        """From now on it goes as the machine's: nobody looks any more."""
+        self._most = math.inf
 
 
 class Detector(Protocol):
@@ -206,6 +212,12 @@ class HealthMonitor:
         self._inspector.say_failure(self.failure() or error, seconds)
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        finally:
+            self._clock.let_go()
+
+    def _watch(self) -> None:
         hears = self._inspector is not None  # There is a store.
         hear_until = time.monotonic() + TIMING.preempted if hears else 0
         while not self._stopped.wait(

@@ -57,6 +57,13 @@ def test_a_clock_stands_still_while_the_process_is_suspended(machine):
     assert clock() == 4.0
 
 
+def test_a_clock_that_nobody_looks_at_any_more_goes_on(machine):
+    clock = AwakeClock()
+    clock.let_go()
+    machine.now += 600.0
+    assert clock() == 600.0
+
+
 class FakeInFlight:
     def __init__(self):
         self.reading = Reading(0, 0, 0.0)
