@@ -165,6 +165,7 @@ def test_dropout_masks_differ_between_workers(name, on_workers):
     assert all(a != b for a, b in zip(one, other, strict=True))
 
 
+TAG = "[keras_allreduce:WorkerLostError]"
 STAY = "All workers must stay until training ends. Received:"
 
 
@@ -239,7 +240,8 @@ def test_a_killed_worker_ends_the_other_in_an_error(index):
 def test_a_frozen_worker_ends_the_other_in_an_error(index):
     code, output = workers.end_of_the_other("SIGSTOP", index)
     assert code not in (0, None), output
-    assert f"aborted by: {STAY} worker {index} (127.0.0.1:" in output
+    why = f"{TAG} {STAY} worker {index} (127.0.0.1:"
+    assert f"aborted by: {why}" in output
     assert "it is frozen" in output.splitlines()[-1]
 
 

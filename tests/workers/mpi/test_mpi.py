@@ -193,7 +193,8 @@ def test_a_frozen_worker_ends_all_in_an_error(index):
     assert code != 0
     stay = f"{test_multi_worker.STAY} worker {index} ("
     assert "UnavailableError" in output
-    assert f"aborted by: {stay}" in output
+    tag = "[keras_allreduce:WorkerLostError]"
+    assert f"aborted by: {tag} {stay}" in output
     assert f"keras_allreduce: {stay}" in output
     assert "it is frozen" in output
 
