@@ -10,6 +10,8 @@ from programs import COMPARING, PROGRAMS
 from keras_allreduce import AllReduceStrategy
 from keras_allreduce.compat import keras_jit
 
+pytestmark = pytest.mark.slow
+
 # XLA rounds otherwise.
 TOLERANCE = 1e-5
 

@@ -13,6 +13,8 @@ from five_devices import DEVICES
 
 import keras_allreduce
 
+pytestmark = pytest.mark.slow
+
 X = np.random.default_rng(0).normal(size=[24, 6]).astype("float32")
 
 
