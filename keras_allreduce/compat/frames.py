@@ -44,3 +44,26 @@ def is_raised_in_callback(traceback: TracebackType | None) -> bool:
             return False
         traceback = traceback.tb_next
     return is_in_fit
+
+
+_COMMUNICATES = {"all_reduce", "all_gather", "merge_call"}
+# Between such a function and the strategy.
+_BETWEEN = (
+    "keras_allreduce.",
+    "tensorflow.python.autograph.",
+    "tensorflow.python.distribute.distribute_lib",
+)
+
+
+def caller_communicates() -> bool:
+    """Whether the function that asks a strategy sums over replicas itself.
+
+    A layer for `tf.distribute` divides a sum over all replicas by their
+    number, or gathers if there are several. Code that only scales its loss has
+    neither name.
+    """
+    for frame in calling_frames():
+        module = str(frame.f_globals.get("__name__"))
+        if not module.startswith(_BETWEEN):
+            return not _COMMUNICATES.isdisjoint(frame.f_code.co_names)
+    return False

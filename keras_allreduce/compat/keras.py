@@ -207,6 +207,13 @@ def identity_of(variable: Any) -> int:
     return id(variable.value if is_kerass else variable)
 
 
+def all_variables(model: Any) -> list[Any]:
+    """The variables of a model and of its optimizer."""
+    optimizer = getattr(model, "optimizer", None)
+    of_optimizer = getattr(optimizer, "variables", ())
+    return [*model.variables, *of_optimizer]
+
+
 def computes_in_half_precision(model: Any) -> bool:
     """Whether a layer of a model computes in 16 bits."""
     return any(

@@ -1,11 +1,12 @@
-"""Distributed variables that behave in three ways more as on one device.
+"""Distributed variables that behave in four ways more as on one device.
 
 `float(optimizer.learning_rate)` and `int(optimizer.iterations)` work:
 TensorFlow's variables have `__float__` and `__int__`, its distributed ones
 have not. And what a metric is reset to is not read: TensorFlow sums each
 variable over all workers then, one by one, for a result that Keras drops. A
 variable that a replica assigns on its own differs between the replicas from
-then on, so the strategy is told.
+then on, so the strategy is told. And what replicas assign to a variable with
+an aggregation counts by samples.
 """
 
 from typing import Any
@@ -43,23 +44,22 @@ class _TellsOfAssignments(_Numbers):
     _get_on_device_or_primary: Any
 
     def _update_replica(self, update_fn: Any, value: Any, **kwargs: Any) -> Any:
-        # With another aggregation TensorFlow gives all replicas one value.
-        if self.aggregation == tf.VariableAggregation.NONE:
-            self.distribute_strategy.extended.before_assignment(self)
-        elif (
-            self.aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA
-            and self.distribute_strategy.extended.updates_alike()
-        ):
-            # TensorFlow would hand the first replica's value to all, which no
-            # function that a replica calls can do.
-            own = self._get_on_device_or_primary()
-            return update_fn(own, value, **kwargs)
+        extended = self.distribute_strategy.extended
+        value = extended.before_assignment(self, value)
         stock: Any = super()
+        # With an aggregation TensorFlow gives all replicas one value, in a
+        # merge_call unless each has the same already.
+        if extended.assigns_own_part():
+            own = stock._get_on_device_or_primary()
+            return update_fn(own, value, **kwargs)
         return stock._update_replica(update_fn, value, **kwargs)
 
 
 class _NotReadAfterAssign(_Numbers):
-    """`assign` outside of a replica returns the variable, not its value."""
+    """`assign` outside of a replica returns the variable, not its value.
+
+    Not in a graph of a session, which runs what `assign` returns.
+    """
 
     def assign(
         self,

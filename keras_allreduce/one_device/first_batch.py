@@ -1,18 +1,17 @@
 """A few samples of what a model is trained on, to measure its step with."""
 
-import weakref
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_allreduce.one_device import facts
+
 SAMPLES = 16
 """How many samples are kept; a measurement runs on two halves of them."""
 
 _MOST_ELEMENTS = 2**22
-
-_batches: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def remember(model: keras.Model, batch: Any) -> None:
@@ -23,7 +22,9 @@ def remember(model: keras.Model, batch: Any) -> None:
         batch: Nested structure of arrays and tensors, samples first.
     """
     try:
-        _batches[model] = keras.tree.map_structure(_first_samples, batch)
+        facts.of(model).samples = keras.tree.map_structure(
+            _first_samples, batch
+        )
     except (TypeError, ValueError, tf.errors.OpError):
         return  # Not samples: others are remembered, or made up.
 
@@ -38,14 +39,18 @@ def like(model: keras.Model, data: Any) -> Any:
         model: The model.
         data: Nested structure of tensors, of one replica.
     """
-    known = _batches.get(model)
+    known = facts.of(model).samples
     if known is not None and _are_alike(known, data):
         return known
     return keras.tree.map_structure(made_up, data)
 
 
-def halves(batch: Any) -> tuple[Any, Any, Any]:
-    """An even number of samples, and the first and second half of them."""
+def parts(batch: Any) -> list[tuple[Any, slice]]:
+    """An even number of samples, and the first and second half of them.
+
+    Returns:
+        Each with the place that its samples have among all.
+    """
     sizes = [
         size
         for size in map(_size, keras.tree.flatten(batch))
@@ -63,7 +68,8 @@ def halves(batch: Any) -> tuple[Any, Any, Any]:
 
         return keras.tree.map_structure(rows, batch)
 
-    return part(0, 2 * half), part(0, half), part(half, 2 * half)
+    places = [slice(0, 2 * half), slice(0, half), slice(half, 2 * half)]
+    return [(part(each.start, each.stop), each) for each in places]
 
 
 def _size(value: Any) -> int | None:
@@ -135,8 +141,9 @@ def made_up(value: Any) -> Any:
     inner = [dim or 8 for dim in value.shape[1:].as_list()]
     shape = [SAMPLES // 2, *inner] if value.shape.rank else []
     rng = np.random.default_rng(0)
-    if value.dtype.is_floating or value.dtype.is_complex:
-        return tf.cast(rng.uniform(size=shape), value.dtype)
-    if value.dtype == tf.string:
-        return tf.constant("a", shape=shape)
-    return tf.cast(rng.integers(0, 2, shape), value.dtype)
+    with tf.init_scope():  # Not in a graph that is being traced.
+        if value.dtype.is_floating or value.dtype.is_complex:
+            return tf.cast(rng.uniform(size=shape), value.dtype)
+        if value.dtype == tf.string:
+            return tf.constant("a", shape=shape)
+        return tf.cast(rng.integers(0, 2, shape), value.dtype)

@@ -23,8 +23,13 @@ from typing import Any
 import tensorflow as tf
 
 from keras_allreduce.compat import keras_optimizers
-from keras_allreduce.one_device import counted, replica
-from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.one_device import ratio, reduction, replica
+from keras_allreduce.one_device.reduction import (
+    RATIO,
+    SUM,
+    Key,
+    Reductions,
+)
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.one_device.update import (
@@ -41,7 +46,7 @@ class GradientsOfTheBatch:
 
     Args:
         replicas: The replicas of this worker.
-        natures: Which gradients are those of a mean, and which of a sum.
+        reductions: Which gradients are those of a mean, and which of a sum.
         sums: The sums that layers make.
         shares_on_host: float32 scalars, the share of each replica; empty: all
             are 1.
@@ -55,7 +60,7 @@ class GradientsOfTheBatch:
     def __init__(
         self,
         replicas: Replicas,
-        natures: Natures,
+        reductions: Reductions,
         sums: SynchronizedSums,
         shares_on_host: Sequence[tf.Tensor],
         *,
@@ -64,7 +69,7 @@ class GradientsOfTheBatch:
         note: Callable[[Sequence[BatchRecord]], None],
     ):
         self._replicas = replicas
-        self._natures = natures
+        self._reductions = reductions
         self._sums = sums
         self._shares_on_host = shares_on_host
         self._is_custom = is_custom
@@ -87,16 +92,25 @@ class GradientsOfTheBatch:
         **kwargs: Any,
     ) -> Any:
         """The gradient of the whole batch, if that of variables is taken."""
-        key = counted.gradient(tape, sources)
+        key = reduction.gradient_key(tape, sources)
         if key is None:
             return gradient(tape, target, sources, output_gradients, **kwargs)
+        if key[0] == "inputs":
+            found = gradient(tape, target, sources, output_gradients, **kwargs)
+            return self._of_inputs(key, target, found)
         variables = tf.nest.flatten(sources)
-        is_sum = self._natures.is_sum(*key) or self._adds_up(target)
-        weight, host_weights = self._weights(variables, is_sum=is_sum)
+        kind = SUM if self._adds_up(target) else self._reductions.of(*key).kind
+        weight, host_weights = self._weights(variables, kind, target)
         self._sums.in_backprop = True
         seeds = _seeds(target, output_gradients, weight)  # [1]
         found = gradient(tape, target, sources, seeds, **kwargs)  # [2]
         self._sums.in_backprop = False
+        if kind == RATIO:  # Nothing counts on a replica: 0 / 0.
+            counts = tf.not_equal(weight, 0) if tf.is_tensor(weight) else None
+            found = tf.nest.map_structure(
+                lambda each: each if each is None else scale(each, counts),
+                found,
+            )
         if self._accumulates:
             return found
         flat = tf.nest.flatten(found)
@@ -113,8 +127,22 @@ class GradientsOfTheBatch:
         """
         return not self._is_custom and bool(len(getattr(target, "shape", ())))
 
+    def _of_inputs(self, key: Key, target: Any, found: Any) -> Any:
+        """Gradients by inputs, as of a loss of the whole batch.
+
+        A mean over the samples of the batch divides by more than one over
+        those of the replica.
+        """
+        of_inputs = self._reductions.of_inputs(target, *key)
+        if of_inputs is None:
+            return found
+        weight = replica.current().weight
+        return tf.nest.map_structure(
+            lambda each: None if each is None else scale(each, weight), found
+        )
+
     def _weights(
-        self, variables: Sequence[Any], *, is_sum: bool
+        self, variables: Sequence[Any], kind: str, target: Any
     ) -> tuple[Any, Sequence[tf.Tensor]]:
         """Scales of the target, and of the gradients on the host.
 
@@ -124,10 +152,14 @@ class GradientsOfTheBatch:
         costs nothing where all replicas have as many samples.
         """
         this = replica.current()
-        if is_sum:
+        if kind == SUM:
             if this.has_samples is None:
                 return None, ()
             return tf.cast(this.has_samples, tf.float32), ()
+        if kind == RATIO:
+            part = ratio.part_of_batch(target, self._replicas)
+            if part is not None:
+                return part, ()
         scales_gradients = self._may_scale_gradients and not any(
             map(keras_optimizers.takes_gradient_as_value, variables)
         )
@@ -165,7 +197,7 @@ class GradientsOfTheBatch:
     ) -> list[Any]:
         """Gradients of the whole batch; sums of what no tape has taken."""
         this = replica.current()
-        is_sum = self._natures.is_sum(*counted.update())
+        is_sum = self._reductions.is_sum(*reduction.update_key())
         if self._accumulates:
             return sum_when_applied(
                 self._replicas, optimizer, grads, variables, self._note

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_allreduce.compat import distribute
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.one_device.reduction import Reductions
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shares import shares_of
 from keras_allreduce.reduce.scaling import scale
@@ -38,7 +38,7 @@ def as_of_one_device(
     outputs: Any,
     seen: Any,
     shares: Any,
-    natures: Natures,
+    reductions: Reductions,
     replicas: Replicas,
 ) -> Any:
     """Scales logs so that Keras's mean over replicas is that of one device.
@@ -49,7 +49,7 @@ def as_of_one_device(
             are means over them.
         shares: Distributed share of each replica in the batch, times the
             number of replicas; `None`: 1. Used if `seen` is `None`.
-        natures: Which of the logs are sums over samples.
+        reductions: Which of the logs are sums over samples.
         replicas: The replicas of this worker.
     """
     amounts = shares if seen is None else seen
@@ -59,7 +59,7 @@ def as_of_one_device(
             weights = shares_of(replicas.local_values(amounts))
 
     def scaled(path: tuple[Any, ...], value: Any) -> Any:
-        is_sum = natures.is_sum("log", *path)
+        is_sum = reductions.is_sum("log", *path)
         # Before Keras 3.14 the results of eager metrics are Python floats.
         parts = [tf.convert_to_tensor(v) for v in replicas.local_values(value)]
         if not parts or not parts[0].dtype.is_floating:

@@ -24,7 +24,7 @@ import tensorflow as tf
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.compat import keras_losses
 from keras_allreduce.one_device import mixing, replica, warn, whole_batch
-from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.one_device.reduction import Reductions
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shares import part_of_sum
 from keras_allreduce.reduce.plan import GatheredLoss
@@ -37,7 +37,7 @@ class LossOfTheReplica:
     Args:
         model: The model.
         replicas: The replicas of this worker.
-        natures: Measures what is a mean, and what a sum.
+        reductions: Measures what is a mean, and what a sum.
         is_known: Whether the user has said what all losses are, so that each
             replica computes its own.
         reads: Whether the forward pass is read, in search of what mixes
@@ -52,14 +52,14 @@ class LossOfTheReplica:
         self,
         model: keras.Model,
         replicas: Replicas,
-        natures: Callable[[], Natures],
+        reductions: Callable[[], Reductions],
         *,
         is_known: bool,
         reads: bool = False,
     ):
         self._model = model
         self._replicas = replicas
-        self._natures = natures
+        self._reductions = reductions
         self._is_known = is_known
         self._reads = reads
         self.gathered: dict[int, GatheredLoss] = {}
@@ -201,7 +201,7 @@ class LossOfTheReplica:
         if this.recorder is not None:
             this.recorder.record((kind, number), value)
             return value
-        if self._natures().is_sum(kind, number):
+        if self._reductions().is_sum(kind, number):
             return scale(value, this.inverse_weight())
         return value
 

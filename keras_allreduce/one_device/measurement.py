@@ -1,48 +1,47 @@
-"""Measures whether what a step differentiates and shows is a mean or a sum.
+"""Measures what of a step is a mean over samples, and what a sum.
 
-The step runs on a few samples and on their two halves, as one device would,
-and `nature` compares what came out. It is traced into a function of its own,
-so that nothing it changes is lost sight of: each variable that the function
-uses is put back. Optimizers update nothing, layers that normalize over the
-batch use their moving statistics.
+The step runs on a few samples and on their two halves, as one device would
+(`trial.py`), and `judge` compares what came out: in rounds until it can tell,
+from the state that the model is in and from another, in which counters are far
+on and nothing that the step keeps is 0.
 """
 
-import contextlib
-import random
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_allreduce.compat import gradient_tape, keras_threads
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.one_device import (
-    first_batch,
-    hooks,
-    known_natures,
-    nature,
+from keras_allreduce.one_device import facts, first_batch, judge, reduction
+from keras_allreduce.one_device.judge import judged
+from keras_allreduce.one_device.probe import Failure, Probe, probe
+from keras_allreduce.one_device.reduction import (
+    MEAN,
+    RATIO,
+    UNDECIDED,
+    Key,
+    Reduction,
+    Reductions,
 )
-from keras_allreduce.one_device.natures import Key, Natures
-from keras_allreduce.one_device.recorder import ValueRecorder
-from keras_allreduce.one_device.replica import Replica
 from keras_allreduce.one_device.replicas import Replicas
-from keras_allreduce.one_device.shadowing import shadowed
+from keras_allreduce.one_device.trial import Trial
 
-ROUNDS = 8
-"""How often a step with random numbers is measured."""
+# How often a step with random numbers is measured, at least and at most.
+FEWEST_ROUNDS = 8
+MOST_ROUNDS = 256
 
 
-def natures_of(
+def reductions_of(
     model: keras.Model,
     name: str,
     step: Callable[[Any], Any],
     data: Any,
     strategy: tf.distribute.Strategy,
     replicas: Replicas,
-) -> Natures:
+) -> Reductions:
     """What a step differentiates and shows, measured unless it is known.
 
     Args:
@@ -53,15 +52,15 @@ def natures_of(
         strategy: The strategy of the model.
         replicas: Its replicas; all workers go by what the chief finds.
     """
-    known = known_natures.find(model, name)
+    known = facts.of(model).reductions(model, name)
     if known is not None:
         return known
     local = keras.tree.map_structure(
         lambda leaf: (replicas.local_values(leaf) or (leaf,))[0], data
     )
     own = measure(model, step, local, strategy)
-    found = Natures.from_json(replicas.group.broadcast_text(own.to_json()))
-    known_natures.keep(model, name, found)
+    found = Reductions.from_json(replicas.group.broadcast_text(own.to_json()))
+    facts.of(model).keep(model, name, found)
     return found
 
 
@@ -70,7 +69,7 @@ def measure(
     step: Callable[[Any], Any],
     data: Any,
     strategy: tf.distribute.Strategy,
-) -> Natures:
+) -> Reductions:
     """Measures a step, without a trace of it.
 
     Args:
@@ -82,186 +81,223 @@ def measure(
     Returns:
         What was found, or why nothing was.
     """
-    states = random.getstate(), np.random.get_state()
-    settings = keras_threads.settings()
-
-    def in_thread() -> Natures:
-        keras_threads.take_over(settings)
-        with (
-            strategy.scope(),
-            tf.distribute.ReplicaContext(strategy, 0),
-            tf.device(strategy.extended.worker_devices[0]),
-        ):
-            return _measured(model, step, data)
-
+    trial = Trial(model, step, strategy)
+    example = first_batch.like(model, data)
+    tolerance = _tolerance(model)
     try:
-        # A thread of its own is in no replica, graph or tape.
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(in_thread).result()
-    except Exception as error:  # noqa: BLE001 - The user's code runs here.
-        lines = str(error).strip().splitlines() or [""]
-        return Natures(failure=f"{type(error).__name__}: {lines[0]}")
+        rounds = _rounds(trial, example, tolerance)
+        if isinstance(rounds, Failure):
+            return Reductions(failure=rounds.reason)
+        states = [_Values.of(trial.keys, rounds)]
+        for counters in (True, False):
+            if not trial.move(counters=counters):
+                continue
+            rounds = _rounds(trial, example, tolerance)
+            if not isinstance(rounds, Failure):
+                states.append(_Values.of(trial.keys, rounds))
+                break
     finally:
-        keras_compat.clear_losses(model)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
-def _measured(
-    model: keras.Model,
-    step: Callable[[Any], Any],
-    data: Any,
-) -> Natures:
-    whole, *halves = first_batch.halves(first_batch.like(model, data))
-    keys: list[Key] = []
-
-    @tf.autograph.experimental.do_not_convert
-    def run(batch: Any, share: tf.Tensor) -> list[tf.Tensor]:
-        recorder = ValueRecorder(model)
-        this = Replica(share=share, recorder=recorder)
-        with (
-            hooks.taking_part(recorder, this),
-            _moving_statistics_used(model),
-        ):
-            recorder.record_logs(step(batch))
-            recorder.record_states()
-        found = recorder.of_graph(this.graph)
-        keys[:] = found
-        return list(found.values())
-
-    traced = tf.function(run, autograph=False).get_concrete_function(
-        keras.tree.map_structure(_spec, whole), tf.TensorSpec([])
-    )
-    found = _rounds(traced, whole, halves)
-    return _natures(keys, found, _tolerance(model))
-
-
-def _natures(
-    keys: Sequence[Key],
-    found: Sequence[tuple[list[np.ndarray], list[np.ndarray]]],
-    tolerance: float,
-) -> Natures:
-    """The natures of values, from what `_rounds` has returned."""
-    wholes, means = (
-        list(zip(*each, strict=True)) for each in zip(*found, strict=True)
-    )
-    of_state = max(tolerance, nature.STATE)
-    return Natures(
-        {
-            key: nature.measured(
-                np.stack(one),
-                np.stack(other),
-                of_state if key[0] == "state" else tolerance,
-            )
-            for key, one, other in zip(keys, wholes, means, strict=True)
+        trial.put_back()
+    found = {
+        key: _reduction(key, states, tolerance)
+        for key in states[0].values
+        if key[0] != "denominator"
+    }
+    if trial.communicates:
+        # What parts of a batch lack, they get from each other in the step.
+        found = {
+            key: each if each.is_exact else replace(each, kind=MEAN, doubt="")
+            for key, each in found.items()
         }
+    return Reductions(found)
+
+
+def _rounds(
+    trial: Trial, example: Any, tolerance: float
+) -> list[Probe] | Failure:
+    """What a step gave, in as many rounds as it takes to judge it."""
+    rounds: list[Probe] = []
+    wanted = 2
+    while len(rounds) < wanted:
+        found = probe(trial, example)
+        if isinstance(found, Failure):
+            return found
+        rounds.append(found)
+        if len(rounds) < wanted or _are_equal(*rounds[:2]):
+            continue
+        if wanted < FEWEST_ROUNDS:
+            wanted = FEWEST_ROUNDS
+        elif wanted < MOST_ROUNDS and _is_undecided(
+            _Values.of(trial.keys, rounds), tolerance
+        ):
+            wanted *= 2
+    return rounds
+
+
+def _is_undecided(values: "_Values", tolerance: float) -> bool:
+    """Whether it takes more rounds to judge what is differentiated."""
+    return any(
+        _reduction(key, [values], tolerance).doubt == UNDECIDED
+        for key in values.values
+        if key[0] in ("gradient", "apply", "loss", "added")
     )
+
+
+class _Values:
+    """All values of some rounds.
+
+    Args:
+        values: The whole, first and second of each; `[round, element]`.
+    """
+
+    def __init__(self, values: dict[Key, tuple[np.ndarray, ...]]):
+        self.values = values
+
+    @classmethod
+    def of(cls, keys: Sequence[Key], rounds: Sequence[Probe]) -> "_Values":
+        """The values of rounds that returned those of `keys`."""
+        return cls(
+            {
+                key: (
+                    np.stack([each.whole[index] for each in rounds]),
+                    np.stack([each.first[index] for each in rounds]),
+                    np.stack([each.second[index] for each in rounds]),
+                )
+                for index, key in enumerate(keys)
+            }
+        )
+
+
+def _reduction(
+    key: Key, states: Sequence[_Values], tolerance: float
+) -> Reduction:
+    """The reduction of a value, judged in one state or in two."""
+    if key[0] == "state":
+        return _of_state(key, states, max(tolerance, judge.OF_STATE))
+    return _agreed(
+        [
+            _in_state(key, each, tolerance)
+            for each in states
+            if key in each.values
+        ]
+    )
+
+
+def _in_state(key: Key, state: _Values, tolerance: float) -> Reduction | None:
+    whole, first, second = state.values[key]
+    if key[0] == "inputs":  # Rows of a half are rows of the whole.
+        rows = np.concatenate([first, second], axis=1)
+        found = judged(whole, rows, np.zeros_like(rows), tolerance)
+    else:
+        found = judged(whole, first, second, tolerance)
+    counts = state.values.get(reduction.denominator_key(key))
+    if counts is None or key[0] == "inputs":
+        return found
+    of_whole, of_first, of_second = counts
+    if not of_whole.all() or (of_whole == of_first).all():
+        return found  # Divided by a constant.
+    # As a mean of halves that count by their denominators. It is one also if
+    # the halves of this example happen to count alike.
+    one, other = (
+        2 * np.where(count == 0, 0, half) * count / of_whole
+        for half, count in ((first, of_first), (second, of_second))
+    )
+    as_ratio = judged(whole, one, other, tolerance)
+    if as_ratio is not None and as_ratio.is_exact and as_ratio.kind == MEAN:
+        return replace(as_ratio, kind=RATIO)
+    return found
+
+
+def _agreed(found: Sequence[Reduction | None]) -> Reduction:
+    """One reduction for all states; those that tell nothing are left out."""
+    told = [each for each in found if each is not None]
+    if not told:
+        return Reduction()
+    decided = [each for each in told if each.doubt != UNDECIDED] or told
+    first = decided[0]
+    if all(each.kind == first.kind and each.is_exact for each in decided):
+        return first
+    doubts = [each.doubt for each in decided if each.doubt]
+    if doubts:
+        return replace(first, doubt=doubts[0])
+    return replace(first, doubt=reduction.COMPARES)
+
+
+def _of_state(
+    key: Key, states: Sequence[_Values], tolerance: float
+) -> Reduction:
+    """The reduction of a variable: after = decay * before + mean or sum."""
+    before, parts = [], []
+    for state in states:
+        if key not in state.values:
+            continue
+        both = state.values[key]
+        size = both[0].shape[1] // 2
+        before.append(both[0][:1, :size])
+        parts.append([each[:, size:] for each in both])
+    found = _added(before, parts, 1.0, tolerance)
+    is_random = any((part[0][:1] != part[0]).any() for part in parts)
+    if found is not None and found.is_exact and is_random:
+        return found
+    if len(before) == 2 and (before[0] != before[1]).any():
+        decay = _decay(before, parts)
+        kept = _added(before, parts, decay, tolerance)
+        if kept is not None and kept.is_exact:
+            return replace(kept, decay=decay)
+    if found is not None and found.is_exact:
+        return found
+    if found is None:
+        return Reduction()
+    return replace(found, kind=reduction.FIRST, doubt=reduction.STATE)
+
+
+def _decay(
+    before: Sequence[np.ndarray], parts: Sequence[Sequence[np.ndarray]]
+) -> float:
+    """What a state keeps of its value, from two states; by least squares."""
+    moved = (before[1] - before[0])[0]
+    changed = parts[1][0].mean(axis=0) - parts[0][0].mean(axis=0)
+    decay = float(changed @ moved / (moved @ moved))
+    for exact in (0.0, 1.0):
+        if abs(decay - exact) < judge.EXACT:
+            return exact
+    return decay
+
+
+def _added(
+    before: Sequence[np.ndarray],
+    parts: Sequence[Sequence[np.ndarray]],
+    decay: float,
+    tolerance: float,
+) -> Reduction | None:
+    """The reduction of what is added to a decayed state, in all states.
+
+    `None` if nothing is ever added.
+    """
+    found = []
+    for kept, after in zip(before, parts, strict=True):
+        added = [each - decay * kept for each in after]
+        rounding = 1e-6 * np.abs(kept).max(initial=0.0)
+        if all((np.abs(each) <= rounding).all() for each in added):
+            continue
+        found.append(judged(added[0], added[1], added[2], tolerance))
+    return _agreed(found) if any(found) else None
 
 
 def _tolerance(model: keras.Model) -> float:
     """Relative difference that is rounding."""
     if keras_compat.computes_in_half_precision(model):
-        return nature.HALF_PRECISION
+        return judge.HALF_PRECISION
     on_gpus = bool(tf.config.list_logical_devices("GPU"))
     if on_gpus and tf.config.experimental.tensor_float_32_execution_enabled():
-        return nature.TF32
-    return nature.EXACT
+        return judge.TF32
+    return judge.EXACT
 
 
-def _rounds(
-    traced: Any, whole: Any, halves: Sequence[Any]
-) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
-    """What a function gave on a batch, and the mean of that on its halves.
-
-    One pair for each round: two if nothing is random.
-    """
-    state = _State(traced)
-
-    def values(batch: Any, share: float) -> list[np.ndarray]:
-        results = traced(batch, tf.constant(share))
-        state.put_back(seeds_too=False)
-        return [each.numpy() for each in results]
-
-    found: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
-    try:
-        while len(found) < ROUNDS:
-            one = values(whole, 1.0)
-            first, second = (values(half, 0.5) for half in halves)
-            means = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
-            found.append((one, means))
-            if len(found) == 2 and _are_equal(*found):
-                break
-    finally:
-        state.put_back(seeds_too=True)
-    return found
-
-
-class _State:
-    """The values of all variables that a function uses.
-
-    Args:
-        traced: A concrete function.
-    """
-
-    def __init__(self, traced: Any):
-        self._values = [
-            (handle, tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype))
-            for handle, dtype in gradient_tape.captured_variables(traced)
-        ]
-
-    def put_back(self, *, seeds_too: bool) -> None:
-        """Assigns the values; without seeds, the next round draws others."""
-        for handle, value in self._values:
-            if seeds_too or not _is_seed(value):
-                tf.raw_ops.AssignVariableOp(resource=handle, value=value)
-
-
-def _is_seed(value: tf.Tensor) -> bool:
-    """Whether a variable is the state of a random generator."""
-    return value.dtype in (tf.uint32, tf.uint64) or (
-        value.dtype == tf.int64 and value.shape.rank == 1
-    )
-
-
-@contextlib.contextmanager
-def _moving_statistics_used(model: keras.Model) -> Iterator[None]:
-    """No layer normalizes by the statistics of the batch in the block."""
-
-    def shadow(call: Callable[..., Any]) -> Callable[..., Any]:
-        def without_training(
-            inputs: Any,
-            training: Any = None,  # noqa: ARG001 - Keras passes it.
-            **kwargs: Any,
-        ) -> Any:
-            return call(inputs, training=False, **kwargs)
-
-        return without_training
-
-    with contextlib.ExitStack() as stack:
-        for layer in keras_compat.batch_statistics_layers(model):
-            stack.enter_context(shadowed(layer, {"call": shadow(layer.call)}))
-        yield
-
-
-def _spec(value: Any) -> Any:
-    """The type of a part of a batch, with any number of samples."""
-    shape = getattr(value, "shape", None)
-    if shape is None or len(shape) == 0:
-        return tf.convert_to_tensor(value) if value is not None else None
-    shape = [None, *shape[1:]]
-    if isinstance(value, tf.SparseTensor):
-        return tf.SparseTensorSpec(shape, value.dtype)
-    if isinstance(value, tf.RaggedTensor):
-        return tf.RaggedTensorSpec(
-            shape, value.dtype, value.ragged_rank, value.row_splits.dtype
-        )
-    return tf.TensorSpec(shape, value.dtype)
-
-
-def _are_equal(one: Any, other: Any) -> bool:
+def _are_equal(one: Probe, other: Probe) -> bool:
     """Whether two rounds gave the same, so that nothing is random."""
     return all(
         np.array_equal(a, b, equal_nan=True)
-        for values in zip(one, other, strict=True)
-        for a, b in zip(*values, strict=True)
+        for part in ("whole", "first", "second")
+        for a, b in zip(getattr(one, part), getattr(other, part), strict=True)
     )

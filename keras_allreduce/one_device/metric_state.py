@@ -7,9 +7,7 @@ smaller of the two instead, the replicas agree on that after each step, and
 reading takes it from the first. Else a warning says so.
 """
 
-import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -19,12 +17,11 @@ import tensorflow as tf
 
 from keras_allreduce.compat import distribute
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.one_device import first_batch, replica, warn
+from keras_allreduce.one_device import facts, first_batch, replica, warn
+from keras_allreduce.one_device.probe import Failure, probe
 from keras_allreduce.one_device.replicas import Replicas
 
 SUM, MAXIMUM, MINIMUM, SAME, OTHER = "sum", "max", "min", "same", "other"
-
-_kinds: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
 
 
 class SharedMetricState:
@@ -43,6 +40,7 @@ class SharedMetricState:
         strategy: tf.distribute.Strategy,
     ):
         self._model = model
+        self._kinds = facts.of(model).metrics
         self._replicas = replicas
         self._strategy = strategy
         self._updated: dict[int, Any] = {}
@@ -56,9 +54,9 @@ class SharedMetricState:
     def _update(
         self, metric: Any, update: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if not replica.is_measured() and metric not in _kinds:
-            _kinds[metric] = self._measured(metric, update, args, kwargs)
-            if OTHER in _kinds[metric] or (
+        if not replica.is_measured() and metric not in self._kinds:
+            self._kinds[metric] = self._measured(metric, update, args, kwargs)
+            if OTHER in self._kinds[metric] or (
                 self._is_extreme(metric) and self._replicas.group.size > 1
             ):
                 warn.of_metric(self._model, metric)
@@ -71,7 +69,7 @@ class SharedMetricState:
             if self._replicas.group.size > 1 or not self._is_extreme(metric):
                 continue
             for kind, variable in zip(
-                _kinds[metric], metric.variables, strict=True
+                self._kinds[metric], metric.variables, strict=True
             ):
                 distribute.read_from_first(variable.value)
                 if kind != SAME:
@@ -87,7 +85,7 @@ class SharedMetricState:
                 part.assign(value)
 
     def _is_extreme(self, metric: Any) -> bool:
-        kinds = _kinds.get(metric, [])
+        kinds = self._kinds.get(metric, [])
         return set(kinds) <= {MAXIMUM, MINIMUM, SAME} and bool(
             {MAXIMUM, MINIMUM} & set(kinds)
         )
@@ -96,43 +94,32 @@ class SharedMetricState:
         self, metric: Any, update: Callable[..., Any], args: Any, kwargs: Any
     ) -> list[str]:
         """How the states of parts of a batch go together, by variable."""
+        variables = [variable.value for variable in metric.variables]
 
-        def in_thread() -> list[str]:
+        def run(part: Any, _rows: slice) -> tuple[list[Any], list[Any]]:
             with (
                 self._strategy.scope(),
                 tf.distribute.ReplicaContext(self._strategy, 0),
             ):
-                examples = keras.tree.map_structure(
-                    first_batch.made_up, (args, kwargs)
-                )
-                return _kinds_of(metric, update, examples)
+                before = [tf.identity(variable) for variable in variables]
+                try:
+                    metric.reset_state()
+                    start = [variable.numpy() for variable in variables]
+                    update(*part[0], **part[1])
+                    return start, [variable.numpy() for variable in variables]
+                finally:
+                    for variable, value in zip(variables, before, strict=True):
+                        variable.assign(value)
 
-        try:
-            # A thread of its own is in no replica, graph or tape.
-            with ThreadPoolExecutor(1) as thread:
-                return thread.submit(in_thread).result()
-        except Exception:  # noqa: BLE001 - The user's code may raise anything.
+        example = keras.tree.map_structure(first_batch.made_up, (args, kwargs))
+        found = probe(run, example)
+        if isinstance(found, Failure):
             return []
-
-
-def _kinds_of(
-    metric: Any, update: Callable[..., Any], examples: Any
-) -> list[str]:
-    variables = [variable.value for variable in metric.variables]
-    before = [tf.identity(variable) for variable in variables]
-    try:
-        start: list[Any] = []
-        states: list[list[Any]] = []
-        for part in first_batch.halves(examples):
-            metric.reset_state()
-            start = [variable.numpy() for variable in variables]
-            args, kwargs = part
-            update(*args, **kwargs)
-            states.append([variable.numpy() for variable in variables])
-    finally:
-        for variable, value in zip(variables, before, strict=True):
-            variable.assign(value)
-    return [_kind(*each) for each in zip(start, *states, strict=True)]
+        starts, wholes = found.whole
+        rest = found.first[1], found.second[1]
+        return [
+            _kind(*each) for each in zip(starts, wholes, *rest, strict=True)
+        ]
 
 
 def _kind(start: Any, whole: Any, first: Any, second: Any) -> str:

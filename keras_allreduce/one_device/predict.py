@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_allreduce.compat import keras_threads
 from keras_allreduce.one_device import empty_replica, hooks, replica
-from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.one_device.reduction import Reductions
 from keras_allreduce.one_device.replica import Replica
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shares import divided, replicas_with_samples
@@ -40,7 +40,7 @@ def run(
     spare = None
     if has_samples is not None:
         spare = empty_replica.spare_sample(data, replicas)
-    step = CurrentStep(model, Natures())
+    step = CurrentStep(model, Reductions())
     settings = keras_threads.settings()
     call = partial(_on_replica, step, fn, spare, settings, count)
     with hooks.taking_part(step):

@@ -1,32 +1,63 @@
-"""Records the gradients, losses, metrics and logs of a step."""
+"""Records the gradients, losses, metrics, logs and states of a step.
 
-from collections.abc import Callable
-from typing import Any
+On halves of a batch a step goes on with what the replicas will have:
+
+    the gradient of variables     that of the whole batch, as their sum is
+    the gradient of inputs        the rows of the half in that of the batch
+
+So what follows from them (a norm, a weight that is moved, the gradient there)
+is told a mean or a sum as it will be.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
 
 import keras
 import tensorflow as tf
 
-from keras_allreduce.one_device import counted, replica
-from keras_allreduce.one_device.natures import Key
+from keras_allreduce.compat import graphs
+from keras_allreduce.one_device import reduction, replica
+from keras_allreduce.one_device.reduction import Key
 from keras_allreduce.one_device.shared_state import read_outside_of_branches
 
 # Elements of each gradient that are looked at.
 _ELEMENTS = 4096
 
 
+class WholeBatch(Protocol):
+    """Keeps what the whole batch has given, for its halves."""
+
+    def value(self, key: Hashable, own: tf.Tensor) -> tf.Tensor:
+        """`own` on the whole batch, and on its halves what that was."""
+
+    def rows(self, key: Hashable, own: tf.Tensor) -> tf.Tensor | None:
+        """Likewise, of one row per sample; `None` if it is not that."""
+
+    def keep(self, variable: Any) -> None:
+        """A variable is about to be assigned."""
+
+
 class ValueRecorder:
     """The current step where it is measured: records its values.
 
-    Attributes:
+    Args:
         model: The model whose step it is.
+        batch: What the whole batch has given.
+
+    Attributes:
+        model: As above.
         sums: `None`: layers sum nothing over replicas.
+        values: What was recorded.
+        communicates: Whether the step sums or gathers over replicas itself.
     """
 
     sums = None
 
-    def __init__(self, model: keras.Model | None = None) -> None:
+    def __init__(self, model: keras.Model, batch: WholeBatch) -> None:
         self.model = model
         self.values: dict[Key, Any] = {}
+        self.communicates = False
+        self._batch = batch
         self._assigned: list[tuple[Key, Any, tf.Tensor]] = []
 
     def gradient(
@@ -38,12 +69,27 @@ class ValueRecorder:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Records gradients of variables."""
-        key = counted.gradient(tape, sources)
+        """Records gradients of variables, and those of inputs."""
+        key = reduction.gradient_key(tape, sources)
         found = gradient(tape, target, sources, *args, **kwargs)
-        if key is not None:
-            self._record_gradients(key, found)
-        return found
+        if key is None:
+            return found
+        own = tf.nest.flatten(found)
+        if key[0] == "gradient":
+            self._record_gradients(key, own)
+            kept = [
+                self._of_batch((key, i), each) for i, each in enumerate(own)
+            ]
+        else:
+            rows = [self._rows((key, i), each) for i, each in enumerate(own)]
+            if any(each is None for each in rows):
+                return found
+            self._record_rows(key, own)
+            if reduction.is_differentiated(tape):
+                return found
+            kept = rows
+        self._record_denominator(key, target)
+        return tf.nest.pack_sequence_as(found, kept)
 
     def apply(
         self,
@@ -54,7 +100,7 @@ class ValueRecorder:
         **_kwargs: Any,
     ) -> None:
         """Records what an optimizer is to apply, which changes nothing."""
-        self._record_gradients(counted.update(), list(grads))
+        self._record_gradients(reduction.update_key(), list(grads))
 
     def update_mean(
         self,
@@ -64,7 +110,7 @@ class ValueRecorder:
         sample_weight: Any = None,
     ) -> Any:
         """Records one value for all samples that goes into a metric."""
-        self.record(counted.metric(metric), values)
+        self.record(reduction.metric_key(metric), values)
         return update(metric, values, sample_weight=sample_weight)
 
     update_sum = update_mean
@@ -85,31 +131,41 @@ class ValueRecorder:
         **_options: Any,
     ) -> Any:
         """One device has nothing to sum."""
+        self.communicates = True
         return value
 
-    def before_assignment(self, variable: Any) -> None:
-        """A variable is about to be assigned."""
+    def before_assignment(self, variable: Any, value: Any) -> Any:
+        """A variable is about to be assigned.
+
+        One with an aggregation says itself how values go together.
+        """
         this = replica.current()
-        if id(variable) not in this.assigned:
+        if variable.aggregation != tf.VariableAggregation.NONE:
+            self._batch.keep(variable)
+        elif id(variable) not in this.assigned:
             this.assigned.add(id(variable))
+            self._batch.keep(variable)
             before = read_outside_of_branches(variable)
-            self._assigned.append((counted.state(variable), variable, before))
+            key = reduction.state_key(variable)
+            self._assigned.append((key, variable, before))
+        return value
 
     def record_states(self) -> None:
-        """Records by how much the step has changed what it assigned."""
+        """Records what the step has assigned, and what was there before."""
         for key, variable, before in self._assigned:
             if before.dtype.is_floating or before.dtype.is_integer:
-                self._record_gradients(key, variable.read_value() - before)
+                both = [
+                    _projected(each, tf.float64)
+                    for each in (before, variable.read_value())
+                ]
+                self.values[key] = tf.concat(both, axis=0)
 
     def of_graph(self, graph: Any) -> dict[Key, Any]:
-        """What was recorded, but not within a conditional.
-
-        Gradients stay, which no replica could sum there either.
-        """
+        """What was recorded, but not within a conditional."""
         return {
             key: value
             for key, value in self.values.items()
-            if value.graph is graph or key[0] in ("gradient", "apply")
+            if graph is None or value.graph is graph
         }
 
     def record(self, key: Key, value: Any) -> None:
@@ -117,12 +173,20 @@ class ValueRecorder:
         value = tf.convert_to_tensor(value)
         if value.shape.rank == 0 and value.dtype.is_floating:
             self.values[key] = tf.reshape(tf.cast(value, tf.float32), [1])
+            self._record_denominator(key, value)
 
     def record_logs(self, logs: Any) -> None:
         """Records what the step has returned."""
         for path, value in keras.tree.flatten_with_path(logs):
             if tf.is_tensor(value):
                 self.record(("log", *path), value)
+
+    def _record_denominator(self, key: Key, target: Any) -> None:
+        divided_by = graphs.denominator(target)
+        if divided_by is not None:
+            self.values[reduction.denominator_key(key)] = tf.reshape(
+                tf.cast(divided_by, tf.float32), [1]
+            )
 
     def _record_gradients(self, key: Key, gradients: Any) -> None:
         parts = [
@@ -133,15 +197,33 @@ class ValueRecorder:
         if parts:
             self.values[key] = tf.concat(parts, axis=0)
 
+    def _record_rows(self, key: Key, gradients: list[Any]) -> None:
+        rows = [
+            tf.reshape(tf.cast(each, tf.float32), [tf.shape(each)[0], -1])
+            for each in gradients
+        ]
+        joined = tf.concat([each[:, :_ELEMENTS] for each in rows], axis=1)
+        self.values[key] = tf.reshape(joined, [-1])
 
-def _projected(gradient: Any) -> tf.Tensor:
-    """Some numbers that are linear in a gradient, as a float32 vector."""
+    def _of_batch(self, key: Hashable, own: Any) -> Any:
+        if not isinstance(own, tf.Tensor) or not own.shape.is_fully_defined():
+            return own  # `None`, or sparse.
+        return self._batch.value(key, own)
+
+    def _rows(self, key: Hashable, own: Any) -> Any:
+        if not isinstance(own, tf.Tensor) or not own.shape.rank:
+            return None
+        return self._batch.rows(key, own)
+
+
+def _projected(gradient: Any, dtype: tf.DType = tf.float32) -> tf.Tensor:
+    """Some numbers that are linear in a gradient, as a vector."""
     if isinstance(gradient, tf.IndexedSlices):
         rows = tf.reshape(gradient.values, [tf.size(gradient.indices), -1])
         angles = tf.cast(gradient.indices, tf.float32)[:, tf.newaxis]
         gradient = tf.reduce_sum(
             tf.cast(rows, tf.float32) * tf.cos(angles), axis=0
         )
-    flat = tf.reshape(tf.cast(gradient, tf.float32), [-1])
+    flat = tf.reshape(tf.cast(gradient, dtype), [-1])
     step = max(1, (flat.shape[0] or 1) // _ELEMENTS)
     return flat[::step]

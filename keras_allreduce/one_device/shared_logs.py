@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.one_device import logs
-from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.one_device.reduction import Reductions
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.reduce.scaling import scale
 
@@ -33,7 +33,7 @@ def as_of_one_device(
     outputs: Any,
     seen: Any,
     shares: Any,
-    natures: Natures,
+    reductions: Reductions,
     replicas: Replicas,
 ) -> Any:
     """Makes logs those of one device, over the samples of all workers.
@@ -45,7 +45,7 @@ def as_of_one_device(
     leaves = keras.tree.flatten_with_path(outputs)
     parts = [_numbers(replicas.local_values(value)) for _, value in leaves]
     shared = [index for index, each in enumerate(parts) if each]
-    sums = {i for i in shared if natures.is_sum("log", *leaves[i][0])}
+    sums = {i for i in shared if reductions.is_sum("log", *leaves[i][0])}
     flat = [value for _, value in leaves]
     amounts = replicas.local_values(shares if seen is None else seen)
     with tf.device("/cpu:0"):

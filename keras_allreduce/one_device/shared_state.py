@@ -7,9 +7,12 @@ its own, and the saved model would be that of replica 0. So after each step
 every replica gets what one device would have:
 
     a mean over samples     the mean of all replicas, weighted by samples
-    a sum over samples      what was there before, and what all have added
+    a sum over samples      what is kept of the value before, and what all add
+    neither                 that of the first replica
 
-Keras's layers keep means. What others keep is measured, as losses are.
+Keras's layers keep means. What others keep is measured, as losses are. A queue
+or a last value is neither; the first replica's is what a part of the batch
+gives, and of one scale with what one device would have.
 """
 
 from collections.abc import Sequence
@@ -18,11 +21,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce.one_device import counted, replica
+from keras_allreduce.one_device import reduction, replica
 from keras_allreduce.one_device.moving_statistics import (
     synchronized_variables,
 )
-from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.one_device.reduction import FIRST, SUM, Reductions
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.reduce import packing, scaling
 
@@ -33,17 +36,17 @@ class SharedState:
     Args:
         model: The model whose step it is.
         replicas: The replicas of this worker.
-        natures: Which of them are sums over samples.
+        reductions: Which of them are means or sums over samples.
     """
 
     def __init__(
-        self, model: keras.Model, replicas: Replicas, natures: Natures
+        self, model: keras.Model, replicas: Replicas, reductions: Reductions
     ):
         self._replicas = replicas
-        self._natures = natures
+        self._reductions = reductions
         self._alike = synchronized_variables(model)
-        # What was there before, for sums.
-        self._assigned: dict[int, tuple[Any, Any]] = {}
+        # Its reduction, and what is kept of the value before, for sums.
+        self._assigned: dict[int, tuple[Any, str, Any]] = {}
 
     def note(self, variable: Any) -> None:
         """A replica is about to assign to its own part of a variable."""
@@ -51,10 +54,14 @@ class SharedState:
         if id(variable) in this.assigned:
             return
         this.assigned.add(id(variable))
-        is_sum = self._natures.is_sum(*counted.state(variable))
         if id(variable) not in self._assigned:
-            before = read_outside_of_branches(variable) if is_sum else None
-            self._assigned[id(variable)] = variable, before
+            found = self._reductions.of(*reduction.state_key(variable))
+            before = None
+            if found.kind == SUM:
+                before = read_outside_of_branches(variable)
+                if found.decay != 1.0:
+                    before *= tf.cast(found.decay, before.dtype)
+            self._assigned[id(variable)] = variable, found.kind, before
 
     def agree(self, shares: Any, has_samples: Any) -> None:
         """Gives every replica of all workers what one device would have.
@@ -66,16 +73,18 @@ class SharedState:
                 none is empty.
         """
         groups: dict[Any, list[Any]] = {}
-        for variable, before in self._assigned.values():
+        for variable, kind, before in self._assigned.values():
             if id(variable) in self._alike or not _is_number(variable.dtype):
                 continue
-            group = variable.dtype, before is not None
+            group = variable.dtype, kind
             groups.setdefault(group, []).append((variable, before))
-        for (_, are_sums), members in groups.items():
+        for (_, kind), members in groups.items():
             variables = [variable for variable, _ in members]
-            if are_sums:
+            if kind == SUM:
                 befores = [before for _, before in members]
                 self._add_up(variables, befores, has_samples)
+            elif kind == FIRST:
+                self._take_first(variables)
             else:
                 self._take_means(variables, shares)
 
@@ -98,6 +107,16 @@ class SharedState:
             )
             total = before + self._replicas.group.all_reduce(added, "state")
         self._assign(variables, total)
+
+    def _take_first(self, variables: Sequence[Any]) -> None:
+        """The chief's first replica has samples whenever one has."""
+        with tf.device("/cpu:0"):
+            first = packing.pack(_parts(variables, 0))
+            group = self._replicas.group
+            if group.rank:
+                first = tf.zeros_like(first)
+            first = group.all_reduce(first, "state")
+        self._assign(variables, first)
 
     def _take_means(self, variables: Sequence[Any], shares: Any) -> None:
         devices = self._replicas.devices

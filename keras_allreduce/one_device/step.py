@@ -52,7 +52,7 @@ from keras_allreduce.one_device import (
 from keras_allreduce.one_device.gradients import GradientsOfTheBatch
 from keras_allreduce.one_device.loss import LossOfTheReplica
 from keras_allreduce.one_device.metric_state import SharedMetricState
-from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.one_device.reduction import Reductions
 from keras_allreduce.one_device.replica import Replica
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shadowing import shadowed
@@ -108,7 +108,7 @@ class Step:
         self._count = replicas.group.size * len(replicas.devices)
         self._trains = name == "train_step"
         self._metrics = SharedMetricState(model, replicas, strategy)
-        self._measure: Callable[[], Natures] = Natures
+        self._measure: Callable[[], Reductions] = Reductions
         self.gathered: Mapping[int, GatheredLoss] = {}
 
     def run(
@@ -137,10 +137,10 @@ class Step:
                 stack.enter_context(block)
             fn = keras_steps.plain(fn, self._model, self._name)
             self._measure = partial(self._measured, fn, data)
-            measured = self._natures if self._is_measured else Natures()  # [3]
-            natures = measured if self._is_custom else Natures()
-            state = SharedState(self._model, self._replicas, measured)
-            current = self._current_step(natures, shares, state)
+            known = self._known if self._is_measured else Reductions()  # [3]
+            reductions = known if self._is_custom else Reductions()
+            state = SharedState(self._model, self._replicas, known)
+            current = self._current_step(reductions, shares, state)
             stack.enter_context(hooks.taking_part(current))
             on = partial(
                 self._on_replica, current, fn, spare, keras_threads.settings()
@@ -151,7 +151,7 @@ class Step:
         state.agree(shares.share, shares.has_samples)  # [5]
         self._metrics.agree()
         return shared_logs.rule(self._name, self._replicas)(  # [6]
-            outputs, seen, shares.share, natures, self._replicas
+            outputs, seen, shares.share, reductions, self._replicas
         )
 
     def _shares(self, data: Any) -> tuple[BatchShares, Any]:
@@ -182,12 +182,12 @@ class Step:
         this = Replica(*shares, num_replicas=self._count)
         with replica.running(this, current):
             if this.has_samples is None:
-                return fn(data, *args, **kwargs), None
+                return current.shown(fn(data, *args, **kwargs)), None
             before = empty_replica.state(self._model)
             data = empty_replica.with_a_sample(  # [4a]
                 data, this.has_samples, spare
             )
-            outputs = fn(data, *args, **kwargs)  # [4b]
+            outputs = current.shown(fn(data, *args, **kwargs))  # [4b]
             empty_replica.restore(this.has_samples, before)  # [4c]
             if not logs.are_metric_results(self._model, self._name):
                 return outputs, None
@@ -197,22 +197,22 @@ class Step:
             )
 
     @cached_property
-    def _natures(self) -> Natures:
+    def _known(self) -> Reductions:
         """What was measured of this step, or what the user has said."""
         return self._measure()
 
-    def _measured(self, fn: Callable[..., Any], data: Any) -> Natures:
+    def _measured(self, fn: Callable[..., Any], data: Any) -> Reductions:
         if self._weigh_samples is not None:
-            return Natures.given(is_sum=not self._weigh_samples)
-        found = measurement.natures_of(
+            return Reductions.given(is_sum=not self._weigh_samples)
+        found = measurement.reductions_of(
             self._model, self._name, fn, data, self._strategy, self._replicas
         )
         if self._trains:
-            warn.of_natures(self._model, found, is_custom=self._is_custom)
+            warn.of_reductions(self._model, found, is_custom=self._is_custom)
         return found
 
     def _current_step(
-        self, natures: Natures, shares: BatchShares, state: SharedState
+        self, reductions: Reductions, shares: BatchShares, state: SharedState
     ) -> CurrentStep:
         """What takes part in the code of the step on every replica."""
         sums = SynchronizedSums(
@@ -223,7 +223,7 @@ class Step:
             optimizer = getattr(self._model, "optimizer", None)
             gradients = GradientsOfTheBatch(
                 self._replicas,
-                natures,
+                reductions,
                 sums,
                 shares.on_host,
                 is_custom=self._is_custom,
@@ -231,7 +231,9 @@ class Step:
                 and keras_optimizers.accumulates(optimizer),
                 note=self._note,
             )
-        return CurrentStep(self._model, natures, gradients, sums, state)
+        return CurrentStep(
+            self._model, reductions, gradients, sums, state, self._replicas
+        )
 
     def _replaced(
         self,
@@ -240,7 +242,7 @@ class Step:
         losses = LossOfTheReplica(
             self._model,
             self._replicas,
-            lambda: self._natures,
+            lambda: self._known,
             is_known=self._weigh_samples is not None,
             reads=self._weigh_samples is None
             and self._trains

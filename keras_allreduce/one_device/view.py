@@ -7,9 +7,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_allreduce.one_device import counted, replica
+from keras_allreduce.one_device import ratio, reduction, replica
 from keras_allreduce.one_device.gradients import GradientsOfTheBatch
-from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.one_device.reduction import RATIO, SUM, Reductions
+from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shared_state import SharedState
 from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.reduce.scaling import scale
@@ -23,12 +24,13 @@ class CurrentStep:
 
     Args:
         model: The model whose step it is.
-        natures: What is a mean, and what a sum.
+        reductions: What is a mean, and what a sum.
         gradients: Sums gradients; `None` where no variable is trained.
         sums: The sums that layers make over the replicas; `None` if they are
             TensorFlow's.
         state: The variables that replicas assign on their own; `None` if
             nothing becomes of them.
+        replicas: The replicas of this worker; `None` where nothing is shown.
 
     Attributes:
         model: As above.
@@ -38,21 +40,33 @@ class CurrentStep:
     def __init__(
         self,
         model: keras.Model,
-        natures: Natures,
+        reductions: Reductions,
         gradients: GradientsOfTheBatch | None = None,
         sums: SynchronizedSums | None = None,
         state: SharedState | None = None,
+        replicas: Replicas | None = None,
     ):
         self.model = model
         self.sums = sums
-        self._natures = natures
+        self._reductions = reductions
         self._gradients = gradients
         self._state = state
+        self._replicas = replicas
 
-    def before_assignment(self, variable: Any) -> None:
-        """A replica is about to assign to its own part of a variable."""
-        if self._state is not None and replica.sees_one_device():
-            self._state.note(variable)
+    def before_assignment(self, variable: Any, value: Any) -> Any:
+        """A replica is about to assign to its own part of a variable.
+
+        Returns:
+            The value, so that its mean or sum over the replicas, if that is
+            the aggregation of the variable, is that over samples.
+        """
+        if not replica.sees_one_device():
+            return value
+        if variable.aggregation == tf.VariableAggregation.NONE:
+            if self._state is not None:
+                self._state.note(variable)
+            return value
+        return aggregated(variable, value)
 
     def gradient(
         self, gradient: Callable[..., Any], *args: Any, **kwargs: Any
@@ -69,6 +83,12 @@ class CurrentStep:
         if self._gradients is None:
             return apply(*args, **kwargs)
         return self._gradients.apply(apply, *args, **kwargs)
+
+    def shown(self, logs: Any) -> Any:
+        """Logs whose mean over the replicas, by samples, is the batch's."""
+        if self._replicas is None:
+            return logs
+        return ratio.of_logs(logs, self._reductions, self._replicas)
 
     def all_reduce(
         self,
@@ -95,12 +115,15 @@ class CurrentStep:
         One value for all samples of a replica counts with its share.
         """
         this = replica.current()
-        key = counted.metric(metric)
+        key = reduction.metric_key(metric)
         if _rank(values) == 0 and _rank(sample_weight) in (None, 0):
-            if self._natures.is_sum(*key):
+            kind = self._reductions.of(*key).kind
+            if kind == SUM:
                 values = scale(
                     tf.convert_to_tensor(values), this.inverse_weight()
                 )
+            elif kind == RATIO and self._replicas is not None:
+                values = ratio.scaled(values, self._replicas)
             if sample_weight is None:
                 sample_weight = this.share
         return update(metric, values, sample_weight=sample_weight)
@@ -113,8 +136,8 @@ class CurrentStep:
         sample_weight: Any = None,
     ) -> Any:
         """A sum over batches, to which each batch is added once."""
-        key = counted.metric(metric)
-        if _rank(values) == 0 and not self._natures.is_sum(*key):
+        key = reduction.metric_key(metric)
+        if _rank(values) == 0 and not self._reductions.is_sum(*key):
             weight = replica.current().weight
             values = scale(tf.convert_to_tensor(values), weight)
         return update(metric, values, sample_weight=sample_weight)
@@ -129,6 +152,19 @@ class CurrentStep:
         number = tf.cast(context.replica_id_in_sync_group, seed.dtype)
         # Far apart, whatever seeds the layers of the model were given.
         return seed + number * tf.constant([1_000_003, 0], seed.dtype)
+
+
+def aggregated(variable: Any, value: Any) -> Any:
+    """What a replica gives to a variable that aggregates, by its samples."""
+    this = replica.current()
+    if this.share is None:
+        return value
+    value = tf.convert_to_tensor(value, variable.dtype)
+    if variable.aggregation == tf.VariableAggregation.MEAN:
+        return scale(value, this.share)
+    if variable.aggregation == tf.VariableAggregation.SUM:
+        return tf.where(this.has_samples, value, tf.zeros_like(value))
+    return value
 
 
 def _rank(value: Any) -> int | None:

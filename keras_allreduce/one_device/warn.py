@@ -1,55 +1,109 @@
-"""Warns, once for each model, of what cannot be as on one device."""
+"""Warns, once of each kind for each model, of what is not as on one device."""
 
 import warnings
-import weakref
 
 import keras
 
-from keras_allreduce.one_device import whole_batch
-from keras_allreduce.one_device.nature import SUM
-from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.one_device import facts, whole_batch
+from keras_allreduce.one_device.reduction import (
+    COMPARES,
+    STATE,
+    SUM,
+    UNDECIDED,
+    WEIGHTED,
+    Reduction,
+    Reductions,
+)
 from keras_allreduce.reduce.plan import size_of
 
-_warned: weakref.WeakSet[keras.Model] = weakref.WeakSet()
+_FAILURE = "failure"
+_METRIC = "metric"
+_LARGE = "large loss"
+_MIXES = "mixes samples"
+
+_SAYS_SO = (
+    "`weigh_samples=True` of the strategy says that losses are means over "
+    "samples, `False` that they are sums."
+)
 
 
-def of_natures(
-    model: keras.Model, natures: Natures, *, is_custom: bool
+def of_reductions(
+    model: keras.Model, reductions: Reductions, *, is_custom: bool
 ) -> None:
     """Warns of what was not measured, or is neither a mean nor a sum."""
-    if natures.failure:
+    if reductions.failure:
         _once(
             model,
+            _FAILURE,
             "Whether the loss of a custom step, or what a step keeps, is a "
             "mean or a sum over samples is measured on a few samples, which "
-            f"failed: {natures.failure}. It is taken for a mean. Pass "
-            "weigh_samples=True to the strategy to say so, or False if the "
-            "loss is a sum.",
+            f"failed: {reductions.failure}. It is taken for a mean. "
+            f"{_SAYS_SO}",
         )
         return
-    losses = [
-        nature
-        for key, nature in natures.found.items()
-        if key[0] in ("loss", "added")
-    ]
+    kinds = {key[0] for key in reductions.found}
+    # What the tape gave is summed already when an optimizer applies it.
+    applied = () if "gradient" in kinds else ("apply",)
+    losses = {
+        key: found
+        for key, found in reductions.found.items()
+        if key[0] in ("loss", "added", "gradient", *applied)
+    }
     # What Keras adds up may mix means and sums, each of which is right.
-    mixes = not is_custom and any(each.kind == SUM for each in losses)
-    kinds = ("loss", "added", *(() if mixes else ("gradient",)))
-    for key, nature in natures.found.items():
-        if key[0] in kinds and not nature.is_exact:
-            of_comparing(
-                model,
-                _NAMES[key[0]],
-                f"ratio {nature.ratio:.2f}, residual {nature.residual:.2f}",
-            )
-        if key[0] == "state" and not nature.is_exact:
+    mixes = not is_custom and any(
+        found.kind == SUM
+        for key, found in losses.items()
+        if key[0] in ("loss", "added")
+    )
+    for key, found in losses.items():
+        if found.is_exact:
+            continue
+        if mixes and key[0] in ("gradient", "apply"):
+            continue
+        _of_loss(model, key, found)
+    for key, found in reductions.found.items():
+        if key[0] == "state" and found.doubt == STATE:
             _of_state(model, str(key[1]))
+
+
+def _of_loss(
+    model: keras.Model, key: tuple[object, ...], found: Reduction
+) -> None:
+    """Warns of a loss by the reason."""
+    what = _NAMES[str(key[0])]
+    measured = f"ratio {found.ratio:.2f}, residual {found.residual:.2f}"
+    if found.doubt == COMPARES:
+        of_comparing(model, what, measured)
+    elif found.doubt == WEIGHTED:
+        _once(
+            model,
+            WEIGHTED,
+            f"The {what} of a batch is a weighted mean of those of its parts: "
+            "it is divided by something that parts of the batch have more or "
+            "less of, such as tokens that are not masked. Each replica sees "
+            "its part of the batch only, and their mean is taken by samples, "
+            "so the result differs from that of one device. Write the "
+            "division last, in the step itself: `loss = "
+            "tf.reduce_sum(losses * mask) / tf.reduce_sum(mask)`, not in a "
+            "`tf.function`, and with `run_eagerly=False`; or divide by what "
+            "is constant.",
+        )
+    elif found.doubt == UNDECIDED:
+        _once(
+            model,
+            UNDECIDED,
+            f"Whether the {what} of a batch is the mean or the sum of those "
+            "of its parts is undecided: it is random, and its noise is too "
+            f"large to tell ({measured}). It is taken for a {found.kind}. "
+            f"{_SAYS_SO}",
+        )
 
 
 def of_comparing(model: keras.Model, what: str, measured: str) -> None:
     """Warns of a loss that is neither a mean nor a sum over samples."""
     _once(
         model,
+        COMPARES,
         f"The {what} of a batch is neither the mean nor the sum of those of "
         f"its parts ({measured}): it compares samples with each other, or "
         "adds a sum to a mean. Each replica sees its part of the batch only, "
@@ -64,6 +118,7 @@ def of_mixing(model: keras.Model, layer: keras.Layer, op: str) -> None:
     """Warns of a layer that mixes the samples of a batch."""
     _once(
         model,
+        _MIXES,
         f"The layer {layer.name!r} ({type(layer).__name__}) mixes the samples "
         f"of a batch, in the op {op!r}. Each replica sees its part of the "
         "batch only, so the result differs from that of one device. Reduce "
@@ -80,6 +135,7 @@ def of_large_loss(model: keras.Model, name: str, nbytes: int) -> None:
     most = size_of(whole_batch.MOST_BYTES_OF_A_SAMPLE)
     _once(
         model,
+        _LARGE,
         f"The loss {name!r} is not known to be one value per sample, so it is "
         "that of the whole batch only if every worker gets all targets and "
         f"outputs. Those of one sample have {size_of(nbytes)}, more than "
@@ -96,11 +152,13 @@ def _of_state(model: keras.Model, name: str) -> None:
     """Warns of a variable that a step assigns what is no mean and no sum."""
     _once(
         model,
+        STATE,
         f"What a step adds to the variable {name!r} is neither the mean nor "
         "the sum of what parts of the batch add to it. Each replica sees its "
-        "part of the batch only, and their mean is taken, so the variable "
-        "differs from that of one device. Keep means or sums over samples in "
-        "variables, a variance as the mean of squares for example.",
+        "part of the batch only, and that of the first is taken, so the "
+        "variable differs from that of one device. Keep means or sums over "
+        "samples in variables, a variance as the mean of squares for example: "
+        "`self.squares.assign(0.9 * self.squares + 0.1 * ops.mean(x * x))`.",
     )
 
 
@@ -108,6 +166,7 @@ def of_metric(model: keras.Model, metric: keras.metrics.Metric) -> None:
     """Warns of a metric whose state does not add up over the replicas."""
     _once(
         model,
+        _METRIC,
         f"The state of a metric is added up over the replicas. That of "
         f"{metric.name!r} does not add up: its values on parts of a batch are "
         "not those of the batch, so what is shown differs from one device. "
@@ -117,12 +176,14 @@ def of_metric(model: keras.Model, metric: keras.metrics.Metric) -> None:
 
 _NAMES = {
     "gradient": "gradient",
+    "apply": "gradient",
     "loss": "loss",
     "added": "loss that a layer adds with `add_loss`",
 }
 
 
-def _once(model: keras.Model, warning: str) -> None:
-    if model not in _warned:
-        _warned.add(model)
+def _once(model: keras.Model, kind: str, warning: str) -> None:
+    warned = facts.of(model).warned
+    if kind not in warned:
+        warned.add(kind)
         warnings.warn(warning, stacklevel=3)

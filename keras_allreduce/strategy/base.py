@@ -10,7 +10,12 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce import debug
-from keras_allreduce.compat import keras_door, keras_jit, keras_threads
+from keras_allreduce.compat import (
+    frames,
+    keras_door,
+    keras_jit,
+    keras_threads,
+)
 from keras_allreduce.fit_output import explain, keras_hook, prediction
 from keras_allreduce.fit_output.gradients import ModelGradients, gradients_of
 from keras_allreduce.fit_output.hints import Options
@@ -56,8 +61,14 @@ class StrategyBase(tf.distribute.Strategy):
 
     @property
     def num_replicas_in_sync(self) -> int:
-        """Number of replicas; 1 inside a step of Keras, as on one device."""
-        if replica.sees_one_device():
+        """Number of replicas; 1 inside a step of Keras, as on one device.
+
+        There too it is the number of all for a function that sums or gathers
+        over the replicas itself.
+        """
+        if replica.sees_one_device() and (
+            replica.is_measured() or not frames.caller_communicates()
+        ):
             return 1
         return int(super().num_replicas_in_sync)
 

@@ -60,15 +60,20 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
             super()._create_variable(next_creator, **kwargs)
         )
 
-    def before_assignment(self, variable: Any) -> None:
-        """A replica is about to assign to its own part of a variable."""
-        step = replica.current_step()
-        if step is not None and not replica.updates_locally():
-            step.before_assignment(variable)
+    def before_assignment(self, variable: Any, value: Any) -> Any:
+        """A replica is about to assign to its own part of a variable.
 
-    def updates_alike(self) -> bool:
-        """Whether all replicas assign alike, each to its own part."""
-        return replica.updates_locally()
+        Returns:
+            The value, scaled if TensorFlow will aggregate those of replicas.
+        """
+        step = replica.current_step()
+        if step is None or replica.updates_locally():
+            return value
+        return step.before_assignment(variable, value)
+
+    def assigns_own_part(self) -> bool:
+        """Whether a replica may assign its part of any variable by itself."""
+        return replica.updates_locally() or replica.is_measured()
 
     def _use_merge_call(self) -> bool:
         # Once gradients are reduced, each replica can update on its own, also

@@ -11,8 +11,8 @@ from five_devices import DEVICES
 from programs import Custom, X, Y, dense, fit, mean_squared, sgd
 
 import keras_allreduce
-from keras_allreduce.one_device import first_batch, known_natures, measurement
-from keras_allreduce.one_device.natures import Natures
+from keras_allreduce.one_device import facts, first_batch, measurement
+from keras_allreduce.one_device.reduction import Reductions
 
 pytestmark = pytest.mark.slow
 
@@ -74,8 +74,8 @@ def test_all_that_a_step_changes_is_put_back():
     data = (tf.constant(X), tf.constant(Y))
     found = measurement.measure(model, model.train_step, data, strategy)
     assert not found.failure
-    nature = found.of("gradient", 0)
-    assert (nature.kind, nature.is_exact) == ("mean", True)
+    gradient = found.of("gradient", 0)
+    assert (gradient.kind, gradient.is_exact) == ("mean", True)
     for one, other in zip(before, state_of(model), strict=True):
         np.testing.assert_equal(other, one)
 
@@ -102,7 +102,7 @@ def test_a_step_is_measured_once_until_it_is_compiled_again(eager, monkeypatch):
 
     def measure(*arguments):
         measured.append(arguments)
-        return Natures()
+        return Reductions()
 
     monkeypatch.setattr(measurement, "measure", measure)
     with keras_allreduce.AllReduceStrategy(DEVICES[:2]).scope():
@@ -147,32 +147,39 @@ def test_an_example_is_made_up_where_none_was_seen():
     made = first_batch.like(Custom(), data)
     assert [part.shape[1:] for part in made] == [[5], [], []]
     assert [part.dtype for part in made] == [part.dtype for part in data]
-    whole, first, second = first_batch.halves(made)
+    (whole, _), (first, _), (second, _) = first_batch.parts(made)
     for parts in zip(whole, first, second, strict=True):
         sizes = [part.shape[0] for part in parts]
         assert sizes == [sizes[1] * 2, sizes[1], sizes[1]]
 
 
 def test_one_sample_is_measured_twice():
-    whole, first, second = first_batch.halves((X[:1], None))
+    parts = first_batch.parts((X[:1], None))
+    assert [rows for _, rows in parts] == [
+        slice(0, 2),
+        slice(0, 1),
+        slice(1, 2),
+    ]
+    whole, first, second = (part for part, _ in parts)
     np.testing.assert_array_equal(whole[0], np.concatenate([X[:1], X[:1]]))
     assert first[0].shape[0] == second[0].shape[0] == 1
     assert first[1] is None
 
 
-def test_natures_cross_between_workers():
+def test_reductions_cross_between_workers():
     model, strategy = restless()
     data = (tf.constant(X), tf.constant(Y))
     found = measurement.measure(model, model.train_step, data, strategy)
-    assert Natures.from_json(found.to_json()) == found
-    failed = Natures(failure="ValueError: no")
-    assert Natures.from_json(failed.to_json()) == failed
+    assert Reductions.from_json(found.to_json()) == found
+    failed = Reductions(failure="ValueError: no")
+    assert Reductions.from_json(failed.to_json()) == failed
 
 
 def test_what_is_known_keeps_no_model_alive():
     model = Custom()
     model.compile(sgd(), "mse")
-    known_natures.keep(model, "train_step", Natures())
-    assert known_natures.find(model, "train_step") == Natures()
+    known = facts.of(model)
+    known.keep(model, "train_step", Reductions())
+    assert known.reductions(model, "train_step") == Reductions()
     model.compile(sgd(), "mse")
-    assert known_natures.find(model, "train_step") is None
+    assert known.reductions(model, "train_step") is None

@@ -1,0 +1,290 @@
+"""Assumptions about the graphs that TensorFlow traces functions into."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+# Whether an op has an effect beside its outputs is known of its kind; there
+# is no public way to ask for a kind by name.
+from tensorflow.python.framework import op_def_registry as _op_defs
+
+# Ops that have state, but none outside of the variables, random generators
+# and values of the graph. Beginnings of their names.
+_INSIDE = (
+    "Arg",
+    "Assert",
+    "Assign",
+    "Case",
+    "Collective",
+    "CudnnRNN",
+    "EmptyTensorList",
+    "If",
+    "LookupTableFind",
+    "LookupTableSize",
+    "Multinomial",
+    "NcclAllReduce",
+    "NoOp",
+    "ParameterizedTruncatedNormal",
+    "PartitionedCall",
+    "Placeholder",
+    "Random",
+    "ReadFile",
+    "ReadVariable",
+    "Resource",
+    "Rng",
+    "Stack",
+    "Stateful",
+    "Stateless",
+    "TensorArray",
+    "Timestamp",
+    "TruncatedNormal",
+    "VarHandle",
+    "VarIsInitialized",
+    "VariableShape",
+    "While",
+    "Xla",
+    "_",
+)
+
+# Ops whose result is linear in one of their inputs, where the others do not
+# depend on the samples. So a division before them divides what follows.
+_LINEAR = frozenset(
+    {
+        "AddN",
+        "AddV2",
+        "Cast",
+        "Identity",
+        "IdentityN",
+        "Mean",
+        "Mul",
+        "Neg",
+        "Reshape",
+        "Squeeze",
+        "Sub",
+        "Sum",
+    }
+)
+_DIVISIONS = frozenset({"RealDiv", "DivNoNan", "Div"})
+_MOST_OPS = 10_000
+
+
+def denominator(target: Any) -> tf.Tensor | None:
+    """What a value is divided by, if it is a ratio.
+
+    Args:
+        target: A tensor of a graph, such as a loss.
+
+    Returns:
+        The scalar that its numerator is divided by and that no floating
+        variable reaches, such as the number of tokens in a batch. `None` if
+        there is none, or more than one.
+    """
+    if not tf.is_tensor(target) or not _is_symbolic(target):
+        return None
+    found: dict[int, tf.Tensor] = {}
+    waiting: list[tf.Tensor] = [target]
+    seen: set[Any] = set()
+    while waiting:
+        tensor = waiting.pop()
+        op = tensor.op
+        if op in seen or len(seen) > _MOST_OPS:
+            continue
+        seen.add(op)
+        if op.type in _DIVISIONS and _may_divide(op.inputs[1]):
+            found[id(op.inputs[1])] = op.inputs[1]
+        elif op.type in _LINEAR or op.type in _DIVISIONS:
+            waiting.extend(op.inputs)
+    (only,) = found.values() if len(found) == 1 else (None,)
+    return only
+
+
+def _may_divide(tensor: tf.Tensor) -> bool:
+    """Whether a tensor is a scalar that depends on data, not on variables."""
+    if tensor.shape.rank != 0 or not tensor.dtype.is_floating:
+        return False
+    depends_on_data = False
+    for op in _ancestors(tensor):
+        if op.type in ("ReadVariableOp", "ResourceGather"):
+            if op.outputs[0].dtype.is_floating:
+                return False
+        elif op.type == "Placeholder":
+            depends_on_data |= op.outputs[0].dtype != tf.resource
+        else:
+            depends_on_data |= op.type.startswith(("Random", "Stateless"))
+    return depends_on_data
+
+
+def _ancestors(tensor: tf.Tensor) -> Iterator[Any]:
+    waiting, seen = [tensor.op], set()
+    while waiting:
+        op = waiting.pop()
+        if op not in seen:
+            seen.add(op)
+            yield op
+            if op.type != "Shape":  # As many samples as there are.
+                waiting.extend(each.op for each in op.inputs)
+
+
+def _is_symbolic(tensor: Any) -> bool:
+    return hasattr(tensor, "graph") and not tf.executing_eagerly()
+
+
+def of_thread() -> Any:
+    """The graph that this thread traces into; `None` if it traces none."""
+    if tf.executing_eagerly():
+        return None
+    return tf.compat.v1.get_default_graph()
+
+
+def is_in_vectorized_map() -> bool:
+    """Whether the thread traces what `tf.vectorized_map` maps.
+
+    `tf.GradientTape.jacobian` too.
+    """
+    if tf.executing_eagerly():
+        return False
+    # TensorFlow traces the body into the graph around it, under this name.
+    return "loop_body" in tf.get_current_name_scope().split("/")
+
+
+def without_outside_effects(
+    traced: Any,
+) -> tuple[Callable[..., list[tf.Tensor]], list[str]]:
+    """A traced function that leaves alone what is outside of its graph.
+
+    Args:
+        traced: A concrete function that returns a list of tensors.
+
+    Returns:
+        A function of the same arguments, without the ops that print, write,
+        call Python, or change tables, queues and iterators; and their kinds.
+
+    Raises:
+        ValueError: If a result depends on such an op.
+    """
+    definition = traced.graph.as_graph_def()
+    outside = _Outside(definition.library)
+    effects = {
+        node.name: node.op
+        for node in definition.node
+        if outside.has_effect(node)
+    }
+    if not effects:
+        return traced, []
+    return _pruned(traced, definition, effects), sorted(set(effects.values()))
+
+
+class _Outside:
+    """Knows which nodes of a graph have an effect outside of it.
+
+    Args:
+        library: The functions of the graph.
+    """
+
+    def __init__(self, library: Any):
+        self._functions = {
+            function.signature.name: function for function in library.function
+        }
+        self._known: dict[str, bool] = {}
+
+    def has_effect(self, node: Any) -> bool:
+        """Whether running a node is noticed outside of the graph."""
+        calls = [
+            attribute.func.name
+            for attribute in node.attr.values()
+            if attribute.HasField("func")
+        ] + [
+            each.name
+            for attribute in node.attr.values()
+            for each in attribute.list.func
+        ]
+        if any(map(self._function_has_effect, calls)):
+            return True
+        if node.op.startswith(_INSIDE):
+            return False
+        definition = _op_defs.get(node.op)
+        return definition is not None and (
+            definition.is_stateful
+            or any(arg.type == _RESOURCE for arg in definition.input_arg)
+        )
+
+    def _function_has_effect(self, name: str) -> bool:
+        if name not in self._known:
+            self._known[name] = False  # While it is looked at: recursion.
+            function = self._functions.get(name)
+            self._known[name] = function is not None and any(
+                map(self.has_effect, function.node_def)
+            )
+        return self._known[name]
+
+
+_RESOURCE = tf.resource.as_datatype_enum
+
+
+def _pruned(
+    traced: Any, definition: Any, effects: dict[str, str]
+) -> Callable[..., list[tf.Tensor]]:
+    """A function without some nodes, and without what depends on them."""
+    lost = set(effects)
+    for node in definition.node:  # In the order in which they were made.
+        inputs = {_node_of(each) for each in node.input if each[:1] != "^"}
+        if inputs & lost:
+            lost.add(node.name)
+    outputs = [each.name for each in traced.graph.outputs]
+    if lost & set(map(_node_of, outputs)):
+        kinds = ", ".join(sorted(set(effects.values())))
+        raise ValueError(
+            "the step uses what is read or made outside of its graph, which "
+            f"a measurement would change ({kinds})"
+        )
+    wanted = {op.name for op in traced.graph.control_outputs} - lost
+    needed = _with_ancestors(
+        definition, wanted | set(map(_node_of, outputs)), lost
+    )
+    names = {node.name for node in needed.node}
+    internal = {id(own): other for other, own in traced.graph.captures}
+
+    def run(*arguments: Any) -> list[tf.Tensor]:
+        graph: Any = tf.compat.v1.get_default_graph()
+        flat = iter(tf.nest.flatten(arguments, expand_composites=True))
+        inputs = {}
+        for placeholder in traced.graph.inputs:
+            outer = internal.get(id(placeholder))
+            value = next(flat) if outer is None else graph.capture(outer)
+            if placeholder.op.name in names:
+                inputs[placeholder.name] = value
+        found = tf.graph_util.import_graph_def(
+            needed, input_map=inputs, return_elements=outputs, name=""
+        )
+        return list(found)
+
+    return tf.function(run, autograph=False)
+
+
+def _with_ancestors(definition: Any, wanted: set[str], lost: set[str]) -> Any:
+    """The part of a graph that some of its nodes need, without the lost."""
+    needed = type(definition)()
+    needed.library.CopyFrom(definition.library)
+    needed.versions.CopyFrom(definition.versions)
+    nodes = {node.name: node for node in definition.node}
+    waiting, names = list(wanted), set()
+    while waiting:
+        name = waiting.pop()
+        if name not in names:
+            names.add(name)
+            waiting += set(map(_node_of, nodes[name].input)) - lost
+    for node in definition.node:
+        if node.name not in names:
+            continue
+        inputs = [each for each in node.input if _node_of(each) not in lost]
+        added = needed.node.add()
+        added.CopyFrom(node)
+        del added.input[:]
+        added.input.extend(inputs)
+    return needed
+
+
+def _node_of(name: str) -> str:
+    """Name of the node of a tensor or of a control input."""
+    return name.lstrip("^").split(":")[0]

@@ -1,0 +1,54 @@
+"""Runs the user's code aside, on a few samples and on their two halves.
+
+What the three results say of each other is for a judge to tell: `measurement`
+whether a step's loss is a mean or a sum, `metric_state` how the state of a
+metric is reduced.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from keras_allreduce.one_device import first_batch
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was returned for a few samples, and for each half of them."""
+
+    whole: Any
+    first: Any
+    second: Any
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The user's code failed on what it may not expect.
+
+    Attributes:
+        reason: The kind and the first line of the error.
+    """
+
+    reason: str
+
+
+def probe(run: Callable[[Any, slice], Any], example: Any) -> Probe | Failure:
+    """Calls `run` on samples and on their halves.
+
+    Args:
+        run: Gets a structure like `example`, and which of the samples it has.
+            Called in a thread of its own, where no replica, graph or tape
+            takes part.
+        example: Nested structure of tensors, samples first.
+    """
+
+    def in_thread() -> Probe:
+        return Probe(*(run(*part) for part in first_batch.parts(example)))
+
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(in_thread).result()
+    except Exception as error:  # noqa: BLE001 - The user's code runs here.
+        lines = str(error).strip().splitlines() or [""]
+        return Failure(f"{type(error).__name__}: {lines[0]}")
