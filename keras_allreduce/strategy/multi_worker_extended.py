@@ -21,7 +21,7 @@ from keras_allreduce.strategy.extended import ExtendedBase
 from keras_allreduce.strategy.metric_sums import MetricSums
 from keras_allreduce.workers import connect
 from keras_allreduce.workers.group import SingleWorker, WorkerOptions, Workers
-from keras_allreduce.workers.in_flight import InFlight
+from keras_allreduce.workers.in_flight import InFlight, nothing_is_read
 from keras_allreduce.workers.lateness import TimedInFlight
 from keras_allreduce.workers.resolvers import resolver_for
 
@@ -66,11 +66,12 @@ class MultiWorkerAllReduceExtended(
             if cluster is not None or not on_gpus():
                 # Has no effect once TensorFlow has started its threads.
                 malloc.keep_freed()
-            super().__init__(
-                container_strategy,
-                cluster_resolver=resolver,
-                communication_options=communication_options,
-            )
+            with nothing_is_read():
+                super().__init__(
+                    container_strategy,
+                    cluster_resolver=resolver,
+                    communication_options=communication_options,
+                )
         if cluster is not None:
             distribute.count_collectives(self, self._in_flight.count_eager)
             self._workers = Workers.connect(

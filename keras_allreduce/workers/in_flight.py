@@ -21,6 +21,33 @@ import tensorflow as tf
 from keras_allreduce.graph_order import keep_with_graph, new_counter
 
 
+class _Reads:
+    """Whether counters may be read, by one thread at a time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.connecting = 0
+
+
+_reads = _Reads()
+
+
+@contextlib.contextmanager
+def nothing_is_read() -> Iterator[None]:
+    """No counter is read in the block, in which TensorFlow connects.
+
+    It makes its devices anew for another strategy of the process, and ends
+    the process if a variable is read meanwhile.
+    """
+    with _reads.lock:
+        _reads.connecting += 1
+    try:
+        yield
+    finally:
+        with _reads.lock:
+            _reads.connecting -= 1
+
+
 class Counters:
     """How often one collective of graphs has begun, and ended."""
 
@@ -95,6 +122,7 @@ class InFlight:
         self._counters: dict[str, Counters] = {}
         self._seen: dict[str, tuple[int, float]] = {}
         self._calls: dict[object, float] = {}
+        self._last_reading = Reading(0, 0, 0.0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InFlight":
         """A copy of the strategy has the same monitor, which reads this."""
@@ -163,7 +191,16 @@ class InFlight:
 
         To be called again and again: of a collective in a graph this tells
         how long it has been in flight only from the first call that saw it.
+
+        Returns:
+            The reading; where nothing may be read, the last one.
         """
+        with _reads.lock:
+            if not _reads.connecting:
+                self._last_reading = self._read_counters()
+            return self._last_reading
+
+    def _read_counters(self) -> Reading:
         now = self.clock()
         since = [now, *list(self._calls.values())]
         begun = ended = 0

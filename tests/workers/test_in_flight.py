@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 from graph_walk import ancestors, ops_of_type
 
-from keras_allreduce.workers.in_flight import InFlight
+from keras_allreduce.workers.in_flight import InFlight, nothing_is_read
+from keras_allreduce.workers.lateness import TimedInFlight
 
 
 @pytest.fixture
@@ -76,3 +77,21 @@ def test_collectives_that_are_independent_do_not_wait_for_each_other(found):
     one, other = ops_of_type(graph, "CollectiveReduceV2")
     assert one not in ancestors(other)
     assert other not in ancestors(one)
+
+
+@pytest.mark.parametrize("kind", [InFlight, TimedInFlight])
+def test_nothing_is_read_while_tensorflow_connects(kind):
+    found = kind()
+
+    @tf.function
+    def run(tensor):
+        with found.watched("sum", [tensor]) as flight:
+            flight.results.append(2 * tensor)
+        return flight.results
+
+    run(tf.ones([]))
+    assert found.read().ended == 1
+    run(tf.ones([]))
+    with nothing_is_read():
+        assert found.read().ended == 1
+    assert found.read().ended == 2
