@@ -194,8 +194,9 @@ def _in_state(key: Key, state: _Values, tolerance: float) -> Reduction | None:
     if counts is None or key[0] == "inputs":
         return found
     of_whole, of_first, of_second = counts
-    if not of_whole.all() or (of_whole == of_first).all():
-        return found  # Divided by a constant.
+    is_constant = (of_whole == of_first) & (of_whole == of_second)
+    if not of_whole.all() or is_constant.all():
+        return found
     # As a mean of halves that count by their denominators. It is one also if
     # the halves of this example happen to count alike.
     one, other = (
