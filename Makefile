@@ -2,6 +2,7 @@
 # make test           the tests of a push
 # make test-fast      those for the loop of a developer
 # make test-nightly   those of the schedule: packages, examples, clusters
+# make test-seeded    whether the tests see seeded faults
 # make test-versions  those for other versions, in environments of their own
 # make lint           format, lint and types, in seconds
 # make check          lint and tests: the one command before a push
@@ -16,7 +17,7 @@ PYTEST_ARGS ?=
 # Tests of a file share workers that they start.
 BY_FILE = -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast test-nightly test-versions lint check docs clean
+.PHONY: demo test test-fast test-nightly test-seeded test-versions lint check docs clean
 
 demo: $(VENV)/.demo
 	@$(SHARED) $(BIN)/python examples/digits.py
@@ -31,6 +32,9 @@ test-fast: $(VENV)/.dev
 test-nightly: $(VENV)/.dev
 	$(BIN)/python -m pytest $(BY_FILE) -m 'nightly or hypothesis' \
 		--hypothesis-profile nightly $(PYTEST_ARGS)
+
+test-seeded: $(VENV)/.dev
+	$(BIN)/python tests/seeded_faults/run_seeded.py $(FAULTS)
 
 test-versions: $(VENV)/.dev
 	$(BIN)/python -m nox -s start versions

@@ -36,6 +36,7 @@ TESTS = [
     "tests/strategy/test_drop_in.py",
     "tests/reduce/test_observe.py",
     "tests/programs/test_programs.py",
+    "tests/programs/test_threads.py",
     "tests/one_device/test_randomness.py",
     "tests/reduce/test_sparse.py",
     "tests/one_device/test_update.py",

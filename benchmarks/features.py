@@ -2,12 +2,15 @@
 
     python benchmarks/features.py --replicas 2 [--gpus]
 
-Every feature of `feature_cases.py` is trained on one device, under
-`tf.distribute.MirroredStrategy` and under `keras_allreduce.AllReduceStrategy`,
-from the same seed and on the same global batches, each time in a process of
-its own, which may crash. "works" says that the largest difference to the
-weights of one device is at most 1e-6, or what stands behind it, and that
-History is the same.
+Every feature, a program of `tests/programs` or a case of `feature_cases.py`, is
+trained on one device, under `tf.distribute.MirroredStrategy` and under
+`keras_allreduce.AllReduceStrategy`, from the same seed and on the same global
+batches, each time in a process of its own, which may crash. "works" says that
+the largest difference to the weights of one device is at most 1e-6, or what
+stands behind it, and that History is the same.
+
+All train on batches that 2, 3 and 4 replicas share evenly; where a batch is
+uneven, the name of the feature says so.
 """
 
 import argparse
@@ -16,13 +19,14 @@ import os
 import pathlib
 import re
 import signal
+import sys
 import tempfile
 import textwrap
 import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -31,16 +35,59 @@ import command_line
 import keras
 import numpy as np
 import tensorflow as tf
-from feature_cases import FEATURES
-from feature_models import Outcome
 
 import keras_allreduce
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
+import feature_cases  # It imports the programs as well.
+import programs
 
 STRATEGIES: dict[str, Callable[[list[str]], Any]] = {
     "one device": lambda devices: tf.distribute.get_strategy(),
     "MirroredStrategy": tf.distribute.MirroredStrategy,
     "AllReduceStrategy": keras_allreduce.AllReduceStrategy,
 }
+
+
+# Shared evenly, unlike those of the tests.
+programs.SIZE.samples, programs.SIZE.batch = 72, 24
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A feature, how to train with it, and how far weights may differ.
+
+    `train` is called in the scope of the strategy; with the function that
+    makes the strategy instead if `makes_strategy`.
+    """
+
+    name: str
+    train: Callable[..., Any]
+    tolerance: float = 1e-6
+    makes_strategy: bool = False
+
+
+FEATURES = [
+    *(
+        Feature(each.feature, each.train, each.tolerance)
+        for each in programs.PROGRAMS.values()
+        if each.feature
+    ),
+    *(Feature(*case) for case in feature_cases.CASES.items()),
+    *(
+        Feature(*case, makes_strategy=True)
+        for case in feature_cases.STRATEGY_CASES.items()
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training came to; `error` if it did not come to an end."""
+
+    found: Any = None
+    warned: bool = False
+    error: str = ""
 
 
 def train(name: str, strategy: str, replicas: int, on_gpus: bool) -> Outcome:
@@ -57,15 +104,16 @@ def train(name: str, strategy: str, replicas: int, on_gpus: bool) -> Outcome:
         warnings.simplefilter("always")
         try:
             if chosen.makes_strategy:
-                result = chosen.train(make_strategy)
+                found = chosen.train(make_strategy)
             else:
                 with make_strategy().scope():
-                    result = chosen.train()
+                    found = chosen.train()
         except Exception as error:  # noqa: BLE001 - Said in the table.
             return Outcome(error=describe(error))
     texts = [str(each.message) for each in caught]
     warned = any("replica" in t or "weigh_samples" in t for t in texts)
-    return replace(result, warned=warned)
+    found = keras.tree.map_structure(np.asarray, found)
+    return Outcome(found, warned)
 
 
 # What tells most in a long message of TensorFlow.
@@ -135,12 +183,26 @@ def verdict(got: Outcome, expected: Outcome, tolerance: float) -> str:
 
 
 def difference(got: Outcome, expected: Outcome, tolerance: float) -> str:
-    if got.note:
-        return f"wrong: {got.note}"
+    if "note" in got.found:
+        return f"wrong: {got.found['note']}"
+    flat = keras.tree.flatten_with_path(got.found)
+    pairs = [
+        (path, ours, theirs)
+        for (path, ours), theirs in zip(
+            flat, keras.tree.flatten(expected.found), strict=True
+        )
+    ]
+    for path, ours, theirs in pairs:
+        if path[-1] == "samples" and ours != theirs:
+            return f"wrong: {ours} of {theirs} samples trained"
+        if ours.shape != theirs.shape:
+            return f"wrong: {len(ours)} rows for {len(theirs)} samples"
+    logs = {"history", "logs", "later", "samples"}
     gap = max(
         (
             np.abs(ours - theirs).max()
-            for ours, theirs in zip(got.weights, expected.weights, strict=True)
+            for path, ours, theirs in pairs
+            if not logs & set(path)
         ),
         default=0.0,
     )
@@ -148,11 +210,11 @@ def difference(got: Outcome, expected: Outcome, tolerance: float) -> str:
         return "wrong: NaN weights"
     if gap > tolerance:
         return f"wrong by {gap:.1e}"
-    for name, values in (expected.history or {}).items():
-        reported = np.array((got.history or {}).get(name, np.nan))
-        off = np.max(np.abs(reported - values) / np.maximum(np.abs(values), 1))
-        if not off <= 10 * tolerance:
-            return f"weights right, `{name}` in History wrong by {off:.0%}"
+    for path, ours, theirs in pairs:
+        off = np.max(np.abs(ours - theirs) / np.maximum(np.abs(theirs), 1))
+        if logs & set(path) and not off <= 10 * tolerance:
+            log = next(part for part in path[::-1] if isinstance(part, str))
+            return f"weights right, `{log}` in History wrong by {off:.0%}"
     return "works" if tolerance == 1e-6 else f"works ({tolerance:.0e})"
 
 

@@ -82,13 +82,13 @@ def _same_start():
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_folder(tmp_path_factory, worker_id):
-    import worker_cases
+    from programs import table
 
     own = tmp_path_factory.getbasetemp()
     # That of a process of pytest-xdist is in that of the run.
     shared = own if worker_id == "master" else own.parent
-    worker_cases.SHARED = shared / "one_device"
-    worker_cases.SHARED.mkdir(exist_ok=True)
+    table.SHARED = shared / "one_device"
+    table.SHARED.mkdir(exist_ok=True)
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ import os
 
 import keras
 import numpy as np
+import programs
 import pytest
 import tensorflow as tf
-import worker_cases
 import workers
 from deadlines import wait_until
 from distributed_values import REAL_DTYPES
@@ -42,20 +42,22 @@ ALGORITHMS = [
 
 SUM = tf.distribute.ReduceOp.SUM
 
-# These differ from one device in more than rounding, and have tests of their
-# own on host devices.
-DIFFER_FROM_ONE_DEVICE = {
-    "batch_normalization",
-    "dropout",
-    "synchronized_batch_normalization_on_a_worker_without_data",
+# Tests on host devices say what these are.
+NOT_ON_GPUS = {
+    "synchronized_batch_normalization_of_one_sample",
     "worker_that_runs_out_of_batches",
 }
-CASES = [n for n in worker_cases.CASES if n not in DIFFER_FROM_ONE_DEVICE]
+NAMES = [n for n in programs.programs_on("workers") if n not in NOT_ON_GPUS]
 
 
 def agree(got, expected):
-    """Asserts that what a case returned is what it is on one GPU."""
-    for path, value, wanted in worker_cases.pairs(got, expected):
+    """Asserts that what a program came to is what it is on one GPU."""
+    keras.tree.assert_same_structure(got, expected)
+    for (path, value), wanted in zip(
+        keras.tree.flatten_with_path(got),
+        keras.tree.flatten(expected),
+        strict=True,
+    ):
         np.testing.assert_allclose(
             value, wanted, rtol=2e-5, atol=2e-6, err_msg=str(path)
         )
@@ -63,8 +65,7 @@ def agree(got, expected):
 
 @functools.cache
 def on_one_gpu(name):
-    keras.utils.clear_session(free_memory=False)  # The same names again.
-    return worker_cases.run(name, tf.distribute.get_strategy())
+    return programs.run(name)[0]
 
 
 @pytest.fixture(autouse=True)
@@ -82,11 +83,10 @@ def _without_xla(monkeypatch):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 class TestOneProcess:
-    @pytest.mark.parametrize("name", CASES)
+    @pytest.mark.parametrize("name", NAMES)
     def test_two_gpus_train_as_one_does(self, algorithm, name):
-        got = worker_cases.run(
-            name, AllReduceStrategy(GPUS, algorithm=algorithm)
-        )
+        strategy = AllReduceStrategy(GPUS, algorithm=algorithm)
+        got, _ = programs.run(name, strategy)
         agree(got, on_one_gpu(name))
 
     @pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
@@ -221,7 +221,7 @@ def on_workers(request):
 
 
 @needs_nccl
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_workers_with_a_gpu_each_train_as_one_does(name, on_workers):
     first, other = [result[name] for result in on_workers]
     assert "error" not in first, first["error"]

@@ -155,11 +155,6 @@ def is_synchronized(layer: Any) -> bool:
     return bool(getattr(layer, "synchronized", False))
 
 
-def clear_losses(model: Any) -> None:
-    """Forgets the losses that layers have added."""
-    model._clear_losses()
-
-
 def batch_statistics_layers(model: Any) -> list[Any]:
     """Layers that normalize by the statistics of the batch in training."""
     return [

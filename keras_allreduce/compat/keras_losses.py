@@ -239,6 +239,20 @@ def added_losses_of_each_thread(model: keras.Model) -> Iterator[None]:
             own["_losses"] = losses
 
 
+def added_losses(model: keras.Model) -> list[tuple[Any, list[Any]]]:
+    """The losses that each layer has added, for `put_back_losses`."""
+    return [(layer, layer._losses[:]) for layer in _layers(model)]
+
+
+def put_back_losses(
+    model: keras.Model, before: list[tuple[Any, list[Any]]]
+) -> None:
+    """Forgets the losses that layers have added since then."""
+    model._clear_losses()
+    for layer, losses in before:
+        layer._losses.extend(losses)
+
+
 def _layers(model: keras.Model) -> list[Any]:
     return [
         layer for layer in model._flatten_layers() if "_losses" in vars(layer)

@@ -17,7 +17,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_allreduce.compat import gradient_tape, graphs, keras_threads
+from keras_allreduce.compat import (
+    gradient_tape,
+    graphs,
+    keras_losses,
+    keras_threads,
+)
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import hooks
 from keras_allreduce.one_device.recorder import ValueRecorder
@@ -55,6 +60,8 @@ class Trial:
         self._strategy = strategy
         self._device = strategy.extended.worker_devices[0]
         self._settings = keras_threads.settings()
+        # A loss may be measured while Keras goes through what layers added.
+        self._losses = keras_losses.added_losses(model)
         self._pythons_random = random.getstate(), np.random.get_state()
         self._batch: Any = None
         self._run: Any = None
@@ -106,7 +113,7 @@ class Trial:
         """Puts back all that the step has changed."""
         with tf.init_scope():
             self._state.restore()
-        keras_compat.clear_losses(self._model)
+        keras_losses.put_back_losses(self._model, self._losses)
         random.setstate(self._pythons_random[0])
         np.random.set_state(self._pythons_random[1])
 

@@ -16,8 +16,8 @@ from collections import Counter
 
 import keras
 import numpy as np
+import programs
 import tensorflow as tf
-import worker_cases
 
 from keras_allreduce.compat import runtime
 
@@ -33,7 +33,7 @@ def case(function):
 def run(name, strategy):
     """What a case returns or how it fails, ready for JSON."""
     try:
-        found = CASES[name](strategy, worker_cases.worker_index())
+        found = CASES[name](strategy, programs.worker_index())
     except Exception as error:  # noqa: BLE001 - The test shows it.
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}"}
@@ -44,12 +44,12 @@ def run(name, strategy):
 def made(strategy, **options):
     keras.utils.set_random_seed(3)
     with strategy.scope():
-        model = worker_cases.dense()
+        model = programs.dense()
         model.compile(keras.optimizers.SGD(0.05), "mse", **options)
     return model
 
 
-def fit(model, x=worker_cases.X, y=worker_cases.TARGET, **options):
+def fit(model, x=programs.X, y=programs.Y, **options):
     options = {"batch_size": 22, "shuffle": False, "verbose": 0} | options
     return model.fit(x, y, **options)
 
@@ -93,35 +93,35 @@ def weights_of_the_chief_alone(strategy, index):
 @case
 def statistics_of_a_custom_loop(strategy, index):
     with strategy.scope():
-        model = worker_cases.dense(keras.layers.BatchNormalization())
+        model = programs.dense(keras.layers.BatchNormalization())
         model.compile("sgd", "mse")
     model.layers[1].moving_mean.assign(np.full([8], float(index)))
-    model.evaluate(worker_cases.X, worker_cases.TARGET, verbose=0)
+    model.evaluate(programs.X, programs.Y, verbose=0)
 
 
 @case
 def evaluate_other_weights(strategy, index):
     model = made(strategy)
     model.layers[0].bias.assign(np.full([8], float(index)))
-    model.evaluate(worker_cases.X, worker_cases.TARGET, verbose=0)
+    model.evaluate(programs.X, programs.Y, verbose=0)
 
 
 @case
 def arrays_of_its_own(strategy, index):
-    mine = worker_cases.X[index::2]
+    mine = programs.X[index::2]
     made(strategy).predict(mine, batch_size=11, verbose=0)
 
 
 @case
 def other_number_of_samples(strategy, index):
     samples = 62 + index
-    fit(made(strategy), worker_cases.X[:samples], worker_cases.TARGET[:samples])
+    fit(made(strategy), programs.X[:samples], programs.Y[:samples])
 
 
 @case
 def evaluate_on_the_chief(strategy, index):
     model = made(strategy)
-    x, y = worker_cases.X, worker_cases.TARGET
+    x, y = programs.X, programs.Y
     if index:
         fit(model)
     else:
@@ -130,7 +130,7 @@ def evaluate_on_the_chief(strategy, index):
 
 @case
 def validation_on_the_chief(strategy, index):
-    data = None if index else (worker_cases.X, worker_cases.TARGET)
+    data = None if index else (programs.X, programs.Y)
     fit(made(strategy), epochs=2, validation_data=data)
 
 
@@ -140,14 +140,12 @@ def early_stopping_on_the_chief(strategy, index):
     stop = keras.callbacks.EarlyStopping("loss", min_delta=99, patience=0)
     fit(model, epochs=5, callbacks=[] if index else [stop])
     # The chief goes on to its next call.
-    model.predict(worker_cases.X, verbose=0)
+    model.predict(programs.X, verbose=0)
 
 
 @case
 def seed_of_its_own(strategy, index):
-    data = tf.data.Dataset.from_tensor_slices(
-        (worker_cases.X, worker_cases.TARGET)
-    )
+    data = tf.data.Dataset.from_tensor_slices((programs.X, programs.Y))
     made(strategy).fit(data.shuffle(66, seed=index).batch(22), verbose=0)
 
 
@@ -171,7 +169,7 @@ def other_loss(strategy, index):
     model = made(strategy)
     with strategy.scope():
         model.compile("sgd", ["mse", "mae"][index])
-    model.evaluate(worker_cases.X, worker_cases.TARGET, verbose=0)
+    model.evaluate(programs.X, programs.Y, verbose=0)
 
 
 @case
@@ -186,7 +184,7 @@ def layers_of_a_set(strategy, index):
         outputs = keras.layers.Dense(1)(keras.layers.Concatenate()(parts))
         model = keras.Model(inputs, outputs)
         model.compile("sgd", "mse")
-    x = dict.fromkeys(("age", "fare"), worker_cases.X[:, :3])
+    x = dict.fromkeys(("age", "fare"), programs.X[:, :3])
     fit(model, x)
 
 
@@ -198,9 +196,7 @@ def other_batch_size(strategy, index):
 
 @case
 def other_batch_size_of_a_dataset(strategy, index):
-    data = tf.data.Dataset.from_tensor_slices(
-        (worker_cases.X, worker_cases.TARGET)
-    )
+    data = tf.data.Dataset.from_tensor_slices((programs.X, programs.Y))
     made(strategy).fit(data.batch(22 + index).prefetch(1), verbose=0)
 
 
@@ -378,7 +374,7 @@ def logs_of_accumulating_steps(strategy, index):
 def terminate_on_nan(strategy, index):
     logs = Logs()
     model = made(strategy, metrics=["mae"])
-    x = worker_cases.X.copy()
+    x = programs.X.copy()
     x[30] = np.nan  # In the part of one worker.
     fit(
         model,
@@ -394,8 +390,7 @@ def terminate_on_nan(strategy, index):
 def train_on_batch(strategy, index):
     model = made(strategy, metrics=["mae"])
     return [
-        model.train_on_batch(worker_cases.X[:33], worker_cases.TARGET[:33])
-        for _ in range(2)
+        model.train_on_batch(programs.X[:33], programs.Y[:33]) for _ in range(2)
     ]
 
 
@@ -410,11 +405,9 @@ def numbers(strategy, index):
 @case
 def warnings_of_order(strategy, index):
     tf.random.set_seed(None)
-    data = tf.data.Dataset.from_tensor_slices(
-        (worker_cases.X, worker_cases.TARGET)
-    )
+    data = tf.data.Dataset.from_tensor_slices((programs.X, programs.Y))
     with strategy.scope():
-        model = worker_cases.dense()
+        model = programs.dense()
         model.compile("sgd", "mse")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -427,7 +420,7 @@ def warnings_of_generators(strategy, index):
     def batches(first):
         for number in range(first, first + 6):
             rows = slice(number, number + 6)
-            yield worker_cases.X[rows], worker_cases.TARGET[rows]
+            yield programs.X[rows], programs.Y[rows]
 
     said = []
     for first in (0, index):
@@ -531,7 +524,7 @@ def decided(model, folder, **options):
 @case
 def decisions_on_validation(strategy, index):
     """Parts of 3 and 2 samples, and a last batch of one."""
-    x, y = worker_cases.X[:16], worker_cases.TARGET[:16] + 0.3
+    x, y = programs.X[:16], programs.Y[:16] + 0.3
     with tempfile.TemporaryDirectory() as folder:
         return decided(
             made(strategy, metrics=["mae"]),
@@ -546,7 +539,7 @@ def decisions_on_validation_of_parts(strategy, index):
     """Each worker has its own batches, and one has fewer than the other."""
     first = 4 * index
     data = tf.data.Dataset.from_tensor_slices(
-        (worker_cases.X[first : 13 + first], worker_cases.TARGET[:13] + 0.3)
+        (programs.X[first : 13 + first], programs.Y[:13] + 0.3)
     ).batch(3 + index)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = (
@@ -611,7 +604,7 @@ class Shift(keras.callbacks.Callback):
         self.part = part
 
     def on_epoch_end(self, epoch, logs=None):
-        if epoch == 1 and worker_cases.worker_index():
+        if epoch == 1 and programs.worker_index():
             kernel = self.model.layers[0].kernel
             kernel.assign(kernel * (1 + self.part))
 

@@ -1,9 +1,10 @@
-"""A wire format that is no dtype: float16 that cannot overflow.
+"""A wire format that is no dtype, and what workers send in tests of the wire.
 
-Each row is divided by a power of two that leaves no number above 1, and
-begins with the exponent of that.
+The format is float16 that cannot overflow: each row is divided by a power of
+two that leaves no number above 1, and begins with the exponent of that.
 """
 
+import numpy as np
 import tensorflow as tf
 
 from keras_allreduce.workers.wire_formats import WireFormat
@@ -35,3 +36,19 @@ class ScaledFloat16(WireFormat):
 
     def nbytes(self, nbytes, dtype):
         return nbytes * 2 / dtype.size
+
+
+def parts(worker):
+    """What a worker sends in the tests of the wire: small and large.
+
+    The last two are too large for an exchange in float32.
+    """
+    rng = np.random.default_rng(worker)
+    return {
+        "scalar": np.float32(worker + 0.5),
+        "small": np.array([1.0, -2.0, worker], "float32"),
+        "counts": np.arange(5) * (worker + 1),
+        "halves": np.full([70, 70], 0.5 + worker, "float16"),
+        "whole": rng.integers(-8, 8, [271, 273]).astype("float32"),
+        "large": rng.normal(size=[267, 301]).astype("float32"),
+    }

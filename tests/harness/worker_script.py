@@ -14,7 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "programs"))
+sys.path.append(str(Path(__file__).parents[1]))
 from deadlines import DEADLINE_SECONDS, PATIENCE_SECONDS
 
 
@@ -72,10 +72,10 @@ def cases_on_the_wire(names, wire_dtype):
 
 
 def sums(wire_dtypes):
-    """Sums of `worker_cases.wire_parts`, by wire dtype and name."""
+    """Sums of `toy_wire_format.parts`, by wire dtype and name."""
+    import programs
     import tensorflow as tf
     import toy_wire_format
-    import worker_cases
 
     import keras_allreduce
     from keras_allreduce.workers.collectives import CollectiveGroup
@@ -96,7 +96,7 @@ def sums(wire_dtypes):
             workers,
             WIRE_FORMATS["exact" if dtype == "float32" else dtype],
         )
-        parts = worker_cases.wire_parts(worker_cases.worker_index())
+        parts = toy_wire_format.parts(programs.worker_index())
         parts = {name: tf.constant(part) for name, part in parts.items()}
 
         @tf.function(autograph=False)
@@ -199,12 +199,12 @@ def run_collectives_of_mpi():
 
 def _run(names, strategy):
     import keras
-    import worker_cases
+    import programs
 
     found = {}
     for name in names:
         try:
-            found[name] = worker_cases.run(name, strategy)
+            found[name], _ = programs.run(name, strategy)
         except Exception:  # noqa: BLE001 - The test shows it.
             found[name] = {"error": traceback.format_exc()}
         keras.utils.clear_session(free_memory=False)
@@ -215,8 +215,8 @@ def what_backprop_waits_for():
     """Collectives that the products of a train step wait for, by model."""
     import graph_walk
     import keras
+    import programs
     import tensorflow as tf
-    import worker_cases
 
     import keras_allreduce
 
@@ -229,7 +229,7 @@ def what_backprop_waits_for():
         "synchronized": [keras.layers.BatchNormalization(synchronized=True)],
     }.items():
         with strategy.scope():
-            model = worker_cases.dense(*layers)
+            model = programs.dense(*layers)
             model.compile("sgd", "mse")
 
         @tf.function(
@@ -260,13 +260,13 @@ def _is_collective(op):
 def fit_with_a_late_worker():
     """Trains; worker 1 computes something else before each step."""
     import keras
-    import worker_cases
+    import programs
 
     import keras_allreduce
 
     class Compute(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
-            end = time.monotonic() + 0.3 * worker_cases.worker_index()
+            end = time.monotonic() + 0.3 * programs.worker_index()
             while time.monotonic() < end:
                 pass
 
@@ -274,8 +274,8 @@ def fit_with_a_late_worker():
         timeout_seconds=DEADLINE_SECONDS, measure_lateness=True
     )
     with strategy.scope():
-        history = worker_cases.fit(
-            worker_cases.dense(),
+        history = programs.fit(
+            programs.dense(),
             callbacks=[keras_allreduce.AllReduceLogger(), Compute()],
             batch_size=8,
         )["history"]
@@ -285,13 +285,13 @@ def fit_with_a_late_worker():
 def show_what_is_sent(path):
     """Plans, explains and trains, with a timeline; worker 1 comes late."""
     import keras
-    import worker_cases
+    import programs
 
     import keras_allreduce
 
     class Late(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
-            time.sleep(0.2 * worker_cases.worker_index())
+            time.sleep(0.2 * programs.worker_index())
 
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
         timeout_seconds=DEADLINE_SECONDS,
@@ -299,14 +299,14 @@ def show_what_is_sent(path):
         bytes_per_pack=100,
     )
     with strategy.scope():
-        model = worker_cases.dense()
+        model = programs.dense()
         model.compile("sgd", "mse")
     explained = []
     planned = strategy.plan(model)
     strategy.explain(model, print_fn=explained.append)
     model.fit(
-        worker_cases.X,
-        worker_cases.TARGET,
+        programs.X,
+        programs.Y,
         batch_size=4,
         epochs=2,
         verbose=0,
@@ -327,7 +327,7 @@ def show_what_is_sent(path):
 def fit_and_signal(name, index, timeout_seconds):
     """Trains until worker `index` gets a signal in the middle of an epoch."""
     import keras
-    import worker_cases
+    import programs
 
     from keras_allreduce.workers import health
 
@@ -336,7 +336,7 @@ def fit_and_signal(name, index, timeout_seconds):
 
     class Signal(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            if batch == 5 and worker_cases.worker_index() == index:
+            if batch == 5 and programs.worker_index() == index:
                 os.kill(os.getpid(), getattr(signal, name))
             elif batch == 5:
                 print("the other worker is gone", flush=True)
@@ -347,8 +347,8 @@ def fit_and_signal(name, index, timeout_seconds):
 def fit_and_run_out_of_memory(index):
     """Trains until a step of worker `index` asks for 4 TiB of its device."""
     import keras
+    import programs
     import tensorflow as tf
-    import worker_cases
 
     import keras_allreduce
 
@@ -364,7 +364,7 @@ def fit_and_run_out_of_memory(index):
 
     class Grow(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            if batch == 5 and worker_cases.worker_index() == index:
+            if batch == 5 and programs.worker_index() == index:
                 self.model.layers[0].elements.assign(2**40)
             elif batch == 5:
                 print("the other worker is out of memory", flush=True)
@@ -377,8 +377,8 @@ def fit_and_run_out_of_memory(index):
         model = keras.Sequential([keras.Input([6]), *layers])
         model.compile("sgd", "mse")
     model.fit(
-        worker_cases.X,
-        worker_cases.TARGET,
+        programs.X,
+        programs.Y,
         batch_size=4,
         verbose=0,
         callbacks=[Grow()],
@@ -466,7 +466,7 @@ def fit_clipped(epochs):
 def use_two_strategies():
     """Trains under two strategies in turns, beginning with the first again."""
     import keras
-    import worker_cases
+    import programs
 
     import keras_allreduce
 
@@ -477,14 +477,14 @@ def use_two_strategies():
         )
         keras.utils.set_random_seed(1)
         with strategy.scope():
-            model = worker_cases.dense()
+            model = programs.dense()
             model.compile(optimizer, "mse")
         models.append((strategy, model))
         _losses(model)
     losses = [_losses(model) for _, model in models]
     for strategy, _ in models:
         with strategy.scope():
-            another = worker_cases.dense()
+            another = programs.dense()
             another.compile("sgd", "mse")
         losses.append(_losses(another))
     return losses
@@ -492,9 +492,9 @@ def use_two_strategies():
 
 def _losses(model):
     """Loss of an epoch with validation, and of `evaluate` after it."""
-    import worker_cases
+    import programs
 
-    data = worker_cases.X, worker_cases.TARGET
+    data = programs.X, programs.Y
     history = model.fit(
         *data, batch_size=22, validation_data=data, verbose=0
     ).history
@@ -504,18 +504,18 @@ def _losses(model):
 
 def fit_with_other_lengths(steps_per_epoch):
     """Trains on four batches on the chief and on two on the other worker."""
+    import programs
     import tensorflow as tf
-    import worker_cases
 
     import keras_allreduce
 
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy()
     with strategy.scope():
-        model = worker_cases.dense()
+        model = programs.dense()
         model.compile("sgd", "mse")
-    samples = [32, 16][worker_cases.worker_index()]
+    samples = [32, 16][programs.worker_index()]
     data = tf.data.Dataset.from_tensor_slices(
-        (worker_cases.X[:samples], worker_cases.TARGET[:samples])
+        (programs.X[:samples], programs.Y[:samples])
     )
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = (
@@ -541,11 +541,11 @@ def fit_where_nothing_says_which_host_is_the_first():
 def fit_and_raise(index):
     """Trains until worker `index` raises in the middle of an epoch."""
     import keras
-    import worker_cases
+    import programs
 
     class Raise(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            if batch == 5 and worker_cases.worker_index() == index:
+            if batch == 5 and programs.worker_index() == index:
                 raise KeyError("of the script")
 
     _fit(60, Raise(), batch_size=4, epochs=1000)
@@ -554,11 +554,11 @@ def fit_and_raise(index):
 def fit_and_exit(index):
     """Trains until worker `index` ends by `sys.exit(3)` in an epoch."""
     import keras
-    import worker_cases
+    import programs
 
     class Exit(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            if batch == 5 and worker_cases.worker_index() == index:
+            if batch == 5 and programs.worker_index() == index:
                 sys.exit(3)
 
     _fit(60, Exit(), batch_size=4, epochs=1000)
@@ -567,11 +567,11 @@ def fit_and_exit(index):
 def fit_and_leave(index):
     """Trains; worker `index` ends its script after the first epoch."""
     import keras
-    import worker_cases
+    import programs
 
     class Leave(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
-            if worker_cases.worker_index() == index:
+            if programs.worker_index() == index:
                 sys.exit()
 
     _fit(600, Leave(), epochs=2)
@@ -580,11 +580,11 @@ def fit_and_leave(index):
 def fit_and_fall_behind(timeout_seconds):
     """Trains; worker 1 sleeps in a callback until it is too late."""
     import keras
-    import worker_cases
+    import programs
 
     class Sleep(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            if batch == 1 and worker_cases.worker_index() == 1:
+            if batch == 1 and programs.worker_index() == 1:
                 time.sleep(20 * timeout_seconds)
 
     _fit(timeout_seconds, Sleep(), batch_size=8)
@@ -608,7 +608,7 @@ def describe():
 
 def _fit(timeout_seconds, callback, **options):
     """Trains a small model; `options` are those of `model.fit`."""
-    import worker_cases
+    import programs
 
     import keras_allreduce
 
@@ -616,11 +616,11 @@ def _fit(timeout_seconds, callback, **options):
         timeout_seconds=timeout_seconds
     )
     with strategy.scope():
-        model = worker_cases.dense()
+        model = programs.dense()
         model.compile("sgd", "mse")
     model.fit(
-        worker_cases.X,
-        worker_cases.TARGET,
+        programs.X,
+        programs.Y,
         verbose=0,
         callbacks=[callback],
         **options,
@@ -630,11 +630,11 @@ def _fit(timeout_seconds, callback, **options):
 def fit_what_differs(what):
     """Trains; worker 1 differs from the chief in one thing."""
     import keras
-    import worker_cases
+    import programs
 
     import keras_allreduce
 
-    differs = worker_cases.worker_index() == 1
+    differs = programs.worker_index() == 1
     if what == "devices" and differs:
         keras_allreduce.host_devices(2)
     if what == "dtype" and differs:
@@ -653,14 +653,14 @@ def fit_what_differs(what):
     elif differs and what == "number of layers":
         layers = [keras.layers.Dense(8)]
     with strategy.scope():
-        model = worker_cases.dense(*layers)
+        model = programs.dense(*layers)
         model.compile("sgd", "mse")
-    model.fit(worker_cases.X, worker_cases.TARGET, verbose=0)
+    model.fit(programs.X, programs.Y, verbose=0)
 
 
 def die_after_the_meeting(index, timeout_seconds):
     """Worker `index` ends when all have met, before TensorFlow connects."""
-    import worker_cases
+    import programs
 
     import keras_allreduce
     from keras_allreduce.workers import connect
@@ -671,7 +671,7 @@ def die_after_the_meeting(index, timeout_seconds):
         meet(*arguments)
         os._exit(3)
 
-    if worker_cases.worker_index() == index:
+    if programs.worker_index() == index:
         connect.meet = meet_and_die
     keras_allreduce.MultiWorkerAllReduceStrategy(
         timeout_seconds=timeout_seconds
@@ -683,8 +683,8 @@ def fit_without_coordination():
     import copy
     import importlib
 
+    import programs
     import tensorflow as tf
-    import worker_cases
 
     import keras_allreduce
 
@@ -697,7 +697,7 @@ def fit_without_coordination():
     losses = []
     for each in (strategy, copy.deepcopy(strategy)):
         with each.scope():
-            fitted = worker_cases.fit(worker_cases.dense(), epochs=2)
+            fitted = programs.fit(programs.dense(), epochs=2)
         losses.append(fitted["history"]["loss"])
         replicas = tf.constant(each.num_replicas_in_sync)
     return {"losses": losses, "replicas": int(replicas)}
@@ -705,15 +705,15 @@ def fit_without_coordination():
 
 def make_a_variable_after_a_failure():
     """Worker 1 is killed; the chief makes a variable."""
+    import programs
     import tensorflow as tf
-    import worker_cases
 
     import keras_allreduce
 
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
         timeout_seconds=DEADLINE_SECONDS
     )
-    if worker_cases.worker_index() == 1:
+    if programs.worker_index() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     found = []
     # The first is compared, the second sent to the others at once.
@@ -729,7 +729,7 @@ def make_a_variable_after_a_failure():
 
 def fit_with_a_sigterm_while_connecting(index):
     """Worker `index` gets it while TensorFlow still catches signals."""
-    import worker_cases
+    import programs
 
     from keras_allreduce.workers import connect
 
@@ -741,7 +741,7 @@ def fit_with_a_sigterm_while_connecting(index):
             yield
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if worker_cases.worker_index() == index:
+    if programs.worker_index() == index:
         connect._connecting = connecting
     fit_until_ended(DEADLINE_SECONDS)
 
@@ -774,8 +774,8 @@ def hear_sigterm():
 
 def checkpoint_on_sigterm():
     """Worker 1 is preempted; all save the same step and leave their loop."""
+    import programs
     import tensorflow as tf
-    import worker_cases
 
     import keras_allreduce
 
@@ -810,11 +810,11 @@ def checkpoint_on_sigterm():
         )
         with contextlib.suppress(LeftError):
             while True:
-                if worker_cases.worker_index() == 1 and steps.numpy() == 5:
+                if programs.worker_index() == 1 and steps.numpy() == 5:
                     os.kill(os.getpid(), signal.SIGTERM)
                 handler.run(step)
         saved = None
-        if worker_cases.worker_index() == 0:  # The others save elsewhere.
+        if programs.worker_index() == 0:  # The others save elsewhere.
             path = tf.train.latest_checkpoint(folder)
             name = "steps/.ATTRIBUTES/VARIABLE_VALUE"
             saved = int(tf.train.load_checkpoint(path).get_tensor(name))
@@ -825,7 +825,7 @@ def fit_with_processes():
     """Trains on a `PyDataset` with a pool of forked processes, and ends."""
     import keras
     import numpy as np
-    import worker_cases
+    import programs
 
     import keras_allreduce
 
@@ -835,13 +835,13 @@ def fit_with_processes():
 
         def __getitem__(self, index):
             rows = slice(4 * index, 4 * index + 4)
-            return worker_cases.X[rows], worker_cases.TARGET[rows]
+            return programs.X[rows], programs.Y[rows]
 
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
         timeout_seconds=DEADLINE_SECONDS
     )
     with strategy.scope():
-        model = worker_cases.dense()
+        model = programs.dense()
         model.compile("sgd", "mse")
     model.fit(Data(workers=2, use_multiprocessing=True), epochs=2, verbose=0)
     return bool(np.all(np.isfinite(model.get_weights()[0])))
@@ -849,11 +849,11 @@ def fit_with_processes():
 
 def start_without(absent, timeout_seconds):
     """Makes a strategy, but worker `absent` does not."""
-    import worker_cases
+    import programs
 
     import keras_allreduce
 
-    if worker_cases.worker_index() != absent:
+    if programs.worker_index() != absent:
         keras_allreduce.MultiWorkerAllReduceStrategy(
             timeout_seconds=timeout_seconds
         )
@@ -863,14 +863,14 @@ def start_with_a_port_in_use(index, timeout_seconds):
     """Makes a strategy where something listens on the port of a worker."""
     import socket
 
-    import worker_cases
+    import programs
 
     import keras_allreduce
 
     config = json.loads(os.environ["TF_CONFIG"])
     _, port = config["cluster"]["worker"][index].split(":")
     with socket.socket() as taken:
-        if worker_cases.worker_index() == index:
+        if programs.worker_index() == index:
             taken.bind(("127.0.0.1", int(port)))
             taken.listen()
         keras_allreduce.MultiWorkerAllReduceStrategy(
@@ -880,12 +880,12 @@ def start_with_a_port_in_use(index, timeout_seconds):
 
 def start_with_other_addresses():
     """Makes a strategy; TF_CONFIG of worker 1 lists one worker more."""
-    import worker_cases
+    import programs
 
     import keras_allreduce
 
     config = json.loads(os.environ["TF_CONFIG"])
-    if worker_cases.worker_index() == 1:
+    if programs.worker_index() == 1:
         config["cluster"]["worker"].append("127.0.0.1:1")
     os.environ["TF_CONFIG"] = json.dumps(config)
     keras_allreduce.MultiWorkerAllReduceStrategy(
@@ -897,16 +897,16 @@ def end_one_after_the_other(last):
     """Trains; then all but worker `last` end while it saves and predicts."""
     import socket
 
-    import worker_cases
+    import programs
 
     import keras_allreduce
 
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy()
     with strategy.scope():
-        model = worker_cases.dense()
+        model = programs.dense()
         model.compile("sgd", "mse")
-    model.fit(worker_cases.X, worker_cases.TARGET, verbose=0)
-    if worker_cases.worker_index() != last:
+    model.fit(programs.X, programs.Y, verbose=0)
+    if programs.worker_index() != last:
         return
     config = json.loads(os.environ["TF_CONFIG"])
     host, port = config["cluster"]["worker"][1 - last].split(":")
@@ -917,12 +917,12 @@ def end_one_after_the_other(last):
             time.sleep(0.05)
     with tempfile.TemporaryDirectory() as folder:
         model.save(os.path.join(folder, "model.keras"))
-    model(worker_cases.X)
+    model(programs.X)
 
 
 def sums_between_steps():
     """What the workers sum while a model trains, by what it is for."""
-    import worker_cases
+    import programs
 
     import keras_allreduce
     from keras_allreduce.workers.group import Workers
@@ -939,9 +939,9 @@ def sums_between_steps():
         timeout_seconds=DEADLINE_SECONDS
     )
     with strategy.scope():
-        model = worker_cases.dense()
+        model = programs.dense()
         model.compile("sgd", "mse", metrics=["mae", "mse"])
-    x, y = worker_cases.X[:20], worker_cases.TARGET[:20]
+    x, y = programs.X[:20], programs.Y[:20]
     model.fit(x, y, batch_size=8, epochs=1, verbose=0)
     first, purposes[:] = list(purposes), []
     model.fit(x, y, batch_size=8, epochs=2, verbose=0)
@@ -963,11 +963,11 @@ def drift_cases(names):
 def fit_and_stop_alone(index):
     """Worker `index` stops in the middle of an epoch, the other goes on."""
     import keras
-    import worker_cases
+    import programs
 
     class Stop(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            if batch == 1 and worker_cases.worker_index() == index:
+            if batch == 1 and programs.worker_index() == index:
                 self.model.stop_training = True
 
     _fit(DEADLINE_SECONDS, Stop(), batch_size=8, epochs=5)
@@ -976,19 +976,19 @@ def fit_and_stop_alone(index):
 def predict_alone(index, seconds=0):
     """Worker `index` predicts while, or so long after, the other ends."""
     import keras
-    import worker_cases
+    import programs
 
     import keras_allreduce
 
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy()
     with strategy.scope():
-        model = worker_cases.dense()
+        model = programs.dense()
         model.compile("sgd", "mse")
     keras.utils.set_random_seed(1)
-    model.fit(worker_cases.X, worker_cases.TARGET, verbose=0)
-    if worker_cases.worker_index() == index:
+    model.fit(programs.X, programs.Y, verbose=0)
+    if programs.worker_index() == index:
         time.sleep(seconds)
-        model.predict(worker_cases.X, verbose=0)
+        model.predict(programs.X, verbose=0)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,6 @@ from keras_allreduce.input import dataset as input_dataset
 from keras_allreduce.input import to_devices
 from keras_allreduce.input.release import RELEASER, Handles, Releaser
 
-pytestmark = pytest.mark.slow
-
 REPLICAS = [2, 3]
 
 
@@ -119,6 +117,7 @@ def read_by_tensorflow(name, replicas):
     return read(mirrored(replicas), distributed(DATA[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", REPLICAS)
 @pytest.mark.parametrize("name", DATA)
 def test_every_replica_reads_what_it_reads_from_tensorflow(name, replicas):
@@ -126,6 +125,7 @@ def test_every_replica_reads_what_it_reads_from_tensorflow(name, replicas):
     assert ours == read_by_tensorflow(name, replicas)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", REPLICAS)
 @pytest.mark.parametrize("policy", tf.data.experimental.AutoShardPolicy)
 def test_each_batch_is_split_by_itself_whatever_is_sharded(policy, replicas):
@@ -138,6 +138,7 @@ def test_each_batch_is_split_by_itself_whatever_is_sharded(policy, replicas):
     assert ours == read_by_tensorflow("uneven", replicas)
 
 
+@pytest.mark.slow
 def test_a_last_batch_from_files_is_split_too(tmp_path):
     (tmp_path / "lines").write_text("a\nb\nc\nd\ne\nf\n")
 
@@ -149,6 +150,7 @@ def test_a_last_batch_from_files_is_split_too(tmp_path):
     assert last == [[b"e"], [b"f"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", REPLICAS)
 def test_data_sets_of_a_function_are_read_as_from_tensorflow(replicas):
     def make(maker):
@@ -161,6 +163,7 @@ def test_data_sets_of_a_function_are_read_as_from_tensorflow(replicas):
     assert read(strategy(replicas), make) == read(mirrored(replicas), make)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 3])
 def test_buffer_sizes_of_the_user_hold(size):
     options = tf.distribute.InputOptions(
@@ -173,6 +176,7 @@ def test_buffer_sizes_of_the_user_hold(size):
     assert read(strategy(), make) == read(mirrored(2), make)
 
 
+@pytest.mark.slow
 def test_a_part_is_on_the_device_of_its_replica():
     both = strategy()
     batch = next(iter(both.experimental_distribute_dataset(numbers(8, 4))))
@@ -182,6 +186,7 @@ def test_a_part_is_on_the_device_of_its_replica():
     ] == [0, 1]
 
 
+@pytest.mark.slow
 def test_ragged_sparse_and_text_parts_pass():
     ragged = tf.ragged.constant([[1], [2, 3], [], [4]])
     data = tf.data.Dataset.from_tensor_slices(
@@ -192,6 +197,7 @@ def test_ragged_sparse_and_text_parts_pass():
         assert batch["text"].values[1].numpy().tolist() == [b"c", b"d"]
 
 
+@pytest.mark.slow
 def test_a_function_reads_an_iterator_to_its_end():
     both = strategy()
     iterator = iter(both.experimental_distribute_dataset(numbers(13, 12)))
@@ -207,6 +213,7 @@ def test_a_function_reads_an_iterator_to_its_end():
     assert int(total(iterator)) == sum(range(13))
 
 
+@pytest.mark.slow
 def test_a_function_in_a_function_reads_in_order():
     both = strategy()
 
@@ -226,6 +233,7 @@ def test_a_function_in_a_function_reads_in_order():
     assert [list(part) for part in second] == [[4, 5], [6, 7]]
 
 
+@pytest.mark.slow
 def test_many_reads_in_one_graph_are_no_mistake():
     five = strategy(5)
     iterator = iter(five.experimental_distribute_dataset(numbers(200, 20)))
@@ -239,6 +247,7 @@ def test_many_reads_in_one_graph_are_no_mistake():
     assert last(iterator).values[4].numpy().tolist() == [176, 177, 178, 179]
 
 
+@pytest.mark.slow
 def test_a_function_may_make_the_iterator():
     both = strategy()
     data = both.experimental_distribute_dataset(numbers(13, 12))
@@ -298,6 +307,7 @@ def traced(monkeypatch):
     return lambda: names.count("FuncGraph")
 
 
+@pytest.mark.slow
 def test_an_epoch_makes_one_iterator_and_traces_nothing(made, traced):
     model = small_model.make_model(strategy())
     data = batched_model_data()
@@ -313,6 +323,7 @@ def test_an_epoch_makes_one_iterator_and_traces_nothing(made, traced):
     assert np.diff([number for _, number in counts]).tolist() == [0] * 4
 
 
+@pytest.mark.slow
 def test_to_distribute_a_data_set_traces_nothing(traced):
     # Dense tensors in any structure, also of unknown length.
     data = numbers(41, 12).map(lambda x: {"x": x, "y": (x, x)})
@@ -322,6 +333,7 @@ def test_to_distribute_a_data_set_traces_nothing(traced):
     assert traced() == before
 
 
+@pytest.mark.slow
 def test_evaluate_of_a_built_model_makes_one_iterator(made):
     model = small_model.make_model(strategy())
     small_model.fit(model, verbose=0)
@@ -332,6 +344,7 @@ def test_evaluate_of_a_built_model_makes_one_iterator(made):
     assert made() == before + 2
 
 
+@pytest.mark.slow
 def test_an_iterator_that_nobody_reads_is_not_made(made):
     data = strategy().experimental_distribute_dataset(numbers(8, 4))
     iterator = iter(data)
@@ -340,6 +353,7 @@ def test_an_iterator_that_nobody_reads_is_not_made(made):
     assert made() == 1
 
 
+@pytest.mark.slow
 def test_seeds_are_drawn_in_the_order_of_the_calls():
     def orders(maker):
         keras.utils.set_random_seed(1)
@@ -378,6 +392,7 @@ def freed():
     assert RELEASER.wait(timeout_seconds=300)
 
 
+@pytest.mark.slow
 def test_the_threads_of_a_collected_iterator_end():
     data = strategy().experimental_distribute_dataset(
         numbers(4000, 4).map(lambda x: x + 1, tf.data.AUTOTUNE)
@@ -406,6 +421,7 @@ def owned(releaser, kind):
     return owner, handles
 
 
+@pytest.mark.slow
 def test_freeing_waits_in_other_threads_than_this():
     begun, end = threading.Event(), threading.Event()
     names = []
@@ -427,6 +443,7 @@ def test_freeing_waits_in_other_threads_than_this():
     assert names[0].startswith("keras_allreduce_release")
 
 
+@pytest.mark.slow
 def test_one_slow_iterator_does_not_keep_the_others():
     end = threading.Event()
     done = threading.Event()
@@ -447,6 +464,7 @@ def test_one_slow_iterator_does_not_keep_the_others():
     end.set()
 
 
+@pytest.mark.slow
 def test_the_end_of_the_process_does_not_wait_for_long():
     end = threading.Event()
 
@@ -485,6 +503,7 @@ def test_a_forked_child_frees_what_it_makes():
     del owner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "epochs", [50, pytest.param(200, marks=pytest.mark.nightly)]
 )
@@ -503,6 +522,7 @@ def test_many_epochs_leave_nothing_behind(epochs):
     assert after[2] <= before[2] + 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stop_training", "an error"])
 def test_an_iterator_is_freed_however_fit_ends(how):
     model = small_model.make_model(strategy())
@@ -522,6 +542,7 @@ def test_an_iterator_is_freed_however_fit_ends(how):
 # Several devices that are no host devices ------------------------------------
 
 
+@pytest.mark.slow
 def test_the_functions_of_devices_are_traced_once(traced):
     """Host devices stand in for GPUs: the functions are the same."""
     to_devices._functions.clear()
@@ -563,6 +584,7 @@ def as_on_gpus(monkeypatch):
     to_devices._functions.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DATA)
 def test_prefetched_parts_are_those_of_tensorflow(name, as_on_gpus):
     ours = read(strategy(), distributed(DATA[name]))
@@ -570,6 +592,7 @@ def test_prefetched_parts_are_those_of_tensorflow(name, as_on_gpus):
     assert ours == read_by_tensorflow(name, 2)
 
 
+@pytest.mark.slow
 def test_fit_with_prefetched_parts_traces_once(as_on_gpus, traced):
     model = small_model.make_model(strategy())
     data = batched_model_data()
@@ -585,6 +608,7 @@ def test_fit_with_prefetched_parts_traces_once(as_on_gpus, traced):
     assert len(history.history["loss"]) == 4
 
 
+@pytest.mark.slow
 def test_functions_with_an_unknown_argument_are_refused():
     functions = multi_device.DeviceFunctions(
         _full(DEVICES[:2]), _full(DEVICES[:1])[0], numbers(8, 2)
@@ -613,6 +637,7 @@ def test_each_batch_becomes_one_part_for_every_replica(data):
     assert rows == [1, 1, 1, 0, 1, 1, 1, 0, 1, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_step_reads_its_parts_without_a_condition():
     both = strategy()
     iterator = iter(both.experimental_distribute_dataset(numbers(7, 3)))
@@ -633,6 +658,7 @@ def test_a_step_reads_its_parts_without_a_condition():
 # Other versions of TensorFlow ------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_not_known_stays_tensorflows_with_one_warning(monkeypatch):
     def fails(*args):
         raise AttributeError("'_datasets' is gone")
@@ -652,6 +678,7 @@ def test_what_is_not_known_stays_tensorflows_with_one_warning(monkeypatch):
     assert len(list(data)) == 2
 
 
+@pytest.mark.slow
 def test_what_cannot_be_split_is_left_to_tensorflow(monkeypatch):
     def fails(*args):
         raise AttributeError("'_input_workers' is gone")

@@ -14,8 +14,6 @@ from process_lock import is_none_left, wait_until_none_is_left
 
 from keras_allreduce.launch.job import free_ports
 
-pytestmark = pytest.mark.slow
-
 PACKAGE = Path(__file__).parents[2] / "keras_allreduce"
 
 # The package without its `__init__`, which takes seconds to import
@@ -117,6 +115,7 @@ def read_until(process, *expected):
     raise AssertionError(f"Never written: {missing}\n{process.stderr.read()}")
 
 
+@pytest.mark.slow
 def test_every_worker_knows_the_cluster_and_its_place(write_script, tmp_path):
     script = write_script("""
 (FOLDER / f"config{INDEX}").write_text(os.environ["TF_CONFIG"])
@@ -142,18 +141,21 @@ def test_every_worker_knows_the_cluster_and_its_place(write_script, tmp_path):
     assert (tmp_path / "devices1").read_text() == "3"
 
 
+@pytest.mark.slow
 def test_with_hosts_one_worker_starts_with_the_list_as_it_is(write_script):
     script = write_script("print(json.dumps(CONFIG['cluster']), INDEX)")
     done = run("--hosts", "a:12345,b:12345", "--host-index", "1", script)
     assert done.stdout == ('[worker 1] {"worker": ["a:12345", "b:12345"]} 1\n')
 
 
+@pytest.mark.slow
 def test_free_ports_differ_and_are_new():
     ports = free_ports(5)
     more = free_ports(5, avoid=ports)
     assert len({*ports, *more}) == 10
 
 
+@pytest.mark.slow
 def test_output_and_errors_stay_apart_and_name_their_worker(write_script):
     script = write_script("""
 print("out", INDEX)
@@ -170,12 +172,14 @@ print("err", INDEX, file=sys.stderr)
     ]
 
 
+@pytest.mark.slow
 def test_a_line_arrives_before_the_worker_ends(write_script):
     script = write_script("forever()")
     with running("--workers", "1", script) as launcher:
         read_until(launcher, "[worker 0] ready")
 
 
+@pytest.mark.slow
 def test_the_bar_comes_once_from_the_chief(write_script):
     script = write_script(r"""
 sys.stdout.reconfigure(encoding="utf-8")
@@ -199,6 +203,7 @@ print("trained", INDEX)
     ]
 
 
+@pytest.mark.slow
 def test_each_worker_has_a_file_with_all_it_writes(write_script, tmp_path):
     script = write_script(
         """
@@ -223,6 +228,7 @@ print("err of", INDEX, file=sys.stderr)
         )
 
 
+@pytest.mark.slow
 def test_a_failure_ends_all_and_is_told_last(write_script, tmp_path):
     script = write_script("""
 if INDEX == 1:
@@ -245,6 +251,7 @@ forever()
     assert is_none_left(tmp_path / "alive")
 
 
+@pytest.mark.slow
 def test_only_the_last_lines_are_told_again(write_script):
     script = write_script("""
 for line in range(100):
@@ -275,6 +282,7 @@ forever()
     assert is_none_left(tmp_path / "alive")
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_is_killed(write_script, tmp_path):
     script = write_script("""
 if INDEX == 1:
@@ -288,6 +296,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
     assert is_none_left(tmp_path / "alive")
 
 
+@pytest.mark.slow
 def test_a_death_by_signal_is_told_by_its_name(write_script):
     script = write_script("os.kill(os.getpid(), signal.SIGKILL)")
     done = run("--workers", "1", script)
@@ -295,6 +304,7 @@ def test_a_death_by_signal_is_told_by_its_name(write_script):
     assert "worker 0 was ended by SIGKILL" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_a_worker_started_ends_with_it(write_script, tmp_path):
     script = write_script("start_a_child()")
     done = run("--workers", "2", script)
@@ -302,6 +312,7 @@ def test_what_a_worker_started_ends_with_it(write_script, tmp_path):
     wait_until_none_is_left(tmp_path / "alive")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_reaches_every_worker(name, write_script, tmp_path):
     script = write_script("""
@@ -326,6 +337,7 @@ forever()
         assert is_none_left(tmp_path / "alive")
 
 
+@pytest.mark.slow
 def test_workers_that_end_well_on_a_signal_are_no_failure(write_script):
     script = write_script("""
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -338,6 +350,7 @@ forever()
         assert (launcher.returncode, err) == (0, "")
 
 
+@pytest.mark.slow
 def test_who_ignores_a_signal_is_killed(write_script, tmp_path):
     script = write_script("""
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -361,6 +374,7 @@ if len(tries.read_text().splitlines()) <= int(sys.argv[1]) and INDEX == 1:
 """
 
 
+@pytest.mark.slow
 def test_a_job_starts_again_with_new_ports(write_script, tmp_path):
     script = write_script(FAILS_FIRST)
     done = run("--workers", "2", "--restarts", "2", script, "1")
@@ -377,6 +391,7 @@ def test_a_job_starts_again_with_new_ports(write_script, tmp_path):
     assert len({*first, *second}) == 4
 
 
+@pytest.mark.slow
 def test_after_the_last_restart_the_failure_stays(write_script, tmp_path):
     script = write_script(FAILS_FIRST)
     done = run("--workers", "2", "--restarts", "1", script, "9")
@@ -410,6 +425,7 @@ forever()
     assert (tmp_path / "tries0").read_text() == "a try\n"
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_killed_leaves_nothing(write_script, tmp_path):
     script = write_script("""
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -427,6 +443,7 @@ forever()
         wait_until_none_is_left(tmp_path / "alive")
 
 
+@pytest.mark.slow
 def test_output_that_no_one_reads_does_not_end_the_job(write_script, tmp_path):
     script = write_script("""
 print("ready")
@@ -444,12 +461,14 @@ for _ in range(10_000):
     assert (tmp_path / "done").exists()
 
 
+@pytest.mark.slow
 def test_bad_arguments_start_nothing(tmp_path):
     done = run("--workers", "0", str(tmp_path / "train.py"))
     assert done.returncode == 2
     assert "--workers must be at least 1. Received: 0" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_module_is_a_command():
     done = subprocess.run(
         [sys.executable, "-m", "keras_allreduce.launch", "--help"],

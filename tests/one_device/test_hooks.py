@@ -12,8 +12,6 @@ from programs import Custom, X, Y
 import keras_allreduce
 from keras_allreduce.one_device import hooks
 
-pytestmark = pytest.mark.slow
-
 
 class OwnApply(keras.optimizers.SGD):
     """An optimizer that overrides `apply`."""
@@ -91,6 +89,7 @@ def test_all_methods_are_as_before_after_a_call_of_keras(name):
     assert not {"train_step", "_symbolic_build"} & added
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fit", "evaluate", "predict"])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "traced"])
 @pytest.mark.parametrize("in_graph", [True, False], ids=["op", "python"])
@@ -144,6 +143,7 @@ def test_a_merge_call_is_no_part_of_a_replica():
     assert notes.seen == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_strategies", [1, 4])
 def test_each_thread_asks_its_own_step(num_strategies):
     before = methods()

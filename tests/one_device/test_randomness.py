@@ -8,8 +8,6 @@ from five_devices import DEVICES
 
 import keras_allreduce
 
-pytestmark = pytest.mark.slow
-
 ONES = np.ones([3, 64], "float32")
 
 
@@ -72,6 +70,7 @@ def test_replicas_draw_different_masks(layer):
     assert len({row.tobytes() for row in rows}) == 3
 
 
+@pytest.mark.slow
 def test_the_seed_of_keras_reproduces_all_masks():
     def dropout():
         return keras.layers.Dropout(0.5)
@@ -82,11 +81,13 @@ def test_the_seed_of_keras_reproduces_all_masks():
     assert (first != other).any()
 
 
+@pytest.mark.slow
 def test_steps_draw_different_masks():
     model, strategy = make(lambda: keras.layers.Dropout(0.5))
     assert (masks(model, strategy) != masks(model, strategy)).any()
 
 
+@pytest.mark.slow
 def test_replica_0_draws_what_one_device_draws():
     model, strategy = make(lambda: keras.layers.Dropout(0.5))
     row = masks(model, strategy)[0]
@@ -97,6 +98,7 @@ def test_replica_0_draws_what_one_device_draws():
     np.testing.assert_array_equal(row, expected.numpy()[0])
 
 
+@pytest.mark.slow
 def test_the_state_is_all_in_the_variables_of_the_model():
     # Keras keeps it there, and leaves it out of saved files on one device
     # too. Whoever copies the variables has all replicas' masks.

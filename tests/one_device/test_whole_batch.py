@@ -1,62 +1,21 @@
 """Losses of `compile` that are computed on the batch of all replicas.
 
-The cases of `batch_losses.py`, on three replicas of which some are empty at
-the end, must give the weights and History of one device, without a warning.
+The programs of `programs/batch_losses.py` train with them.
 """
 
-import contextlib
 import types
-import warnings
 
-import batch_losses
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from batch_losses import CASES
 from five_devices import DEVICES
+from programs import batch_losses, on_one_device, run
 
 from keras_allreduce import AllReduceStrategy
 from keras_allreduce.compat import keras_losses
 from keras_allreduce.one_device import whole_batch
 from keras_allreduce.one_device.loss import LossOfTheReplica
-
-
-def run(train, replicas, **options):
-    """What a case returns, and its warnings."""
-    keras.utils.clear_session(free_memory=False)
-    keras.utils.set_random_seed(3)
-    scope = contextlib.nullcontext()
-    if replicas > 1:
-        scope = AllReduceStrategy(DEVICES[:replicas], **options).scope()
-    with warnings.catch_warnings(record=True) as caught, scope:
-        warnings.simplefilter("always")
-        found = train()
-    return found, [
-        str(each.message)
-        for each in caught
-        if issubclass(each.category, UserWarning)
-    ]
-
-
-def agree(found, wanted):
-    for (path, got), (_, want) in zip(
-        keras.tree.flatten_with_path(found),
-        keras.tree.flatten_with_path(wanted),
-        strict=True,
-    ):
-        np.testing.assert_allclose(
-            got, want, rtol=1e-5, atol=2e-6, err_msg=str(path)
-        )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_a_loss_is_that_of_one_device(name):
-    wanted, on_one = run(CASES[name], 1)
-    found, warned = run(CASES[name], 3)
-    agree(found, wanted)
-    assert warned == on_one
 
 
 class OwnValues(keras.losses.MeanSquaredError):
@@ -155,10 +114,13 @@ def test_a_step_is_measured_with_a_mean_in_the_place_of_the_loss():
 
 @pytest.mark.slow
 def test_the_user_can_say_that_a_loss_compares_nothing():
-    wanted, _ = run(CASES["negatives_as_a_vector"], 1)
-    found, warned = run(CASES["negatives_as_a_vector"], 2, weigh_samples=True)
+    name = "negatives_as_a_vector"
+    wanted, _ = on_one_device(name)
+    strategy = AllReduceStrategy(DEVICES[:2], weigh_samples=True)
+    found, warned = run(name, strategy)
     assert not warned
-    assert np.abs(found["weights"][0] - wanted["weights"][0]).max() > 1e-3
+    (kernel, _), (expected, _) = found["weights"], wanted["weights"]
+    assert np.abs(np.subtract(kernel, expected)).max() > 1e-3
 
 
 def test_the_plan_and_its_explanation_name_the_losses(capsys):

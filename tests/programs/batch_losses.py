@@ -1,13 +1,16 @@
 """Losses of `compile` that are computed on the batch of all replicas.
 
-Not a test. Each case trains on batches of 13 samples and a last one of 1, and
-returns a dict of what has to be as on one device.
+Each trains on batches of 13 samples and a last one of 1.
 """
+
+import functools
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
+
+from programs.table import program
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(27, 6)).astype("float32")
@@ -18,12 +21,7 @@ for row, length in enumerate(RNG.integers(1, 7, 27)):
     TOKENS[row, length:] = 0
 WEIGHTS = RNG.uniform(0.2, 2, 27).astype("float32")
 
-CASES = {}
-
-
-def case(function):
-    CASES[function.__name__] = function
-    return function
+case = functools.partial(program, tolerance=1e-5, may_be_nan=True)
 
 
 def dense(activation=None):
@@ -56,22 +54,22 @@ def in_batch_negatives(y_true, y_pred):
     )
 
 
-@case
+@case(on="workers")
 def a_root_mean_square():
     return fit(dense(), root_mean_square)
 
 
-@case
+@case()
 def a_sum():
     return fit(dense(), lambda y, p: ops.sum(ops.square(y - p)), rate=0.01)
 
 
-@case
+@case(on="workers")
 def negatives_as_a_vector():
     return fit(dense(), in_batch_negatives)
 
 
-@case
+@case()
 def a_loss_that_is_not_reduced():
     class Negatives(keras.losses.Loss):
         def call(self, y_true, y_pred):
@@ -80,18 +78,18 @@ def a_loss_that_is_not_reduced():
     return fit(dense(), Negatives(reduction=None), rate=0.005)
 
 
-@case
+@case()
 def dice():
     return fit(dense("sigmoid"), "dice", y=POSITIVE)
 
 
-@case
+@case()
 def tversky_over_the_samples():
     loss = keras.losses.Tversky(axis=(0,))
     return fit(dense("sigmoid"), loss, y=POSITIVE)
 
 
-@case
+@case()
 def circle():
     class Normalized(keras.layers.Layer):
         def call(self, x):
@@ -104,12 +102,12 @@ def circle():
     return fit(model, keras.losses.Circle(gamma=1), y=y, rate=0.01)
 
 
-@case
+@case()
 def cosine_similarity_along_the_samples():
     return fit(dense(), keras.losses.CosineSimilarity(axis=0))
 
 
-@case
+@case()
 def outputs_without_a_second_dimension():
     model = keras.Sequential(
         [keras.Input([6]), keras.layers.Dense(1), keras.layers.Reshape([])]
@@ -143,12 +141,12 @@ def fit_tokens(loss, model=None, **arguments):
     return fit(model or language_model(), loss, x, y, 1.0, **arguments)
 
 
-@case
+@case()
 def a_mean_of_tokens():
     return fit_tokens(mean_of_tokens)
 
 
-@case
+@case()
 def a_class_that_takes_the_mean_of_tokens():
     class MeanOfTokens(keras.losses.Loss):
         def call(self, y_true, y_pred):
@@ -157,7 +155,7 @@ def a_class_that_takes_the_mean_of_tokens():
     return fit_tokens(MeanOfTokens(reduction=None))
 
 
-@case
+@case()
 def a_class_with_its_own_call():
     class MeanOfTokens(keras.losses.Loss):
         def __call__(self, y_true, y_pred, sample_weight=None):
@@ -167,7 +165,7 @@ def a_class_with_its_own_call():
     return fit_tokens(MeanOfTokens(), sample_weight=WEIGHTS)
 
 
-@case
+@case()
 def a_loss_that_attaches_a_mask_to_its_values():
     class Attaches(keras.losses.Loss):
         def call(self, y_true, y_pred):
@@ -180,7 +178,7 @@ def a_loss_that_attaches_a_mask_to_its_values():
     return fit_tokens(Attaches(), language_model(mask_zero=True))
 
 
-@case
+@case(on="workers")
 def a_custom_loss_of_masked_outputs():
     def values(y_true, y_pred):
         return keras.losses.sparse_categorical_crossentropy(
@@ -190,7 +188,7 @@ def a_custom_loss_of_masked_outputs():
     return fit_tokens(values, language_model(mask_zero=True))
 
 
-@case
+@case()
 def weights_in_the_denominator():
     class Values(keras.losses.Loss):
         def call(self, y_true, y_pred):
@@ -203,7 +201,7 @@ def weights_in_the_denominator():
 # Models, steps and data ------------------------------------------------------
 
 
-@case
+@case(on="workers")
 def a_loss_for_each_output():
     inputs = keras.Input([6])
     outputs = {name: keras.layers.Dense(3, name=name)(inputs) for name in "abc"}
@@ -214,7 +212,7 @@ def a_loss_for_each_output():
     return fit(model, losses, y=y, loss_weights=weights)
 
 
-@case
+@case()
 def a_regularizer_and_an_added_loss_beside_it():
     class Adds(keras.layers.Layer):
         def call(self, x):
@@ -226,7 +224,7 @@ def a_regularizer_and_an_added_loss_beside_it():
     return fit(model, root_mean_square)
 
 
-@case
+@case()
 def an_added_loss_beside_a_loss_of_masked_values():
     class Adds(keras.layers.Layer):
         supports_masking = True
@@ -240,7 +238,7 @@ def an_added_loss_beside_a_loss_of_masked_values():
     return fit_tokens(loss, model)
 
 
-@case
+@case(on="workers")
 def a_class_that_is_ignored():
     loss = keras.losses.SparseCategoricalCrossentropy(
         from_logits=True, ignore_class=0
@@ -248,7 +246,7 @@ def a_class_that_is_ignored():
     return fit_tokens(loss)
 
 
-@case
+@case()
 def a_class_that_is_ignored_in_masked_outputs():
     loss = keras.losses.SparseCategoricalCrossentropy(
         from_logits=True, ignore_class=3
@@ -256,7 +254,7 @@ def a_class_that_is_ignored_in_masked_outputs():
     return fit_tokens(loss, language_model(mask_zero=True))
 
 
-@case
+@case()
 def a_loss_that_uses_a_weight_of_the_model():
     model = dense()
 
@@ -277,19 +275,19 @@ class CustomStep(keras.Sequential):
         return {"loss": loss}
 
 
-@case
+@case()
 def a_custom_step_that_asks_for_the_loss():
     layer = keras.layers.Dense(3, "softmax")
     return fit(CustomStep([keras.Input([6]), layer]), root_mean_square)
 
 
-@case
+@case()
 def a_custom_step_that_asks_for_a_sum():
     model = CustomStep([keras.Input([6]), keras.layers.Dense(3)])
     return fit(model, lambda y, p: ops.sum(ops.square(y - p)), rate=0.01)
 
 
-@case
+@case()
 def a_custom_loss_around_that_of_compile():
     class Model(keras.Sequential):
         def compute_loss(self, x=None, y=None, y_pred=None, *args, **kwargs):
@@ -300,14 +298,14 @@ def a_custom_loss_around_that_of_compile():
     return fit(model, root_mean_square)
 
 
-@case
+@case()
 def a_synchronized_layer():
     model = dense()
     model.add(keras.layers.BatchNormalization(synchronized=True))
     return fit(model, root_mean_square)
 
 
-@case
+@case()
 def a_loss_in_float64():
     class Negatives(keras.losses.Loss):
         def call(self, y_true, y_pred):
@@ -316,7 +314,7 @@ def a_loss_in_float64():
     return fit(dense(), Negatives(dtype="float64"))
 
 
-@case
+@case()
 def a_scaled_loss():
     optimizer = keras.optimizers.LossScaleOptimizer(
         keras.optimizers.SGD(0.05), initial_scale=8.0
@@ -324,8 +322,8 @@ def a_scaled_loss():
     return fit(dense(), root_mean_square, optimizer=optimizer)
 
 
-@case
-def train_on_batch():
+@case()
+def methods_of_one_batch():
     model = dense()
     model.compile(keras.optimizers.SGD(0.05), root_mean_square)
     losses = [
@@ -335,7 +333,7 @@ def train_on_batch():
     return {"weights": model.get_weights(), "losses": losses}
 
 
-@case
+@case()
 def an_accumulated_gradient_that_is_clipped():
     optimizer = keras.optimizers.SGD(
         0.05, global_clipnorm=0.1, gradient_accumulation_steps=3
@@ -343,22 +341,22 @@ def an_accumulated_gradient_that_is_clipped():
     return fit(dense(), in_batch_negatives, optimizer=optimizer)
 
 
-@case
+@case(on="workers")
 def several_steps_per_execution():
     return fit(dense(), root_mean_square, steps_per_execution=2)
 
 
-@case
+@case(on="workers")
 def an_eager_step():
     return fit(dense(), root_mean_square, run_eagerly=True)
 
 
-@case
+@case()
 def validation_data():
     return fit(dense(), root_mean_square, validation_data=(X[:14], Y[:14]))
 
 
-@case
+@case()
 def class_weights():
     y = np.arange(27) % 3
 
@@ -370,13 +368,13 @@ def class_weights():
     return fit(dense(), loss, y=y, class_weight={0: 1.0, 1: 2.0, 2: 0.5})
 
 
-@case
+@case()
 def one_sample_at_a_time():
     data = tf.data.Dataset.from_tensor_slices((X[:4], Y[:4])).batch(1)
     return fit(dense(), root_mean_square, data)
 
 
-@case
+@case(on="workers")
 def ragged_targets():
     y = tf.RaggedTensor.from_tensor(Y, 1 + np.arange(27) % 3)
     data = tf.data.Dataset.from_tensor_slices((X, y)).batch(13)
@@ -388,7 +386,7 @@ def ragged_targets():
     return fit(dense(), loss, data)
 
 
-@case
+@case()
 def targets_padded_to_the_longest_of_a_part():
     class Padded(keras.layers.Layer):
         def call(self, x):
@@ -411,18 +409,3 @@ def targets_padded_to_the_longest_of_a_part():
         return ops.sqrt(ops.mean(ops.square(error)))
 
     return fit(Model(), loss)
-
-
-ON_WORKERS = {
-    name: CASES[name]
-    for name in (
-        "a_root_mean_square",
-        "negatives_as_a_vector",
-        "a_class_that_is_ignored",
-        "a_custom_loss_of_masked_outputs",
-        "a_loss_for_each_output",
-        "an_eager_step",
-        "ragged_targets",
-        "several_steps_per_execution",
-    )
-}

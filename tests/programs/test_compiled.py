@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from clusters import trained
 from five_devices import DEVICES
-from programs import COMPARING, PROGRAMS
 
 from keras_allreduce import AllReduceStrategy
 from keras_allreduce.compat import keras_jit
+from programs import PROGRAMS, on_one_device, run
 
 pytestmark = pytest.mark.slow
 
@@ -18,14 +18,14 @@ TOLERANCE = 1e-5
 # Sums between the replicas, masks, added losses, clipping, accumulation, scaled
 # losses, state, several optimizers, no optimizer, functions in a step.
 FAST = [
-    "activity_regularizer",
+    "added_losses_of_every_kind",
     "adversaries",
     "clips_gradients_itself",
     "custom_compute_loss",
     "gradient_by_hand",
     "layer_that_xla_compiles",
     "masked_loss_with_weights",
-    "metric_that_is_a_maximum",
+    "metrics_whose_state_is_no_sum",
     "optimizer_that_accumulates",
     "optimizer_that_clips",
     "optimizer_that_is_a_module",
@@ -63,19 +63,19 @@ def agree(found, wanted):
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in FAST else pytest.param(name, marks=pytest.mark.nightly)
-        for name in PROGRAMS
+        pytest.param(
+            name,
+            marks=pytest.mark.slow if name in FAST else pytest.mark.nightly,
+        )
+        for name, each in PROGRAMS.items()
+        if name in FAST or each.train.__module__ == "programs.custom_steps"
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*of whose ops XLA compiles")
 def test_a_compiled_program_trains_as_on_one_device(name, all_compiled):
-    with AllReduceStrategy(DEVICES[:3], fit_log=False).scope():
-        keras.utils.set_random_seed(3)
-        found = PROGRAMS[name]()
+    found, _ = run(name, AllReduceStrategy(DEVICES[:3], fit_log=False))
     all_compiled.undo()
-    keras.utils.clear_session(free_memory=False)
-    keras.utils.set_random_seed(3)
-    agree(found, PROGRAMS[name]())
+    agree(found, on_one_device(name)[0])
 
 
 @pytest.mark.parametrize("jit_compile", ["auto", False, True])
@@ -93,4 +93,4 @@ def test_eagerly_nothing_is_compiled():
 
 
 def test_names_of_programs_are_known():
-    assert set(FAST) <= set(PROGRAMS) | set(COMPARING)
+    assert set(FAST) <= set(PROGRAMS)

@@ -8,12 +8,10 @@ import pytest
 import tensorflow as tf
 import warm_python
 from five_devices import DEVICES
-from programs import Custom, Keeps, X, Y, dense, fit
 
 import keras_allreduce
 from keras_allreduce.compat import keras_threads
-
-pytestmark = pytest.mark.slow
+from programs import Custom, Keeps, X, Y, dense, fit
 
 
 def on(replicas):
@@ -21,6 +19,7 @@ def on(replicas):
     return keras_allreduce.AllReduceStrategy(DEVICES[:replicas])
 
 
+@pytest.mark.slow
 def test_all_replicas_have_the_same_moving_statistics():
     with on(3).scope():
         layer = keras.layers.BatchNormalization(momentum=0.5)
@@ -32,6 +31,7 @@ def test_all_replicas_have_the_same_moving_statistics():
             np.testing.assert_array_equal(other, first)
 
 
+@pytest.mark.slow
 def test_moving_means_are_those_of_one_device():
     def train():
         layer = keras.layers.BatchNormalization(momentum=0.5)
@@ -43,6 +43,7 @@ def test_moving_means_are_those_of_one_device():
     np.testing.assert_allclose(found, train(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_counter_of_a_step_stays_exact():
     with on(3).scope():
         model = Keeps()
@@ -93,6 +94,7 @@ def test_the_largest_value_that_float8_knows_is_that_of_the_batch():
     np.testing.assert_array_equal(found, largest_inputs())
 
 
+@pytest.mark.slow
 def test_float8_without_a_bias_in_even_parts_trains_as_on_one_device():
     # Keras rounds the gradient of a bias to bfloat16, and all gradients in a
     # layer to float8: alike if those of a part are a power of 2 as large.
@@ -127,6 +129,7 @@ class ShowsNoise(keras.Model):
         return {"noise": keras.random.normal([4])}
 
 
+@pytest.mark.slow
 def test_replicas_draw_different_numbers_without_a_seed():
     strategy = on(3)
     with strategy.scope():
@@ -142,6 +145,7 @@ def test_replicas_draw_different_numbers_without_a_seed():
     assert len(set(drawn)) == 6
 
 
+@pytest.mark.slow
 def test_a_layer_may_draw_without_a_seed():
     def losses():
         with on(2).scope():
@@ -150,6 +154,7 @@ def test_a_layer_may_draw_without_a_seed():
     assert losses() == losses()
 
 
+@pytest.mark.slow
 def test_drawing_without_a_seed_does_not_shift_the_seeds_of_models():
     def weights():
         fit(dense())
@@ -161,6 +166,7 @@ def test_drawing_without_a_seed_does_not_shift_the_seeds_of_models():
     np.testing.assert_array_equal(found, weights())
 
 
+@pytest.mark.slow
 def test_settings_of_keras_reach_the_threads_of_replicas():
     seen = []
 
@@ -187,6 +193,7 @@ def test_settings_of_keras_reach_the_threads_of_replicas():
     assert set(seen) == {(False, "float64", False)}
 
 
+@pytest.mark.slow
 def test_the_stacks_of_a_thread_stay_its_own():
     with keras.name_scope("outer"):
         assert not any("scope" in name for name in keras_threads.settings())
@@ -207,6 +214,7 @@ print(strategy.all_reduce_stats())
 """
 
 
+@pytest.mark.slow
 def test_a_deterministic_fit_shows_its_plan_and_takes_no_time():
     done = warm_python.run(["-c", DETERMINISTIC])
     assert done.returncode == 0, done.stderr
@@ -229,6 +237,7 @@ class Median(keras.metrics.Metric):
         return self.value * 1.0
 
 
+@pytest.mark.slow
 def test_a_metric_whose_state_does_not_add_up_is_warned_about():
     with (
         on(2).scope(),
@@ -237,6 +246,7 @@ def test_a_metric_whose_state_does_not_add_up_is_warned_about():
         fit(dense(), metrics=[Median()])
 
 
+@pytest.mark.slow
 def test_gradients_that_the_tape_gave_are_not_summed_again():
     class SumsAgain(Custom):
         def train_step(self, data):

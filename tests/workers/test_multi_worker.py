@@ -1,33 +1,20 @@
 """W workers train as one device does, and end in an error if one is lost.
 
-The workers are processes of their own on loopback (`workers.py`). All cases of
-`worker_cases.py` run in one pair of them, since TensorFlow takes its time to
-start; `-k` runs there only the cases that it selects.
+The workers are processes of their own on loopback (`workers.py`). All programs
+of the table that are marked for workers run in one pair of them, since
+TensorFlow takes its time to start; `-k` runs there only those that it
+selects.
 """
 
 import json
 
 import numpy as np
+import programs
 import pytest
-import worker_cases
 import workers
 from deadlines import seconds_for
 
 pytestmark = pytest.mark.slow
-
-ON_TWO_DEVICES_EACH = [
-    "last_batch_of_one_sample",
-    "eagerly",
-    "uneven_last_batch",
-    "embedding",
-    "synchronized_batch_normalization",
-    "predict",
-    "compiled_by_xla",
-]
-
-
-# With a test of their own below.
-DIFFER_FROM_ONE_DEVICE = ["batch_normalization", "dropout"]
 
 
 def of_cases(run, function, request):
@@ -47,30 +34,25 @@ def on_workers_of_two_devices(request):
     return of_cases(workers.results, "cases_on_two_devices_each", request)
 
 
+def found_by_all(name, results):
+    """What a program has come to on every worker."""
+    found = [result[name] for result in results]
+    for each in found:
+        assert "error" not in each, each["error"]
+    return found
+
+
 def agree(name, results):
     """Asserts that the workers agree, to the bit, and with one device."""
-    first, *others = [result[name] for result in results]
-    assert "error" not in first, first["error"]
-    for other in others:
-        assert other == first
-    expected = worker_cases.on_one_device(name)
-    for path, value, wanted in worker_cases.pairs(first, expected):
-        assert np.isfinite(value)
-        rtol = 0 if "weights" in path else 1e-5
-        np.testing.assert_allclose(
-            value, wanted, rtol=rtol, atol=1e-6, err_msg=str(path)
-        )
+    programs.agree_on_workers(name, found_by_all(name, results))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name in worker_cases.CASES if name not in DIFFER_FROM_ONE_DEVICE],
-)
+@pytest.mark.parametrize("name", programs.programs_on("workers"))
 def test_workers_train_as_one_device_does(name, on_workers):
     agree(name, on_workers)
 
 
-@pytest.mark.parametrize("name", ON_TWO_DEVICES_EACH)
+@pytest.mark.parametrize("name", programs.programs_on("devices"))
 def test_workers_of_two_devices_train_as_one_does(
     name, on_workers_of_two_devices
 ):
@@ -119,10 +101,9 @@ def on_a_narrow_wire(request):
 
 @pytest.mark.parametrize("name", ON_A_NARROW_WIRE)
 def test_a_narrow_wire_trains_nearly_as_one_device(name, on_a_narrow_wire):
-    first, *others = [result[name] for result in on_a_narrow_wire]
-    assert "error" not in first, first["error"]
-    assert all(other == first for other in others)
-    expected = worker_cases.on_one_device(name)
+    first, other = found_by_all(name, on_a_narrow_wire)
+    assert other == first
+    expected, _ = programs.on_one_device(name)
     for got, wanted in zip(first["weights"], expected["weights"], strict=True):
         np.testing.assert_allclose(got, wanted, atol=5e-3)
     # Something did cross in fewer bits.
@@ -131,10 +112,9 @@ def test_a_narrow_wire_trains_nearly_as_one_device(name, on_a_narrow_wire):
 
 def agree_on_statistics(name, results):
     """Batches of 32 and 1: each worker counts as many times as its samples."""
-    first, other = [result[name] for result in results]
-    assert "error" not in first, first["error"]
+    first, other = found_by_all(name, results)
     assert other == first
-    expected = worker_cases.on_one_device(name)
+    expected, _ = programs.on_one_device(name)
     np.testing.assert_allclose(
         first["moving_mean"], expected["moving_mean"], rtol=1e-5
     )

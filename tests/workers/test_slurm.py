@@ -62,12 +62,12 @@ TRAIN = """
 import json
 import sys
 
-import worker_cases
+import programs
 
 import keras_allreduce
 
 strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds={limit})
-result = worker_cases.run("even_batches", strategy)
+result = programs.run("even_batches", strategy)[0]
 name = f"result{{strategy.cluster_resolver.task_id}}"
 with open(name, "w") as file:
     json.dump(result, file)

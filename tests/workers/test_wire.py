@@ -9,7 +9,6 @@ scaled_float16        1/2048, a format that the tests add
 import numpy as np
 import pytest
 import toy_wire_format
-import worker_cases
 import workers
 
 pytestmark = pytest.mark.slow
@@ -30,7 +29,7 @@ def of_all(request):
 
 def parts_and_results(run, count):
     """What `count` workers send, and what `run` makes each of them return."""
-    parts = [worker_cases.wire_parts(worker) for worker in range(count)]
+    parts = [toy_wire_format.parts(worker) for worker in range(count)]
     parts = {name: [part[name] for part in parts] for name in parts[0]}
     parts["of any shape"] = parts["large"]
     results = run("sums", list(ROUNDING), num_workers=count)

@@ -1,7 +1,8 @@
 """Workers that `mpirun` starts train as one device does, and fail as one.
 
-The same cases, sums and failures as in `test_multi_worker.py`,
-`test_wire.py` and `test_worker_failures.py`, over MPI. Where `mpirun` ends the
+The same sums and failures as in `test_multi_worker.py`,
+`test_wire.py` and `test_worker_failures.py`, over MPI, and the programs
+of the table that are marked for it. Where `mpirun` ends the
 job before a worker has noticed, it says which rank failed itself.
 """
 
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import mpi_jobs
 import numpy as np
+import programs
 import pytest
 import test_multi_worker
 import test_wire
 import warm_python
-import worker_cases
 import workers
 from deadlines import DEADLINE_SECONDS, wait_until
 
@@ -38,21 +39,7 @@ def over_mpi(request):
     return test_multi_worker.of_cases(mpi_jobs.results, "cases", request)
 
 
-@pytest.fixture(scope="module")
-def over_mpi_with_two_devices(request):
-    return test_multi_worker.of_cases(
-        mpi_jobs.results, "cases_on_two_devices_each", request
-    )
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        for name in worker_cases.CASES
-        if name not in test_multi_worker.DIFFER_FROM_ONE_DEVICE
-    ],
-)
+@pytest.mark.parametrize("name", programs.programs_on("mpi"))
 def test_workers_train_as_one_device_does(name, over_mpi):
     test_multi_worker.agree(name, over_mpi)
 
@@ -73,13 +60,6 @@ def test_other_models_and_data_are_found_over_mpi_too():
             assert found[name]["error"].startswith("WorkersDifferError"), name
             assert part in found[name]["error"]
         np.testing.assert_allclose(found[shuffled]["used"], 1.0, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", test_multi_worker.ON_TWO_DEVICES_EACH)
-def test_workers_of_two_devices_train_as_one_does(
-    name, over_mpi_with_two_devices
-):
-    test_multi_worker.agree(name, over_mpi_with_two_devices)
 
 
 @pytest.mark.parametrize("name", ["batch_normalization"])

@@ -1,258 +1,22 @@
-"""Programs that know nothing of replicas, for `test_programs.py` and others.
-
-Not a test. Each is a function that trains and returns a dict of what has to be
-as on one device. Batches of 13 samples and a last one of 1.
-"""
+"""Programs with custom steps: what they differentiate, keep and update."""
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras import ops
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(27, 6)).astype("float32")
-Y = (X @ RNG.normal(size=(6, 1))).astype("float32")
-TOKENS = RNG.integers(1, 20, (27, 5))
-# More of the first samples is masked than of the others.
-TOKENS[:8, 1:] = 0
-TOKENS[8:14, 3:] = 0
-WEIGHTS = RNG.uniform(0.2, 2, (27, 5)).astype("float32")
-
-PROGRAMS = {}
-COMPARING = {}
-
-
-def program(function):
-    PROGRAMS[function.__name__] = function
-    return function
-
-
-def comparing(function):
-    """Its loss compares samples of a batch with each other."""
-    COMPARING[function.__name__] = function
-    return function
-
-
-def sgd(rate=0.05, **arguments):
-    return keras.optimizers.SGD(rate, **arguments)
-
-
-def fit(model, x=X, y=Y, loss="mse", optimizer=None, **arguments):
-    """Compiles and fits; `arguments` go to `fit`, or to `compile`."""
-    of_fit = {
-        name: arguments.pop(name)
-        for name in ("sample_weight", "epochs", "batch_size")
-        if name in arguments
-    }
-    model.compile(optimizer or sgd(), loss, **arguments)
-    if not isinstance(x, tf.data.Dataset):
-        of_fit = {"y": y, "batch_size": 13} | of_fit
-    history = model.fit(x, shuffle=False, verbose=0, **of_fit).history
-    return {"weights": weights_of_all_replicas(model), "history": history}
-
-
-def weights_of_all_replicas(model):
-    """The weights of a model, which all replicas must have alike."""
-    for weight in model.weights:
-        first, *others = getattr(weight.value, "values", [weight.value])
-        for other in others:
-            np.testing.assert_array_equal(other, first, err_msg=weight.path)
-    return model.get_weights()
-
-
-def dense(*layers):
-    return keras.Sequential([keras.Input([6]), *layers, keras.layers.Dense(1)])
-
-
-def mean_squared(y_true, y_pred):
-    return ops.mean(ops.square(y_true - y_pred))
-
-
-def sum_squared(y_true, y_pred):
-    return ops.sum(ops.square(y_true - y_pred))
-
-
-# Losses that Keras takes ----------------------------------------------------
-
-
-@program
-def loss_of_one_value_that_is_a_mean():
-    return fit(dense(), loss=mean_squared)
-
-
-@program
-def loss_of_one_value_that_is_a_sum():
-    return fit(dense(), loss=sum_squared, optimizer=sgd(0.003))
-
-
-@program
-def loss_that_is_not_reduced():
-    loss = keras.losses.MeanSquaredError(reduction=None)
-    return fit(dense(), loss=loss, optimizer=sgd(0.003))
-
-
-@program
-def losses_that_are_reduced_in_different_ways():
-    inputs = keras.Input([6])
-    heads = [keras.layers.Dense(1, name=name)(inputs) for name in "ab"]
-    losses = [
-        keras.losses.MeanSquaredError(),
-        keras.losses.MeanSquaredError(reduction="sum"),
-    ]
-    return fit(
-        keras.Model(inputs, heads), y=[Y, Y], loss=losses, optimizer=sgd(0.003)
-    )
-
-
-@program
-def losses_that_know_their_own_output_only():
-    def box(y_true, y_pred):
-        left, right = ops.split(y_true - y_pred, 2, axis=-1)
-        return ops.sum(ops.abs(left) + ops.abs(right), axis=-1)
-
-    inputs = keras.Input([6])
-    heads = {
-        "box": keras.layers.Dense(4, name="box")(inputs),
-        "value": keras.layers.Dense(1, name="value")(inputs),
-    }
-    return fit(
-        keras.Model(inputs, heads),
-        y={"box": X[:, :4], "value": Y},
-        loss={"box": box, "value": mean_squared},
-    )
-
-
-def of_tokens():
-    return keras.Sequential(
-        [
-            keras.Input([5], dtype="int32"),
-            keras.layers.Embedding(20, 3, mask_zero=True),
-            keras.layers.Dense(1),
-        ]
-    )
-
-
-@program
-def masked_loss():
-    return fit(of_tokens(), TOKENS, TOKENS[..., None] / 20)
-
-
-@program
-def masked_loss_with_weights():
-    loss = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
-    return fit(
-        of_tokens(),
-        TOKENS,
-        TOKENS[..., None] / 20,
-        loss=loss,
-        sample_weight=WEIGHTS,
-    )
-
-
-class Adds(keras.layers.Layer):
-    """Adds a loss."""
-
-    def __init__(self, loss_of):
-        super().__init__()
-        self.loss_of = loss_of
-
-    def call(self, x):
-        self.add_loss(self.loss_of(x))
-        return x
-
-
-@program
-def added_mean():
-    return fit(dense(Adds(lambda x: ops.mean(ops.square(x)))))
-
-
-@program
-def added_sum():
-    layer = keras.layers.Dense(3, kernel_regularizer="l2")
-    added = Adds(lambda x: 1e-2 * ops.sum(ops.square(x)))
-    return fit(dense(layer, added))
-
-
-@program
-def added_vector():
-    return fit(dense(Adds(lambda x: 1e-2 * ops.sum(ops.square(x), axis=-1))))
-
-
-@program
-def added_loss_of_an_object():
-    distance = keras.losses.MeanSquaredError()
-    return fit(dense(Adds(lambda x: distance(x, x / 2))))
-
-
-class Compiled(keras.layers.Layer):
-    """XLA compiles what each replica does in it."""
-
-    def __init__(self):
-        super().__init__()
-        self.dense = keras.layers.Dense(8, "tanh")
-
-    def build(self, shape):
-        self.dense.build(shape)
-
-    @tf.function(jit_compile=True)
-    def call(self, x):
-        return self.dense(x)
-
-
-@program
-def layer_that_xla_compiles():
-    return fit(dense(Compiled()))
-
-
-@program
-def activity_regularizer():
-    return fit(dense(keras.layers.ActivityRegularization(l2=0.01)))
-
-
-@program
-def metric_of_one_value():
-    return fit(dense(), metrics=[lambda y, p: ops.mean(ops.abs(y - p))])
-
-
-class Largest(keras.metrics.Metric):
-    """The largest target; its state is not a sum."""
-
-    def __init__(self, name="largest"):
-        super().__init__(name=name)
-        self.value = self.add_variable((), "zeros", name="value")
-
-    def update_state(self, y_true, y_pred, sample_weight=None):
-        self.value.assign(ops.maximum(self.value, ops.max(y_true)))
-
-    def result(self):
-        return self.value * 1.0
-
-
-@program
-def metric_that_is_a_maximum():
-    return fit(dense(), metrics=[Largest()], epochs=2)
-
-
-class Smallest(Largest):
-    """The smallest target; it starts from infinity."""
-
-    def __init__(self, name="smallest"):
-        super().__init__(name)
-        self.reset_state()
-
-    def reset_state(self):
-        self.value.assign(np.inf)
-
-    def update_state(self, y_true, y_pred, sample_weight=None):
-        self.value.assign(ops.minimum(self.value, ops.min(y_true)))
-
-
-@program
-def metric_that_is_a_minimum():
-    return fit(dense(), metrics=[Smallest()], epochs=2)
-
-
-# Custom steps ---------------------------------------------------------------
+from programs.data import (
+    RNG,
+    SIZE,
+    X,
+    dense,
+    fit,
+    mean_squared,
+    sgd,
+    sum_squared,
+    weights_of_all_replicas,
+)
+from programs.losses import in_batch_negatives, mse
+from programs.table import comparing, program
 
 
 class Custom(keras.Model):
@@ -280,12 +44,24 @@ class Custom(keras.Model):
         return {"own": loss}
 
 
-@program
+@program(
+    replicas=(2, 3, 4),
+    on="workers",
+    logs_of_worker=True,
+    fast=True,
+    feature="Custom `train_step`, with a plain mean",
+)
 def plain_mean():
     return fit(Custom())
 
 
-@program
+@program(
+    replicas=(2, 3, 4),
+    on="threads workers",
+    logs_of_worker=True,
+    fast=True,
+    feature="Custom `train_step`, with a sum",
+)
 def plain_sum():
     def loss_of(model, x, y):
         return sum_squared(y, model(x))
@@ -297,7 +73,7 @@ def plain_sum():
 def mean_over_a_constant_batch():
     def loss_of(model, x, y):
         losses = tf.reduce_mean(tf.square(y - model(x)), axis=-1)
-        return tf.nn.compute_average_loss(losses, global_batch_size=13)
+        return tf.nn.compute_average_loss(losses, global_batch_size=SIZE.batch)
 
     return fit(Custom(loss_of))
 
@@ -311,7 +87,9 @@ def mean_divided_by_the_replicas():
     return fit(Custom(loss_of))
 
 
-@program
+@program(
+    feature="Custom `train_step`, with `compute_loss`",
+)
 def computed_loss():
     return fit(Custom(lambda model, x, y: model.compute_loss(x, y, model(x))))
 
@@ -320,7 +98,7 @@ def computed_loss():
 def computed_loss_that_is_a_sum():
     return fit(
         Custom(lambda model, x, y: model.compute_loss(x, y, model(x))),
-        loss=keras.losses.MeanSquaredError(reduction="sum"),
+        loss=mse("sum"),
         optimizer=sgd(0.003),
     )
 
@@ -353,7 +131,9 @@ class StartsFrom(Custom):
         )
 
 
-@program
+@program(
+    fast=True,
+)
 def output_gradients_that_a_step_gives():
     return fit(StartsFrom(lambda model, x, y: y - model(x)))
 
@@ -377,9 +157,11 @@ class Totals(Custom):
         return {metric.name: metric.result() for metric in self.metrics}
 
 
-@program
+@program(
+    fast=True,
+)
 def sums_over_batches_of_a_sum_and_of_a_mean():
-    return fit(Totals(), epochs=2)
+    return fit(Totals())
 
 
 class Clips(Custom):
@@ -390,7 +172,12 @@ class Clips(Custom):
         return {"own": loss, "norm": norm}
 
 
-@program
+@program(
+    on="workers",
+    logs_of_worker=True,
+    fast=True,
+    feature="`train_step` that clips with `tf.clip_by_global_norm`",
+)
 def clips_gradients_itself():
     return fit(Clips())
 
@@ -400,7 +187,9 @@ def optimizer_that_clips():
     return fit(Custom(), optimizer=sgd(0.3, clipnorm=0.1))
 
 
-@program
+@program(
+    fast=True,
+)
 def optimizer_that_accumulates():
     optimizer = sgd(0.3, gradient_accumulation_steps=2)
     return fit(Custom(), optimizer=optimizer)
@@ -417,7 +206,10 @@ class Scales(Custom):
         return {"own": loss}
 
 
-@program
+@program(
+    on="workers",
+    logs_of_worker=True,
+)
 def optimizer_that_scales_the_loss():
     optimizer = keras.optimizers.LossScaleOptimizer(
         sgd(0.1), initial_scale=2.0**10
@@ -476,7 +268,9 @@ class Functions(Custom):
         return {"own": loss}
 
 
-@program
+@program(
+    feature="`train_step` that is a `tf.function`",
+)
 def steps_that_are_tf_functions():
     return fit(Functions(), optimizer=sgd(0.1, clipnorm=0.1))
 
@@ -517,12 +311,20 @@ class Adversaries(keras.Model):
         return {name: metric.result() for name, metric in self.shown.items()}
 
 
-@program
+@program(
+    on="workers",
+    logs_of_worker=True,
+    fast=True,
+    feature="Two optimizers in a dict, no `call`, no targets",
+)
 def adversaries():
     model = Adversaries()
     model.compile()
-    history = model.fit(X, batch_size=13, shuffle=False, verbose=0).history
-    return {"weights": model.get_weights(), "history": history}
+    rows = X[: SIZE.samples]
+    history = model.fit(
+        rows, batch_size=SIZE.batch, shuffle=False, verbose=0
+    ).history
+    return {"weights": weights_of_all_replicas(model), "history": history}
 
 
 class Keeps(Custom):
@@ -553,7 +355,12 @@ class Keeps(Custom):
         return logs
 
 
-@program
+@program(
+    on="workers",
+    logs_of_worker=True,
+    fast=True,
+    feature="`train_step` that keeps an average of the weights, and counts",
+)
 def state_that_a_step_keeps():
     return fit(Keeps())
 
@@ -584,16 +391,23 @@ class Counts(keras.layers.Layer):
         return x
 
 
-@program
+@program(
+    on="threads workers",
+    fast=True,
+    feature="Layer that counts samples, and keeps an average",
+)
 def state_that_a_layer_keeps():
-    return fit(dense(Counts()), epochs=2)
+    model = keras.Sequential(
+        [keras.Input([6]), Counts(), keras.layers.Dense(1)]
+    )
+    return fit(model)
 
 
 @program
 def state_that_a_layer_keeps_in_a_custom_step():
     model = Custom()
     model.hidden = keras.Sequential([Counts(), model.hidden])
-    return fit(model, epochs=2)
+    return fit(model)
 
 
 class KeepsVariables(Custom):
@@ -654,7 +468,10 @@ def gradient_by_hand():
     return fit(ByHand(update), optimizer=sgd(0.1, clipnorm=0.5))
 
 
-@program
+@program(
+    on="workers",
+    logs_of_worker=True,
+)
 def gradient_by_hand_that_is_a_sum():
     def update(model, gradient, kernel):
         model.optimizer.apply_gradients([(gradient, kernel)])
@@ -662,7 +479,10 @@ def gradient_by_hand_that_is_a_sum():
     return fit(ByHand(update, is_sum=True), optimizer=sgd(0.01, momentum=0.9))
 
 
-@program
+@program(
+    fast=True,
+    feature="`train_step` that updates weights by hand",
+)
 def weights_that_a_step_updates_itself():
     def update(model, gradient, kernel):
         kernel.assign_sub(0.1 * gradient)
@@ -763,32 +583,12 @@ def optimizer_that_is_a_module_and_a_tape():
 # Losses that compare samples ------------------------------------------------
 
 
-@program
-def dice():
-    layer = keras.layers.Dense(3, "sigmoid")
-    model = keras.Sequential([keras.Input([6]), layer])
-    return fit(model, y=(X[:, :3] > 0).astype("float32"), loss="dice")
-
-
-def in_batch_negatives(y_true, y_pred):
-    scores = ops.matmul(ops.normalize(y_pred), ops.transpose(y_true))
-    return keras.losses.sparse_categorical_crossentropy(
-        ops.arange(ops.shape(y_pred)[0]), scores, from_logits=True
-    )
-
-
-@program
-def negatives_in_a_loss():
-    model = keras.Sequential([keras.Input([6]), keras.layers.Dense(6)])
-    return fit(model, y=X, loss=in_batch_negatives)
-
-
 @comparing
 def negatives_in_a_step():
     def loss_of(model, x, y):
         return ops.mean(in_batch_negatives(y, model.hidden(x)))
 
-    return fit(Custom(loss_of), y=RNG.normal(size=(27, 8)).astype("float32"))
+    return fit(Custom(loss_of), y=RNG.normal(size=(72, 8)).astype("float32"))
 
 
 @comparing

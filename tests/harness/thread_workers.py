@@ -1,0 +1,184 @@
+"""Workers that are threads of one process, each with devices of its own.
+
+    thread 0    Worker 0    CPU:0, CPU:1 ─┐
+    thread 1    Worker 1    CPU:2, CPU:3 ─┴─ TensorFlow's collectives
+
+`Workers`, the wire, the collectives and all that a step does are real. What is
+not there: the connection, the watchdog, and what compares workers, which need
+processes. A program is built by one worker after the other, since seeds belong
+to the process, and trained by all at once.
+"""
+
+import threading
+from types import SimpleNamespace
+
+import tensorflow as tf
+from deadlines import DEADLINE_SECONDS
+from programs import data, run
+
+from keras_allreduce.compat.split_datasets import SplitDataset
+from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
+from keras_allreduce.strategy.datasets import distribute
+from keras_allreduce.strategy.metric_sums import MetricSums
+from keras_allreduce.strategy.multi_worker import MultiWorkerAllReduceStrategy
+from keras_allreduce.strategy.multi_worker_extended import (
+    MultiWorkerAllReduceExtended,
+)
+from keras_allreduce.strategy.one_machine import AllReduceExtended
+from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
+from keras_allreduce.workers.group import WorkerOptions, Workers
+from keras_allreduce.workers.in_flight import InFlight
+from keras_allreduce.workers.wire_formats import EXACT
+
+# Eager sums as over MPI: those over gRPC are TensorFlow's strategy's own.
+OPTIONS = WorkerOptions(
+    bytes_per_pack=0,
+    timeout_seconds=DEADLINE_SECONDS,
+    wire_format=EXACT,
+    measure_lateness=False,
+    sparse_as_dense=False,
+    weigh_samples=None,
+    transport="mpi",
+)
+
+
+class ShardOfBatches(SplitDataset):
+    """The parts of one worker of every batch."""
+
+    def __init__(self, rank, size, *args, **kwargs):
+        self._rank, self._size = rank, size
+        super().__init__(*args, **kwargs)
+
+    def _create_cloned_datasets_from_dataset(
+        self, dataset, input_context, input_workers, strategy, replicas
+    ):
+        super()._create_cloned_datasets_from_dataset(
+            dataset, input_context, input_workers, strategy, replicas
+        )
+        here = replicas // self._size
+
+        def is_mine(number, part):
+            return number // here % self._size == self._rank
+
+        self._cloned_datasets = [
+            parts.enumerate().filter(is_mine).map(lambda number, part: part)
+            for parts in self._cloned_datasets
+        ]
+
+
+class ExtendedOfWorker(AllReduceExtended):
+    """Reduces as the `extended` of several workers does."""
+
+    def __init__(self, strategy, rank, size, devices, key):
+        self._in_flight = InFlight()
+        group = CollectiveGroup(size, devices[0], key)
+        check = SimpleNamespace(
+            rank=rank,
+            compare_gradients=lambda gradients: None,
+            text_of_chief=lambda text: text,
+        )
+        self._workers = Workers(
+            size,
+            check,
+            calls=None,
+            collectives=Collectives(group, self._in_flight),
+            gpus=None,
+            options=OPTIONS,
+            in_flight=self._in_flight,
+        )
+        super().__init__(strategy, list(devices), BatchAllReduce())
+
+        self.metric_sums = MetricSums(self._workers.all_reduce)
+
+    @property
+    def group(self):
+        return self._workers
+
+    @property
+    def is_chief(self):
+        return self._workers.rank == 0
+
+    @property
+    def _num_replicas_in_sync(self):
+        return self._workers.size * len(self.worker_devices)
+
+    shares_of = MultiWorkerAllReduceExtended.shares_of
+    sum_gradients = MultiWorkerAllReduceExtended.sum_gradients
+    _sum_over_replicas = MultiWorkerAllReduceExtended._sum_over_replicas
+
+    def _experimental_distribute_dataset(self, dataset, options):
+        self.metric_sums.forget()
+        return distribute(
+            dataset,
+            lambda made: ShardOfBatches(
+                self._workers.rank,
+                self._workers.size,
+                self._input_workers,
+                self._container_strategy(),
+                dataset=made,
+                num_replicas_in_sync=self._num_replicas_in_sync,
+            ),
+        )
+
+
+class Worker(MultiWorkerAllReduceStrategy):
+    """The strategy of one worker, without what connects workers.
+
+    Args:
+        rank: Number of the worker.
+        size: Number of workers.
+        devices: Its devices.
+        key: Number of their group, the same on all.
+    """
+
+    def __init__(self, rank, size, devices, key):
+        self._init_options(weigh_samples=None, fit_log=False)
+        extended = ExtendedOfWorker(self, rank, size, devices, key)
+        tf.distribute.Strategy.__init__(self, extended)
+        self._set_options_of_hints(extended.group.gradient_ops)
+
+
+def results(name, devices):
+    """What a program comes to on each worker.
+
+    Args:
+        name: Name of the program.
+        devices: `devices[worker][replica]`.
+    """
+    size, key = len(devices), CollectiveGroup(1, "").key
+    turns = [threading.Semaphore(int(not rank)) for rank in range(size)]
+    all_built = threading.Barrier(size)
+    found, errors = [None] * size, [None] * size
+
+    def train(rank):
+        rank_of_thread.rank = rank
+        turns[rank].acquire()
+        try:
+            strategy = Worker(rank, size, devices[rank], key)
+            found[rank], _ = run(name, strategy)
+        except BaseException as error:  # noqa: BLE001 - Raised below.
+            errors[rank] = error
+            turns[(rank + 1) % size].release()
+            all_built.abort()
+
+    rank_of_thread = threading.local()
+
+    def is_built():
+        """All others build before the first begins to train."""
+        turns[(rank_of_thread.rank + 1) % size].release()
+        all_built.wait(DEADLINE_SECONDS)
+
+    threads = [
+        threading.Thread(target=train, args=(rank,), daemon=True)
+        for rank in range(size)
+    ]
+    with data.before_fit(is_built):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE_SECONDS)
+            assert not thread.is_alive(), f"{name} hangs on {size} workers"
+    for error in errors:
+        if error is not None:
+            raise error
+    return found
