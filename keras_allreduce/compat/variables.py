@@ -1,12 +1,13 @@
-"""Distributed variables that behave in four ways more as on one device.
+"""Distributed variables that behave more as on one device.
 
 `float(optimizer.learning_rate)` and `int(optimizer.iterations)` work:
 TensorFlow's variables have `__float__` and `__int__`, its distributed ones
 have not. And what a metric is reset to is not read: TensorFlow sums each
 variable over all workers then, one by one, for a result that Keras drops. A
 variable that a replica assigns on its own differs between the replicas from
-then on, so the strategy is told. And what replicas assign to a variable with
-an aggregation counts by samples.
+then on, so the strategy is told. What replicas assign to a variable with an
+aggregation counts by samples. A tape outside of `strategy.run` is an error
+that says so.
 """
 
 from typing import Any
@@ -36,12 +37,30 @@ class _Numbers:
         return int(self.numpy())
 
 
+OUTSIDE_OF_A_REPLICA = (
+    "Gradients of the variables of a strategy are taken and applied on its "
+    "replicas. Received: a gradient or an update outside of "
+    "`strategy.run`. Put the tape and the optimizer into a function, and call "
+    "`strategy.run(function, args=(batch,))` inside the scope of the "
+    "strategy, or train with `model.fit`."
+)
+
+
 class _TellsOfAssignments(_Numbers):
     """Tells its strategy before a replica assigns to its own part."""
 
     aggregation: tf.VariableAggregation
     distribute_strategy: Any
     _get_on_device_or_primary: Any
+
+    @property
+    def handle(self) -> Any:
+        """That of this replica's part, which a tape asks for."""
+        stock: Any = super()
+        try:
+            return stock.handle
+        except ValueError as error:
+            raise ValueError(OUTSIDE_OF_A_REPLICA) from error
 
     def _update_replica(self, update_fn: Any, value: Any, **kwargs: Any) -> Any:
         extended = self.distribute_strategy.extended

@@ -1,5 +1,7 @@
 """Custom training loops, as in TensorFlow's guide to MirroredStrategy."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -161,3 +163,27 @@ def test_a_variable_is_aggregated_when_replicas_assign(
 
     (tf.function(run) if in_graph else run)()
     assert [copy.numpy() for copy in variable.values] == [expected] * 2
+
+
+@pytest.mark.parametrize("in_scope", [True, False])
+def test_a_tape_outside_of_a_replica_is_an_error_that_says_so(in_scope):
+    strategy = ours()
+    with strategy.scope():
+        model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+        optimizer = keras.optimizers.SGD(0.1)
+    scope = strategy.scope() if in_scope else contextlib.nullcontext()
+    with scope, tf.GradientTape() as tape:
+        loss = tf.reduce_sum(model(tf.ones([4, 2])))
+
+    def step():
+        variables = model.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
+
+    with (
+        strategy.scope() if in_scope else contextlib.nullcontext(),
+        pytest.raises(
+            (ValueError, RuntimeError), match=r"outside of `strategy\.run`"
+        ),
+    ):
+        step()
