@@ -88,7 +88,12 @@ def _on(device: str, read: Callable[[], Any]) -> Any:
     with tf.device(None):
         value = read()
     with tf.device(device):
-        return tf.nest.map_structure(tf.identity, value, expand_composites=True)
+        return tf.nest.map_structure(
+            # A batch may have None in the place of targets or weights.
+            lambda part: None if part is None else tf.identity(part),
+            value,
+            expand_composites=True,
+        )
 
 
 class _Steps(threading.local):

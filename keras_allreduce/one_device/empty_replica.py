@@ -26,7 +26,9 @@ def spare_sample(data: Any, replicas: Replicas) -> Any:
 
     def first(value: Any) -> Any:
         parts = replicas.local_values(value)
-        return first_sample(parts[0]) if parts else value
+        if not parts or parts[0] is None:  # A batch may have None as targets.
+            return value
+        return first_sample(parts[0])
 
     return keras.tree.map_structure(first, data)
 
@@ -57,9 +59,14 @@ def with_a_sample(data: Any, has_samples: tf.Tensor, spare: Any) -> Any:
         has_samples: bool scalar; false if the part is empty.
         spare: One sample in the same structure.
     """
-    filled, borrowed = keras.tree.flatten(data), keras.tree.flatten(spare)
+    leaves = keras.tree.flatten(data)
+    places = [place for place, leaf in enumerate(leaves) if leaf is not None]
+    filled = [leaves[place] for place in places]
+    borrowed = [keras.tree.flatten(spare)[place] for place in places]
     chosen = tf.cond(has_samples, lambda: filled, lambda: borrowed)
-    return keras.tree.pack_sequence_as(data, chosen)
+    for place, leaf in zip(places, chosen, strict=True):
+        leaves[place] = leaf
+    return keras.tree.pack_sequence_as(data, leaves)
 
 
 def state(model: keras.Model) -> list[tuple[Any, tf.Tensor]]:

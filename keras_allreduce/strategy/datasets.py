@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import keras_calls, runtime
@@ -16,7 +17,9 @@ from keras_allreduce.input.shuffled_arrays import shuffled
 from keras_allreduce.one_device.replicas import Replicas
 
 
-def distribute(dataset: Any, split: Callable[[Any], Any]) -> Any:
+def distribute(
+    dataset: Any, split: Callable[[Any], Any], num_replicas: int
+) -> Any:
     """Distributes `dataset`; arrays from Python are copied first.
 
     TensorFlow takes the memory of arrays from Python as its own and, once a
@@ -26,10 +29,40 @@ def distribute(dataset: Any, split: Callable[[Any], Any]) -> Any:
     Args:
         dataset: A `tf.data.Dataset`.
         split: Distributes a data set, each batch split over the replicas.
+        num_replicas: Number of replicas of all workers.
+
+    Raises:
+        ValueError: If Keras has it distributed, and a part of its batches has
+            no samples to split.
     """
+    if num_replicas > 1 and keras_calls.current_call() is not None:
+        _check_batches(dataset)
     if yields_arrays_of_python(dataset):
         dataset = dataset.map(_copied)
     return own(split(dataset))
+
+
+def _check_batches(dataset: Any) -> None:
+    """Raises if a part of a batch cannot be split over the replicas."""
+    spec = getattr(dataset, "element_spec", None)
+    for path, part in keras.tree.flatten_with_path(spec):
+        found, remedy = "", ""
+        if isinstance(part, tf.OptionalSpec):
+            found = "None"
+            remedy = "Leave it out: yield (x, y) instead of (x, y, None)."
+        elif isinstance(part, tf.TensorSpec) and part.shape.rank == 0:
+            found = "one number for all samples"
+            remedy = (
+                "Repeat it for every sample, `tf.fill([tf.shape(x)[0]], "
+                "number)`, or keep it in a variable of the model."
+            )
+        if found:
+            where = "".join(f"[{key!r}]" for key in path)
+            raise ValueError(
+                "Every part of a batch has one row for each sample, which are "
+                f"split over the replicas. Received: {found} in "
+                f"batch{where}. {remedy}"
+            )
 
 
 def share_steps(

@@ -44,7 +44,11 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         self, dataset: Any, options: Any
     ) -> Any:
         stock = super()._experimental_distribute_dataset
-        return distribute_arrays(dataset, lambda made: stock(made, options))
+        return distribute_arrays(
+            dataset,
+            lambda made: stock(made, options),
+            self._num_replicas_in_sync,
+        )
 
     def _distribute_datasets_from_function(
         self, dataset_fn: Callable[..., Any], options: Any

@@ -115,7 +115,9 @@ class AllReduceExtended(ExtendedBase):
         # TensorFlow's own, not that of `ExtendedBase`.
         stock = super(ExtendedBase, self)._experimental_distribute_dataset
         return distribute(
-            dataset, lambda made: split(made, self, options, stock)
+            dataset,
+            lambda made: split(made, self, options, stock),
+            self._num_replicas_in_sync,
         )
 
     def _get_cross_device_ops(self, value: Any) -> Any:

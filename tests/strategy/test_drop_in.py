@@ -290,3 +290,30 @@ def test_it_is_a_mirrored_strategy():
         variable = tf.Variable(1.0)
     assert strategy.extended.variable_created_in_scope(variable)
     assert [v.device[-5:] for v in variable.values] == ["CPU:0", "CPU:1"]
+
+
+def third_part(third):
+    with AllReduceStrategy(DEVICES[:2]).scope():
+        model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    x = np.ones([7, 2], "float32")
+    data = tf.data.Dataset.from_tensor_slices((x, x[:, :1])).batch(4)
+    model.fit(data.map(lambda x, y: (x, y, third)), verbose=0)
+
+
+def test_weights_of_a_data_set_may_be_none():
+    third_part(None)
+
+
+def test_one_number_in_a_batch_is_an_error_that_says_so():
+    with pytest.raises(ValueError, match=r"one number .* in batch\[2\]"):
+        third_part(tf.constant(2.0))
+
+
+def test_none_of_a_generator_is_an_error_that_says_so():
+    x = np.ones([4, 2], "float32")
+    with AllReduceStrategy(DEVICES[:2]).scope():
+        model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"None in batch\[2\]"):
+        model.fit(((x, x[:, :1], None) for _ in range(2)), verbose=0)
