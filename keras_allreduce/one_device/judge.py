@@ -46,8 +46,8 @@ def judged(
     """The reduction of a value.
 
     Args:
-        whole: `whole[round, element]`, on the batch. Of several rounds no two
-            are equal, or all are.
+        whole: `whole[round, element]`, on the batch. Nothing is random if all
+            rounds are equal; two may be by chance.
         first: `first[round, element]`, on its first half.
         second: Likewise on its second half.
         tolerance: Relative difference that is rounding.
@@ -62,7 +62,7 @@ def judged(
         return None
     if not whole.any() and not halves.any():
         return None
-    if len(whole) > 1 and (whole[0] == whole[1]).all():
+    if (whole == whole[0]).all() and (halves == halves[0]).all():
         whole, halves = whole[:1], halves[:1]  # Nothing is random.
     size = max(_square(whole)[0], _square(halves)[0])
     product, norm = _product(whole, halves), _square(halves)[0]
