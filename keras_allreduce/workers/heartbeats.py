@@ -20,7 +20,12 @@ from keras_allreduce.addresses import parse_address
 from keras_allreduce.compat import runtime
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.errors import WorkerError, WorkerLostError
-from keras_allreduce.workers.probe import Addresses, Answer, Probe, resolve
+from keras_allreduce.workers.probe import (
+    Addresses,
+    Answer,
+    HeartbeatProbe,
+    resolve,
+)
 from keras_allreduce.workers.timing import TIMING
 
 REFUSALS = 3
@@ -57,7 +62,7 @@ class _Peer:
     asked: float
     answered: float
     refusals: int = 0
-    probes: list[Probe] = field(default_factory=list)
+    probes: list[HeartbeatProbe] = field(default_factory=list)
     addresses: Addresses = ()
 
 
@@ -129,7 +134,7 @@ class Heartbeats:
     def answers(self, rank: int) -> bool:
         """Asks a worker once, for a moment; whether it answered."""
         try:
-            probe = Probe(self._addresses(rank), self._clock())
+            probe = HeartbeatProbe(self._addresses(rank), self._clock())
         except OSError:
             return False
         with contextlib.closing(probe):
@@ -146,7 +151,9 @@ class Heartbeats:
     def _ask(self, rank: int, peer: _Peer) -> None:
         peer.asked = self._clock()
         with contextlib.suppress(OSError):
-            peer.probes.append(Probe(self._addresses(rank), peer.asked))
+            peer.probes.append(
+                HeartbeatProbe(self._addresses(rank), peer.asked)
+            )
 
     def _addresses(self, rank: int) -> Addresses:
         peer = self._peers[rank]

@@ -58,7 +58,7 @@ def resolve(host: str, port: int) -> Addresses:
     return [(family, address) for family, _, _, _, address in found]
 
 
-class Probe:
+class HeartbeatProbe:
     """Asks a server whether it is there.
 
     Args:

@@ -10,7 +10,7 @@ from keras_allreduce.workers import heartbeats as heartbeats_module
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.errors import WorkerLostError
 from keras_allreduce.workers.heartbeats import REFUSALS, Heartbeats
-from keras_allreduce.workers.probe import Answer, Probe, resolve
+from keras_allreduce.workers.probe import Answer, HeartbeatProbe, resolve
 from keras_allreduce.workers.timing import TIMING
 
 LIMIT_SECONDS = 20.0
@@ -51,7 +51,7 @@ class FakeProbe:
 def servers(monkeypatch):
     fake = FakeServers()
     monkeypatch.setattr(heartbeats_module, "runtime", fake)
-    monkeypatch.setattr(heartbeats_module, "Probe", fake.probe)
+    monkeypatch.setattr(heartbeats_module, "HeartbeatProbe", fake.probe)
     monkeypatch.setattr(heartbeats_module, "resolve", lambda host, port: host)
     monkeypatch.setattr(
         heartbeats_module, "TIMING", replace(TIMING, answers=0.0)
@@ -212,7 +212,7 @@ def ask(probe):
 def test_a_server_of_grpc_answers_with_its_settings(reply, answer):
     listener, addresses = server(reply)
     with listener:
-        probe = Probe(addresses, 0.0)
+        probe = HeartbeatProbe(addresses, 0.0)
         connection, _ = listener.accept()
         assert probe.poll() is Answer.NOT_YET
         with connection:
@@ -225,7 +225,7 @@ def test_a_server_of_grpc_answers_with_its_settings(reply, answer):
 def test_a_process_that_is_frozen_accepts_and_says_nothing():
     listener, addresses = server(b"")
     with listener:
-        probe = Probe(addresses, 0.0)
+        probe = HeartbeatProbe(addresses, 0.0)
         for _ in range(100):
             assert probe.poll() is Answer.NOT_YET
         probe.close()
@@ -234,7 +234,7 @@ def test_a_process_that_is_frozen_accepts_and_says_nothing():
 def test_a_port_on_which_nobody_listens_is_closed():
     listener, addresses = server(b"")
     listener.close()
-    assert ask(Probe(addresses, 0.0)) is Answer.CLOSED
+    assert ask(HeartbeatProbe(addresses, 0.0)) is Answer.CLOSED
 
 
 def test_the_next_address_of_a_host_is_asked_if_one_is_closed():
@@ -242,7 +242,7 @@ def test_the_next_address_of_a_host_is_asked_if_one_is_closed():
     closed.close()
     listener, addresses = server(SETTINGS)
     with listener:
-        probe = Probe([*nowhere, *addresses], 0.0)
+        probe = HeartbeatProbe([*nowhere, *addresses], 0.0)
         while probe.poll() is Answer.NOT_YET and probe._left:
             pass
         connection, _ = listener.accept()
@@ -254,6 +254,6 @@ def test_the_next_address_of_a_host_is_asked_if_one_is_closed():
 
 def test_tensorflows_own_server_answers():
     port = tf.distribute.Server.create_local_server().target.rpartition(":")[2]
-    probe = Probe(resolve("localhost", int(port)), 0.0)
+    probe = HeartbeatProbe(resolve("localhost", int(port)), 0.0)
     assert ask(probe) is Answer.YES
     probe.close()
