@@ -118,6 +118,7 @@ class ExtendedOfWorker(AllReduceExtended):
                 dataset=made,
                 num_replicas_in_sync=self._num_replicas_in_sync,
             ),
+            self._num_replicas_in_sync,
         )
 
 
