@@ -134,7 +134,7 @@ def are_virtual(gpus: Sequence[str]) -> bool:
     """Whether TensorFlow has more GPUs than there are, on this machine.
 
     Args:
-        gpus: Names of GPUs, which say on what worker they are if there are
+        gpus: Names of GPUs, which include the worker if there are
             several: TensorFlow lists those of all.
     """
     worker = _worker_of(gpus[0])

@@ -29,7 +29,7 @@ SMALLEST = 5
 # the functions in it.
 _KEY = "keras_allreduce_xla"
 
-# Not for XLA even where it has a kernel: clocks, and what leaves the device.
+# Not for XLA even where it has a kernel: clocks, and ops that leave the device.
 _NEVER = ("Timestamp", "Collective", "Nccl")
 
 # Ops that cost nothing.
@@ -70,7 +70,7 @@ _FUSED_TOO = frozenset(("Sigmoid", "Softplus"))
 
 @dataclass
 class Coverage:
-    """How much of what the replicas do XLA can compile.
+    """The share of the replicas' ops that XLA can compile.
 
     Attributes:
         compiled: Number of ops in it, by type.
@@ -89,7 +89,7 @@ class Coverage:
 
 @contextlib.contextmanager
 def marking() -> Iterator[Coverage]:
-    """XLA compiles what replicas do in the block, which is being traced.
+    """Marks the ops of replicas that are traced in the block for XLA.
 
     Yields:
         A coverage, to be read after the block.
@@ -108,7 +108,7 @@ def marking() -> Iterator[Coverage]:
 
 
 def is_marking() -> bool:
-    """Whether XLA compiles what replicas do in what this thread traces."""
+    """Whether this thread traces ops of replicas for XLA."""
     return not tf.executing_eagerly() and bool(
         tf.compat.v1.get_collection(_KEY)
     )
@@ -116,7 +116,7 @@ def is_marking() -> bool:
 
 @contextlib.contextmanager
 def left_out() -> Iterator[None]:
-    """What is made in the block is not marked."""
+    """Leaves ops made in the block unmarked."""
     with tf.xla.experimental.jit_scope(compile_ops=False):
         yield
 

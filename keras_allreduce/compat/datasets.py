@@ -8,7 +8,7 @@ import tensorflow as tf
 # The full name of a device, and the host that it is on.
 from tensorflow.python.distribute import device_util as _device_util
 
-# What a strategy hands out for a data set: only a subclass can make other
+# The distributed form of a data set: only a subclass can make other
 # iterators, and Keras looks for these classes. What `InputOptions` mean for the
 # iterators, and TensorFlow's own for one worker.
 from tensorflow.python.distribute.input_lib import (
@@ -26,7 +26,7 @@ from tensorflow.python.distribute.input_lib import (
 def yields_arrays_of_python(dataset: Any) -> bool:
     """Whether the elements of a `tf.data.Dataset` come from Python code.
 
-    There is no public way to look at what a dataset was made of.
+    There is no public way to look at the inputs of a dataset.
     """
     for wrapper in dataset._functions():
         for op in wrapper.function.graph.get_operations():

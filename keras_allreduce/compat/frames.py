@@ -1,4 +1,4 @@
-"""The frames of the caller, where nothing else tells who it is."""
+"""The frames of the caller, where nothing else identifies it."""
 
 import sys
 from collections.abc import Iterator

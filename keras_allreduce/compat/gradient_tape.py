@@ -8,7 +8,7 @@ import tensorflow as tf
 # Whether a thread records for any tape has no public name.
 from tensorflow.python import pywrap_tfe as _pywrap_tfe
 
-# What a captured handle of a variable holds has no public name.
+# The handle data of a captured variable has no public name.
 from tensorflow.python.ops import handle_data_util as _handle_data_util
 
 

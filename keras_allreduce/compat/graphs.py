@@ -70,7 +70,7 @@ _MOST_OPS = 10_000
 
 
 def denominator(target: Any) -> tf.Tensor | None:
-    """What a value is divided by, if it is a ratio.
+    """The denominator of a value, if it is a ratio.
 
     Args:
         target: A tensor of a graph, such as a loss.
@@ -151,7 +151,7 @@ def is_in_vectorized_map() -> bool:
 def without_outside_effects(
     traced: Any,
 ) -> tuple[Callable[..., list[tf.Tensor]], list[str]]:
-    """A traced function that leaves alone what is outside of its graph.
+    """A traced function without effects outside of its graph.
 
     Args:
         traced: A concrete function that returns a list of tensors.

@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 # What `iter` of a distributed data set returns. Keras looks for this class,
-# and a function takes only what has a spec of the second.
+# and a function takes only values with a spec of the second.
 from tensorflow.python.distribute.input_lib import (
     DistributedIterator as _DistributedIterator,
 )
@@ -69,7 +69,7 @@ class InTurn:
 
 
 class _OptionalPart:
-    """A part of a replica, or none, with what is asked of a `tf.Optional`."""
+    """A part of a replica, or none, with the interface of a `tf.Optional`."""
 
     def __init__(self, optional: tf.experimental.Optional, device: str):
         self._optional = optional
@@ -182,7 +182,7 @@ class LateIterator(_InputIterator):
 
 
 class _IteratorInGraph(_InputIterator):
-    """What a function is called with for a `LateIterator`."""
+    """The argument of a function for a `LateIterator`."""
 
 
 class _Spec(_DistributedIteratorSpec):
@@ -193,7 +193,7 @@ class _Spec(_DistributedIteratorSpec):
 
     @property
     def value_type(self) -> Any:
-        """The class of what has this spec."""
+        """The class of values with this spec."""
         return _InputIterator
 
     @property

@@ -60,7 +60,7 @@ def custom_metrics(model: Any) -> list[Any]:
     ]
 
 
-# Trainer: what it asks of a strategy -----------------------------------------
+# Trainer: its questions to a strategy -----------------------------------------
 
 
 def are_scalar_logs(reduce_op: Any, value: Any, axis: Any) -> bool:
@@ -111,7 +111,7 @@ def innermost_layer(model: Any, op_name: str) -> Any:
 def is_keras_layer(layer: Any) -> bool:
     """Whether Keras's code computes a layer, and no other layers or ops.
 
-    A `Lambda`, and a model, run what the user has written.
+    A `Lambda`, and a model, run code of the user.
     """
     return (
         layer is not None

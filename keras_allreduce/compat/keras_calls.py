@@ -56,7 +56,7 @@ class KerasCall:
         epochs: Number of the last epoch.
         is_first_epoch: Whether it is the first that this `fit` trains.
         epoch_iterator: Keras's iterator over the epochs, while it is made.
-        seen: Whatever else Keras has shown of the call.
+        seen: Further facts that Keras has shown of the call.
     """
 
     kind: str
@@ -102,7 +102,7 @@ def current_call() -> KerasCall | None:
 
 @contextlib.contextmanager
 def during(kind: str, model: keras.Model) -> Iterator[list[str]]:
-    """A call runs in the block; yields what Keras shows of it."""
+    """A call runs in the block; yields the facts that Keras shows of it."""
     outer = _thread.call
     made = KerasCall(kind, model)
     if outer is not None and kind != "fit":

@@ -1,4 +1,4 @@
-"""Assumptions about the parts of a Keras model and of what it is compiled with.
+"""Assumptions about the parts of a Keras model and its compile options.
 
 Nothing here runs a model. Code of the script that is asked for a config may
 fail, which leaves out that config and nothing else.
@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-# The layers and ops of a functional model, and what each is called with.
+# The layers and ops of a functional model, and the inputs of each.
 from keras.src.models.functional import Functional as _Functional
 
 

@@ -1,4 +1,4 @@
-"""The door through which Keras tells this package what it does.
+"""The door through which Keras tells this package about its calls.
 
 Keras tells a strategy neither which call distributes a data set, nor when an
 epoch begins, nor what it reads a batch or its metrics for. So a few methods of
@@ -55,7 +55,7 @@ def install() -> None:
 
 
 def _doors() -> Iterator[tuple[Any, str, Callable[..., Any], str]]:
-    """Owner and name of each method, what wraps it, what it is for."""
+    """Owner and name of each method, its wrapper, its purpose."""
     unknown = "workers do not compare their calls of Keras"
     for name in ("fit", "evaluate", "predict"):
         yield keras.Model, name, functools.partial(_call, name), unknown

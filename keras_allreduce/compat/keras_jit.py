@@ -2,13 +2,13 @@
 
 Keras puts `jit_compile` on the function around `strategy.run`, so that one XLA
 program would have the devices of all replicas, which XLA refuses. Under a
-strategy that compiles what each replica does (`strategy.compiles_replicas`),
+strategy that compiles each replica (`strategy.compiles_replicas`),
 Keras's functions are made as with `jit_compile=False`, and `model.jit_compile`
-stays what the user has set.
+keeps the user's value.
 
 Keras makes them in three methods and calls nothing of a strategy's there, so
 these methods of `keras.Model` are wrapped, once, when the first strategy is
-made. For all other models they do what they did. `close` undoes it; then, or in
+made. They are unchanged for all other models. `close` undoes it; then, or in
 a Keras without these methods, `is_open` is false.
 """
 
@@ -48,7 +48,7 @@ def is_open() -> bool:
 
 
 def compiles_replicas(model: Any) -> bool:
-    """Whether what the replicas of a model do is to be compiled by XLA."""
+    """Whether XLA is to compile the replicas of a model."""
     strategy = getattr(model, "distribute_strategy", None)
     return (
         getattr(strategy, "compiles_replicas", False)

@@ -58,7 +58,7 @@ def is_one_value_per_sample(loss: Any, y_pred: Any) -> bool:
 
     Args:
         loss: A loss of `compile`; Keras wraps functions in a loss object.
-        y_pred: What it is called with.
+        y_pred: Its argument.
     """
     if not (
         reduces_as_keras(loss)
@@ -152,7 +152,7 @@ def attach_mask(value: Any, mask: Any) -> None:
 def call_and_see(
     loss: Any, y_true: Any, y_pred: Any, sample_weight: Any
 ) -> tuple[Any, int | None, Any]:
-    """Calls a loss object of Keras, and sees what it reduces.
+    """Calls a loss object of Keras, and observes the values it reduces.
 
     Returns:
         The loss; the rank of the values that Keras has reduced to it, 0 if
@@ -186,8 +186,9 @@ def compiled_losses_replaced(
 
     Args:
         model: A compiled model.
-        replace: Gets the number of a loss and the loss, and returns what is
-            called in its place with `(y_true, y_pred, sample_weight)`.
+        replace: Gets the number of a loss and the loss, and returns the
+            function that is called in its place with `(y_true, y_pred,
+            sample_weight)`.
     """
     compiled = getattr(model, "_compile_loss", None)
     if compiled is None:
@@ -226,7 +227,7 @@ def added_losses_of_each_thread(model: keras.Model) -> Iterator[None]:
     """Each thread has its own losses of `add_loss` in the block.
 
     A replica's thread pauses wherever replicas meet, and then the next one
-    runs the same layers, which keep what they add in one list.
+    runs the same layers, which keep their added losses in one list.
     """
     lists = [(vars(layer), _ListOfThread()) for layer in _layers(model)]
     before = [own["_losses"] for own, _ in lists]
@@ -260,7 +261,7 @@ def _layers(model: keras.Model) -> list[Any]:
 
 
 class _ListOfThread:
-    """What Keras does with the list of losses of a layer, in each thread."""
+    """The list of losses of a layer, with other content in each thread."""
 
     def __init__(self) -> None:
         self._thread = threading.local()

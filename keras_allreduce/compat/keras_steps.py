@@ -13,7 +13,7 @@ from keras_allreduce.compat.frames import calling_frames
 STEPS = ("train_step", "test_step")
 PREDICT = "predict_step"
 
-# The functions of Keras that call `strategy.run`, and what they run.
+# The functions of Keras that call `strategy.run`, and the steps they run.
 _RUNS_A_STEP = "one_step_on_data"
 _RUNS_PREDICT = "one_step_on_data_distributed"
 
@@ -65,7 +65,7 @@ def what_a_step_depends_on(model: keras.Model, step: str) -> list[Any]:
     """The objects that Keras makes anew when a step may have changed.
 
     They are the function that runs it, which `make_train_function(force=True)`
-    makes too, and what was passed to `compile`.
+    makes too, and the arguments of `compile`.
     """
     function = getattr(model, step.replace("_step", "_function"), None)
     optimizer = getattr(model, "optimizer", None)

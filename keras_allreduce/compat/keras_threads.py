@@ -18,7 +18,7 @@ _GENERATOR = getattr(
     _seed_generator, "GLOBAL_SEED_GENERATOR", "global_seed_generator"
 )
 
-# What belongs to the code that the thread is in, not to its settings.
+# State of the running code, not settings of the thread.
 _OF_THE_CALL = ("_scope", "_dict", "_stack", "_ctx")
 _OF_THE_THREAD = ("uninitialized_variables", "tracking_on")
 

@@ -27,7 +27,7 @@ from tensorflow.python.data.ops.prefetch_op import (
     _PrefetchDataset,
 )
 
-# What a distributed iterator holds for each worker.
+# The part of a distributed iterator for each worker.
 from tensorflow.python.distribute.input_lib import (
     _SingleWorkerOwnedDatasetIterator,
 )
@@ -96,7 +96,7 @@ class DeviceFunctions:
             source: Where it is read, and how far ahead.
 
         Returns:
-            What a distributed iterator holds for one worker.
+            The part of a distributed iterator for one worker.
         """
         with tf.device(self._source_device):
             resource = self._new_resource()
@@ -204,7 +204,7 @@ def _arguments(generator: Any) -> tuple[Any, Any, Any]:
 
 
 def _prefetched(dataset: Any, buffer_size: int, slack: bool) -> Any:
-    """`dataset` prefetched, without a thread that tunes what is fixed."""
+    """`dataset` prefetched, without a tuning thread."""
     if buffer_size > 0 and slack:
         dataset = _PrefetchDataset(dataset, buffer_size, slack_period=1)
     elif buffer_size > 0:

@@ -99,7 +99,7 @@ def publish(key: str, value: str) -> "Future[None]":
 
 
 def publish_again(key: str, value: str) -> "Future[None]":
-    """Writes what may have been written before. Readers wait in between."""
+    """Overwrites a value. Readers wait in between."""
     return _aside(key, value, delete_first=True)
 
 
@@ -125,7 +125,7 @@ def _aside(key: str, value: str, *, delete_first: bool) -> "Future[None]":
 
 
 def read_published(key: str, timeout_seconds: float) -> str:
-    """Reads what a worker has published, as soon as it has.
+    """Reads the text of a worker, as soon as it is published.
 
     Raises:
         tf.errors.DeadlineExceededError: If nothing came in time.

@@ -4,7 +4,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# What TensorFlow splits the batches of a data set with, whatever its elements;
+# TensorFlow's splitter of batches, for elements of any structure;
 # and the base of data sets that are made of one other.
 from tensorflow.python.data.experimental.ops.distribute import (
     _LegacyRebatchDataset,

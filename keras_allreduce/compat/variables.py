@@ -17,8 +17,8 @@ import tensorflow as tf
 # Whether `assign` is that of one replica, within an update of all.
 from tensorflow.python.distribute import values_util as _values_util
 
-# What a strategy makes of a variable. There is no public way to make them of
-# another class.
+# The distributed variables of a strategy. There is no public way to make them
+# of another class.
 from tensorflow.python.distribute.values import (
     MirroredVariable,
     SyncOnReadVariable,
@@ -122,7 +122,7 @@ def convert_in_place(variable: Any) -> Any:
     """Makes a distributed variable behave so.
 
     Args:
-        variable: What TensorFlow has made; others stay as they are.
+        variable: Variable that TensorFlow has made; others stay as they are.
     """
     own_class = _OWN_CLASSES.get(type(variable))
     if own_class is not None:

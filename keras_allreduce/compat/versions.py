@@ -2,8 +2,8 @@
 
 Package metadata cannot keep an untested version out: TensorFlow is an extra
 (`tensorflow`, `tensorflow-cpu` and the nightlies all provide it), and
-installers can be told to ignore requirements. So a strategy checks what is
-imported. Loads neither TensorFlow nor Keras when it is imported.
+installers can be told to ignore requirements. So a strategy checks the
+imported versions. Loads neither TensorFlow nor Keras when it is imported.
 """
 
 import inspect
@@ -116,7 +116,7 @@ def explain_import_error(error: ImportError) -> None:
     """Raises a readable error if TensorFlow or Keras is missing or too old.
 
     Args:
-        error: What importing a module of this package raised.
+        error: The error of importing a module of this package.
 
     Raises:
         ImportError: If TensorFlow or Keras is not installed.
@@ -162,7 +162,7 @@ def _dotted(release: tuple[int, int]) -> str:
 
 
 def _frames_up_to_the_caller() -> int:
-    """`stacklevel`, in the function that calls, of who called the package."""
+    """`stacklevel`, in the calling function, of the package's caller."""
     frame, level = sys._getframe(1), 1
     while (
         frame.f_back is not None

@@ -3,7 +3,7 @@
 `tf.xla.experimental.jit_scope` gives the ops that are made in it `_XlaCompile`
 and `_XlaScope`. When the graph is about to run, TensorFlow's clustering joins
 marked ops of one scope and one device into programs. No public function changes
-the attributes of an op that is there, or tells what XLA has kernels for.
+the attributes of an op that is there, or lists the kernels of XLA.
 """
 
 import functools
@@ -44,7 +44,7 @@ def keep_from_fusing(op: tf.Operation) -> None:
 
     It fuses matmuls and convolutions with what follows before the clustering
     looks at them, and XLA has no kernels for its fused ops. It leaves alone
-    what it is told to keep. An op that nobody needs is no longer removed then,
+    ops that are marked. An op that nobody needs is no longer removed then,
     but by XLA.
     """
     op._set_attr(_KEEP, tf.compat.v1.AttrValue(b=True))

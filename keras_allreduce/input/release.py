@@ -2,9 +2,9 @@
 
 Freeing an iterator of `tf.data` ends its threads. The one that tunes the
 pipeline can miss its cancellation: it then sleeps out a wait that has grown
-with the age of the iterator, to 60 seconds at most, and whoever frees the
-iterator waits for it. Freeing holds neither the GIL nor a lock of TensorFlow's,
-so it can wait aside.
+with the age of the iterator, to 60 seconds at most, and the thread that frees
+the iterator waits for it. Freeing holds neither the GIL nor a lock of
+TensorFlow's, so it can wait aside.
 
     iterator collected --> queue --> thread 0 (stays) ----> free
                              `-----> threads 1..7 (while needed)
@@ -118,8 +118,8 @@ class Releaser:
     def forked(self) -> None:
         """To be called in a forked child, which has none of the threads.
 
-        What the parent was freeing is kept: it would wait for threads of
-        TensorFlow that the child does not have either.
+        The iterators that the parent was freeing are kept: it would wait for
+        threads of TensorFlow that the child does not have either.
         """
         self._of_parent = self._queue, self._pending, list(self._live)
         self._reset()

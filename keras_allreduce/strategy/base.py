@@ -1,4 +1,4 @@
-"""What the strategies of one machine and of several have in common."""
+"""The common base of the strategies for one machine and for several."""
 
 import contextlib
 import os
@@ -135,14 +135,14 @@ class StrategyBase(tf.distribute.Strategy):
         """Prints the plan of the steps of `model`, before there was one.
 
         A table in the look of `model.summary()`: the packs in the order in
-        which they leave, the layers in each, its dtype and bytes, and what
-        each worker sends.
+        which they leave, the layers in each, its dtype and bytes, and the
+        bytes that each worker sends.
 
         Args:
             model: See `plan`.
             x: See `plan`.
-            link: With it and `step_seconds`, also what the all-reduce is
-                predicted to cost between 2 to 64 workers, by the model of
+            link: With it and `step_seconds`, also the predicted cost of the
+                all-reduce between 2 to 64 workers, by the model of
                 docs/scaling.md, which says how far off it was.
             step_seconds: Seconds of a step without all-reduce.
             print_fn: Called with the text. `None`: it is printed.

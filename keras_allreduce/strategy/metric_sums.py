@@ -2,7 +2,7 @@
 
 At the end of an epoch Keras reads the variables of its metrics one by one, each
 a collective of its own. The first read sums all of them; the others take
-theirs from what came of it.
+their part of the result.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from keras_allreduce.compat.keras_calls import MetricsRead
 
 
 class MetricSums:
-    """The sums of what Keras is reading.
+    """The sums of the metrics that Keras is reading.
 
     Args:
         sum_over_workers: Sums a tensor over the workers, eagerly.
@@ -23,7 +23,7 @@ class MetricSums:
 
     def __init__(self, sum_over_workers: Callable[[tf.Tensor, str], tf.Tensor]):
         self._sum_over_workers = sum_over_workers
-        # What the sums are of; kept, as another could have its address.
+        # The summed metrics; kept, as another object could have the address.
         self._read: MetricsRead | None = None
         self._sums: dict[int, tf.Tensor] = {}
 

@@ -60,7 +60,7 @@ class MultiWorkerAllReduceStrategy(
             fails; 20 for a worker that does not answer health checks.
         wire_dtype: `"bfloat16"` or `"float16"`: gradients of wider float
             dtypes are sent in this dtype, half the bytes of float32, and
-            summed in their own. Rounds what each worker sends to 8 bits
+            summed in their own. Rounds the gradients of each worker to 8 bits
             (bfloat16) or 11 bits (float16, which overflows above 65504).
             `None`: gradients are sent without rounding.
         compression: A `WireFormat`: any other way to send gradients, as a
@@ -185,7 +185,7 @@ class MultiWorkerAllReduceStrategy(
     def broadcast(self, model: keras.Model) -> None:
         """Gives all workers the chief's weights and optimizer state.
 
-        For what only the chief has loaded or set. To be called on all
+        For values that only the chief has loaded or set. To be called on all
         workers, outside of `fit`.
 
         Args:

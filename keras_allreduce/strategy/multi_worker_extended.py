@@ -36,7 +36,7 @@ class MultiWorkerAllReduceExtended(
     Args:
         container_strategy: Its strategy.
         cluster_resolver: See `MultiWorkerAllReduceStrategy`.
-        communication_options: TensorFlow's, for what it reduces itself.
+        communication_options: TensorFlow's, for its own reductions.
         options: Options of the strategy.
     """
 
@@ -118,7 +118,7 @@ class MultiWorkerAllReduceExtended(
         return super().sum_gradients(gradients)
 
     def _update_config_proto(self, config_proto: Any) -> Any:
-        # TensorFlow's defaults cut what a worker sends into strings of 4 KiB
+        # TensorFlow's defaults cut messages of a worker into strings of 4 KiB
         # and send all of it through one connection.
         config = super()._update_config_proto(config_proto)
         config.experimental.recv_buf_max_chunk = -1

@@ -126,7 +126,7 @@ def _address(placement: Placement, report: Report) -> str:
     host = report.connection.getpeername()[0].partition("%")[0]
     peer = ipaddress.ip_address(host)
     peer = getattr(peer, "ipv4_mapped", None) or peer
-    # Who comes from the host of rank 0 is found where that is.
+    # A rank on the host of rank 0 is found there.
     host = placement.leader if peer.is_loopback else str(peer)
     return str(Address(host, int(report.content["port"])))
 

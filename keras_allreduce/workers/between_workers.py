@@ -114,7 +114,7 @@ class BetweenWorkers(Transport):
         algorithm: Algorithm,
         specs: Sequence[GradientSpec],
     ) -> ReducePlan:
-        """Returns the plan with what each worker sends, and in which format."""
+        """Returns the plan with the bytes and format that each worker sends."""
         between = f"between {self._num_workers} workers"
         if not algorithm.crosses_workers:
             between += f" over {self._wire.medium}"

@@ -1,7 +1,7 @@
 """Compares the calls of Keras between workers as they begin.
 
 fit, evaluate, predict      call, steps, data; the seed of a shuffle
-|-- first epoch             the model and what it is compiled with
+|-- first epoch             the model and its compile options
 |-- every epoch             call, epoch, weights and optimizer; first batch of
 |                           the epoch before
 |-- end of the last epoch   the same
@@ -42,7 +42,7 @@ class Calls:
     """The calls of Keras under one strategy.
 
     Args:
-        check: Compares what the workers do.
+        check: The consistency check.
         progress: Notes the calls.
         weights: Compares models.
 
@@ -132,7 +132,7 @@ class Calls:
         if call is None or call.is_nested or call.epoch is None:
             return
         if call.epoch == call.epochs:
-            # What is compared nowhere else is what the script saves.
+            # The weights that the script saves are compared nowhere else.
             found = self.weights.compare(
                 f"{call} (end)",
                 call.model,
@@ -144,7 +144,7 @@ class Calls:
 
 @dataclass(frozen=True)
 class _Seeds:
-    """What is seeded alike on all workers as a call and an epoch begin.
+    """Seeds that are alike on all workers as a call and an epoch begin.
 
     Attributes:
         source: Of the seeds, the same on all workers.
@@ -160,11 +160,11 @@ class _Seeds:
     def agreed(
         cls, iterator: Any, found: Sequence[Fingerprint], seed: int
     ) -> "_Seeds":
-        """Seeds what a `PyDataset` may be shuffled by, and nobody has seeded.
+        """Seeds unseeded generators that may shuffle a `PyDataset`.
 
         Args:
             iterator: Keras's, over the epochs.
-            found: What all workers offer.
+            found: The offers of all workers.
             seed: The same on all workers.
         """
         return cls(
@@ -203,7 +203,7 @@ class _Epochs:
 
     def note(self, batch: Any) -> None:
         """Notes the first batch of an epoch, in the thread that makes it."""
-        # Whatever a script makes; Keras says so if it cannot be read.
+        # Any object of the script; Keras says so if it cannot be read.
         with contextlib.suppress(TypeError, ValueError):
             self.first_batch = data_fingerprint.of_batch(batch)
 
@@ -215,7 +215,7 @@ class _Epochs:
 
 
 def _remedy(found: Sequence[Fingerprint]) -> str:
-    """What to do if the fingerprints differ, by the first that does."""
+    """The remedy for the first difference between fingerprints."""
     for key, remedy in (
         ("call", CALLS_REMEDY),
         (_STEPS, _STEPS_REMEDY),

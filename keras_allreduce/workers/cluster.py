@@ -1,4 +1,4 @@
-"""Who the workers are: TF_CONFIG, addresses, ranks. No TensorFlow."""
+"""The cluster: TF_CONFIG, addresses, ranks. No TensorFlow."""
 
 import contextlib
 import json

@@ -2,8 +2,8 @@
 
 TensorFlow's own strategy numbers its collectives as they are called, through
 a value captured when a function is called; inside a function in a function
-(`steps_per_execution`) nothing feeds it. Here a collective is named by what it
-reduces and by its place in the graph that is traced. That is the same on all
+(`steps_per_execution`) nothing feeds it. Here the name of a collective is
+its tensor's spec and its place in the traced graph. That is the same on all
 workers, whenever each of them traces, and it can run in any nesting. It may
 run again only when it has come back, which one step after the other ensures.
 """
@@ -56,8 +56,8 @@ class Places:
         """Returns a name that is the same on all workers.
 
         Args:
-            tensor: What is sent.
-            purpose: What it is for, the same on all workers.
+            tensor: The tensor to send.
+            purpose: Its purpose, the same on all workers.
         """
         graph = tf.compat.v1.get_default_graph()
         seen = self._seen.setdefault(graph, {})
@@ -103,7 +103,7 @@ class Collectives:
 
         Args:
             tensor: Tensor of one shape and dtype on all workers.
-            purpose: What it is for, the same on all workers; goes into the
+            purpose: Its purpose, the same on all workers; goes into the
                 name of the collective.
 
         Returns:
@@ -203,7 +203,7 @@ class Collectives:
         }
 
     def _token_of(self, gpu: str) -> tf.Tensor:
-        """What orders all collectives on a GPU."""
+        """The token that orders all collectives on a GPU."""
         if gpu not in self._tokens:
             with tf.init_scope(), tf.device(gpu):
                 self._tokens[gpu] = distribute.ResourceVariable(

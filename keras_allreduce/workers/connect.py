@@ -1,4 +1,4 @@
-"""Before TensorFlow starts: who the workers are, and that all are there."""
+"""Before TensorFlow starts: finds the workers, and waits for all of them."""
 
 import contextlib
 import os
@@ -67,7 +67,7 @@ def read_cluster(resolver: Any) -> Cluster | None:
 def starting(resolver: Any, timeout_seconds: float) -> Iterator[Cluster | None]:
     """Checks before TensorFlow's own set-up, which runs in the block.
 
-    The process keeps its signal handlers, whatever TensorFlow does to them.
+    The process keeps its signal handlers, although TensorFlow replaces them.
 
     Args:
         resolver: See `read_cluster`.
@@ -122,7 +122,7 @@ def waits_for_start(worker: str, timeout_seconds: float) -> Iterator[None]:
 
 
 def _keep_from_proxy(cluster: Cluster) -> None:
-    """Lets gRPC reach the workers directly, whatever proxy is set.
+    """Lets gRPC reach the workers directly, also if a proxy is set.
 
     It takes a proxy for every address, and looks for exceptions in the first
     of `no_grpc_proxy` and `no_proxy` that is set.

@@ -1,8 +1,8 @@
 """Checks that all workers run the same model, options and steps.
 
 Workers that run different code do not fail by themselves: each waits for a
-collective that another never starts. So each publishes what it is about to do
-in the store, and reads what the others do.
+collective that another never starts. So each publishes its next action in
+the store, and reads those of the others.
 """
 
 import json
@@ -46,11 +46,11 @@ CALLS_REMEDY = (
 
 
 class ConsistencyCheck:
-    """Compares what the workers do under one strategy.
+    """Compares the actions of the workers under one strategy.
 
     Args:
         cluster: The workers.
-        store: What they publish.
+        store: The texts that they publish.
         progress: Numbers the points at which this worker compares.
         paths_of_gradients: Returns the paths of as many gradients, or nothing.
 
@@ -92,7 +92,7 @@ class ConsistencyCheck:
         To be called on all workers, in the same order.
 
         Args:
-            name: What it is about, for errors.
+            name: Its subject, for errors.
             text: The text of this worker.
 
         Raises:
@@ -118,9 +118,9 @@ class ConsistencyCheck:
         """Compares at the next point in the script of each worker.
 
         Args:
-            name: What the facts are about.
+            name: The subject of the facts.
             fingerprint: Of this worker.
-            remedy: What to do if the facts differ.
+            remedy: Advice for the case that the facts differ.
 
         Returns:
             The fingerprints of all workers, by rank.
@@ -149,7 +149,7 @@ class ConsistencyCheck:
     def raise_differences(
         self, name: str, found: Sequence[Fingerprint], remedy: str
     ) -> None:
-        """Raises if the facts differ in what was last exchanged."""
+        """Raises if the facts differ in the last exchange."""
         name_of = self._cluster.name
         differences = [
             each
@@ -216,10 +216,10 @@ class ConsistencyCheck:
         return compared
 
     def text_of_chief(self, text: str) -> str:
-        """Returns on every worker what the chief has passed.
+        """Returns the text of the chief on every worker.
 
         Args:
-            text: What this worker would have taken.
+            text: The text of this worker.
 
         Raises:
             WorkerError: See `compare`.
@@ -254,7 +254,7 @@ def _spec(gradient: Any) -> str:
 
 
 def environment(devices: Sequence[str]) -> dict[str, Any]:
-    """What must be the same on all workers before anything is traced.
+    """Facts that must be the same on all workers before anything is traced.
 
     Args:
         devices: Names of the devices of this worker.

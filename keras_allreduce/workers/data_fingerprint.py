@@ -54,7 +54,7 @@ def steps_of_epochs(asked: int | None, batches: int | None) -> str:
 
 
 def facts_of(epoch_iterator: Any, dataset: Any) -> dict[str, str]:
-    """What must be the same of the data of one call.
+    """Facts of the data of one call that must be the same.
 
     Args:
         epoch_iterator: Keras's, of `fit`, `evaluate` or `predict`.

@@ -1,7 +1,7 @@
 """Describes values of configs in texts that are the same in every process.
 
 Addresses of objects, the order of sets, paths of files, names and seeds are
-not; whatever else is unknown is described by its class alone.
+not; other unknown objects are described by their class alone.
 """
 
 import re
@@ -136,7 +136,7 @@ def _with_config(
     level: int,
     code: Described | None = None,
 ) -> Described:
-    # The name of a policy is what it does.
+    # The name of a policy says everything about it.
     skipped = _SKIPPED - ({"name"} if head.endswith("Policy") else set())
     values = {
         str(key): described(each, level)
@@ -199,7 +199,7 @@ def _checksum(value: Any) -> str:
 
 
 def _constants(code: types.CodeType) -> list[Any]:
-    """What a function does: its instructions, names and numbers."""
+    """The code of a function: its instructions, names and numbers."""
     inner = [
         _constants(each) if isinstance(each, types.CodeType) else each
         for each in code.co_consts

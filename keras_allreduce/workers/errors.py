@@ -13,7 +13,7 @@ failed", whenever that is, catches this:
 
     except (keras_allreduce.WorkerError, tf.errors.UnavailableError):
 
-What the script itself does wrong, such as a TF_CONFIG that makes no sense, is
+Mistakes of the script itself, such as a TF_CONFIG that makes no sense, is
 a `ValueError`.
 """
 
@@ -29,7 +29,7 @@ _NO_REASONS = ("Graph execution error", "Detected at ", "<stack", " ", "\t")
 
 
 class WorkerError(RuntimeError):
-    """Another worker failed, or does not do what this one does."""
+    """Another worker failed, or takes other actions than this one."""
 
 
 class WorkerStartError(WorkerError):
@@ -60,7 +60,7 @@ class WorkerLostError(WorkerError, tf.errors.UnavailableError):
 
 
 def name_and_message(error: WorkerError) -> tuple[str, str]:
-    """What a worker publishes of an error; `from_name` makes it again."""
+    """The published form of an error; `from_name` makes it again."""
     return type(error).__name__, str(error)
 
 
@@ -70,7 +70,7 @@ def from_name(name: str, message: str) -> WorkerError:
     Args:
         name: Name of its class in this module. That of a script's own class
             stands for a `WorkerError`.
-        message: What it says.
+        message: Its text.
     """
     kind = globals().get(name)
     if isinstance(kind, type) and issubclass(kind, WorkerError):
@@ -120,6 +120,6 @@ def shown(error: BaseException) -> str:
         if line.strip() and not line.startswith(_NO_REASONS)
     ]
     text = ": ".join([name, *said[:1]])[:_SHOWN_CHARACTERS]
-    # What TensorFlow can pass on, and does not put in quotes of its own.
+    # Characters that TensorFlow passes on without quoting them.
     text = text.encode("utf-8", "backslashreplace").decode()
     return text.replace('"', "'").replace("\\", "/")

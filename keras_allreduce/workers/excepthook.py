@@ -28,7 +28,7 @@ from keras_allreduce.workers.timing import TIMING
 
 
 class Monitor(Protocol):
-    """What is asked of a `health.HealthMonitor`."""
+    """The questions to a `health.HealthMonitor`."""
 
     @property
     def lost(self) -> str | None:
@@ -139,7 +139,7 @@ def explain(error: BaseException | None) -> str | None:
     """Why a collective has failed, in words that name the worker.
 
     Args:
-        error: What was raised.
+        error: The error that was raised.
 
     Returns:
         The explanation, or `None` if it is about something else.

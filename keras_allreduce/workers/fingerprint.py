@@ -1,4 +1,4 @@
-"""What the workers compare: the fingerprint of each. No TensorFlow."""
+"""The fingerprints that the workers compare. No TensorFlow."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def in_another_order(
     """The first path that stands in another order than the chief's.
 
     Args:
-        kind: What has the paths.
+        kind: The kind of object that has the paths.
         found: The fingerprints of all workers; each offers `"paths"`.
 
     Returns:

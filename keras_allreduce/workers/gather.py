@@ -30,7 +30,7 @@ Verdict = Callable[[Mapping[str, Any]], int | str | None]
 
 @dataclass(frozen=True)
 class Gathering:
-    """What all processes of one job agree on before they talk.
+    """Facts that all processes of one job agree on before they talk.
 
     Attributes:
         size: Number of processes.

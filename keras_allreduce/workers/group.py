@@ -76,7 +76,7 @@ class SingleWorker(OneProcess):
 
     Args:
         options: Options of the strategy.
-        in_flight: Tracks what is reduced eagerly.
+        in_flight: Tracks eager collectives.
     """
 
     def __init__(self, options: WorkerOptions, in_flight: InFlight):
@@ -128,7 +128,7 @@ class Workers(ProcessGroup):
 
     Args:
         num_workers: Number of workers.
-        check: Compares what they do.
+        check: The consistency check.
         calls: Compares the calls of Keras.
         collectives: The collectives between their host devices.
         gpus: The collectives between all of their devices.

@@ -201,7 +201,7 @@ class HealthMonitor:
         """Tells the others that the script of this worker ends in an error.
 
         Args:
-            error: What was raised.
+            error: The error that was raised.
             seconds: How long the chief lingers until they know.
         """
         if self._inspector is None:

@@ -75,7 +75,7 @@ class Heartbeats:
         clock: Tells the seconds; see `health.AwakeClock`.
 
     Attributes:
-        last_words: What the others have said before they went.
+        last_words: The last messages of workers that ended.
         waits: Whether this worker waits for others, and asks more often.
         needs_all: Whether a collective has failed, so that this worker cannot
             go on without one whose script has ended.
@@ -187,7 +187,7 @@ class Heartbeats:
             if answer is not Answer.NOT_YET:
                 probe.close()
                 peer.probes.remove(probe)
-        # What was asked before the last answer is answered.
+        # Questions older than the last answer are answered.
         for probe in list(peer.probes):
             if probe.started <= peer.answered:
                 probe.close()

@@ -1,8 +1,8 @@
-"""Defines `HostCollectives`: what a wire needs of the engine between workers.
+"""Defines `HostCollectives`: the engine between workers, as a wire uses it.
 
 `collectives.py` has them over gRPC, `mpi/collectives.py` over MPI. In all of
-them `purpose` says what a tensor is for, the same on all workers, and what
-comes back is on the host device of this worker, bit for bit equal on all.
+them `purpose` names the purpose of a tensor, the same on all workers, and
+results are on the host device of this worker, bit for bit equal on all.
 """
 
 from typing import Protocol
@@ -15,7 +15,7 @@ class HostCollectives(Protocol):
 
     @property
     def medium(self) -> str:
-        """What the workers send over, for the plan line."""
+        """The transport between workers, for the plan line."""
 
     @property
     def device(self) -> str:

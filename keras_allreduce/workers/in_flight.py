@@ -139,7 +139,7 @@ class InFlight:
 
         Args:
             name: Name of the collective, the same on all workers.
-            tensors: What it sends.
+            tensors: The tensors that it sends.
         """
         if tf.executing_eagerly():
             self.count_eager()
@@ -167,9 +167,9 @@ class InFlight:
 
     @contextlib.contextmanager
     def during(self) -> Iterator[None]:
-        """Takes what runs eagerly in the block for in flight.
+        """Counts eager ops in the block as in flight.
 
-        What is only traced there counts by itself.
+        Traced ops count by themselves.
         """
         if not tf.executing_eagerly():
             yield

@@ -45,11 +45,11 @@ _COMPILED = (
 
 @dataclass
 class Facts:
-    """What a model computes, as far as its configs say it.
+    """The computation of a model, as far as its configs tell it.
 
     Attributes:
-        known: Texts of what is Keras's own, by key.
-        undecided: Texts of what is the script's.
+        known: Texts of Keras's own parts, by key.
+        undecided: Texts of the script's parts.
         labels: Names of facts in messages.
         paths: Paths of the variables, in their order.
     """
@@ -72,7 +72,7 @@ class Facts:
 
 
 def facts_of(model: keras.Model) -> Facts:
-    """What a model computes; runs nothing of it."""
+    """The computation of a model, without running it."""
     facts = Facts()
     facts.add("model", described(type(model)))
     _add_layers(facts, keras_config.layers_of(model))
@@ -105,7 +105,7 @@ class ModelCheck:
     """Compares models between workers.
 
     Args:
-        check: Compares what the workers do.
+        check: The consistency check.
     """
 
     def __init__(self, check: ConsistencyCheck):
@@ -115,7 +115,7 @@ class ModelCheck:
         ] = weakref.WeakKeyDictionary()
 
     def checksum(self, model: keras.Model) -> str:
-        """A checksum of what a model computes."""
+        """A checksum of the computation of a model."""
         return self._facts(model).checksum
 
     def compare(self, model: keras.Model) -> None:
@@ -145,7 +145,7 @@ class ModelCheck:
         options = keras_config.compile_options(model)
         count = len(model.variables)
         known = self._known.get(model)
-        # What is changed without another `compile` has no effect in Keras.
+        # Changes without another `compile` have no effect in Keras.
         if known and known[0] is options and known[1] == count:
             return known[2]
         facts = facts_of(model)
@@ -189,7 +189,7 @@ def _add_operations(facts: Facts, model: keras.Model) -> None:
 
 
 def _is_known(thing: Any) -> bool:
-    """Whether a config of Keras's own says what a thing computes."""
+    """Whether a config of Keras describes the computation of an object."""
     return keras_config.is_of_keras(thing) and not isinstance(
         thing, keras.layers.Lambda
     )
@@ -229,7 +229,7 @@ def _are_close(one: str, another: str) -> bool:
 
 
 def _warn(found: Sequence[Fingerprint], name_of: Any) -> None:
-    """Warns of the first difference in what is the script's own."""
+    """Warns of the first difference in the script's own parts."""
     chief: Mapping[str, str] = json.loads(found[0].offer["undecided"])
     for rank, other in enumerate(found[1:], 1):
         theirs = json.loads(other.offer["undecided"])

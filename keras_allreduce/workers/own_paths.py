@@ -18,10 +18,10 @@ _REMEDY = (
 
 
 def remedy(error: BaseException) -> str | None:
-    """What to do if an error may come of a path that workers share.
+    """The remedy for an error that a path shared by workers may have caused.
 
     Args:
-        error: What has ended the script.
+        error: The error that ended the script.
 
     Returns:
         The remedy; `None` if the error is about something else.

@@ -25,7 +25,7 @@ Of two positions of one staircase one is nowhere behind the other. Therefore:
     worker A is ahead in one count and B in another   =>   they differ
 
 That is a proof whenever the positions were read, together or an hour apart,
-whatever the speed of a link, a disk or a callback: it needs no clock. And it is
+at any speed of a link, a disk or a callback: it needs no clock. And it is
 found. If A waits for a collective that B never begins, B either waits for one
 of another kind, in which it is ahead (the two have agreed up to there), or ends
 its script, which it says: one that has ended with a lower count anywhere will

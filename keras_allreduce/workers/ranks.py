@@ -11,7 +11,7 @@ others, which `address_exchange.py` collects. For that, one address is enough:
 | Kubernetes, Indexed Job | `JOB_COMPLETION_INDEX`, `WORLD_SIZE` | pod 0 |
 | by hand, torchrun | `RANK`, `WORLD_SIZE`, `LOCAL_WORLD_SIZE` | `MASTER_ADDR` |
 
-`MASTER_ADDR` and `MASTER_PORT` override what is found for rank 0 in each row.
+`MASTER_ADDR` and `MASTER_PORT` override the address of rank 0 in each row.
 """
 
 import os
@@ -31,14 +31,14 @@ _NUM_CANDIDATES = 4
 
 @dataclass(frozen=True)
 class Placement:
-    """Which process of how many this is, as what started it says.
+    """Rank and size of this process, as its launcher gives them.
 
     Attributes:
         rank: From 0.
         size: Number of processes, at least 2.
         source: The launcher and its variable, for messages.
         leader: Host of rank 0; empty if nothing says so.
-        job: What only the processes of this job share; empty if not known.
+        job: Text that only the processes of this job share; empty if not known.
         port: Port of rank 0 for the exchange of addresses; `None`: by `job`.
     """
 
@@ -97,7 +97,7 @@ def hint_of(environment: Mapping[str, str]) -> str | None:
     """What hints at several processes, without saying that this is one.
 
     Returns:
-        The variable and what it may mean, for a warning; else `None`.
+        The variable and its possible meaning, for a warning; else `None`.
     """
     if "SLURM_NTASKS" in environment and _int(environment, "SLURM_NTASKS") > 1:
         return (

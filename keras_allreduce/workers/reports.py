@@ -38,7 +38,7 @@ _MAX_UNKNOWN = 256
 
 @dataclass
 class Report:
-    """What a worker has sent, and the connection on which it waits."""
+    """The report of a worker, and the connection on which it waits."""
 
     connection: socket.socket
     content: dict[str, Any]
@@ -72,7 +72,7 @@ class _Unknown:
 class GatherServer:
     """Takes the reports of workers at a port, and turns away the rest.
 
-    Never blocks on one connection, whatever it sends or does not send.
+    Never blocks on one connection.
 
     Args:
         server: A listening socket, which this closes.
@@ -178,7 +178,7 @@ class GatherServer:
 
 
 class NoAnswer(Exception):  # noqa: N818 (never leaves the package)
-    """The chief has not answered in time; says what was there instead."""
+    """The chief has not answered in time; names the process found there."""
 
 
 def deliver(
@@ -193,7 +193,7 @@ def deliver(
 
     Args:
         chief: Where it may listen; tried in turn until one receives it.
-        content: What JSON can hold.
+        content: Content that JSON can hold.
         token: Job token.
         timeout_seconds: How long to try.
         longer_seconds: How much longer to wait for the answer.
@@ -204,7 +204,7 @@ def deliver(
     """
     line = _encode({**content, "token": token})
     end = time.monotonic() + timeout_seconds
-    # What the chief answered, or how far the last try came.
+    # The answer of the chief, or the state of the last try.
     found = "no time to ask"
     while time.monotonic() < end:
         for address in chief:

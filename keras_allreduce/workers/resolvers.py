@@ -1,4 +1,4 @@
-"""Cluster resolvers: from what a process is told to a `tf.train.ClusterSpec`.
+"""Cluster resolvers: from the environment to a `tf.train.ClusterSpec`.
 
 `mpirun`, `srun` and Kubernetes tell a process its rank; TF_CONFIG tells it all
 addresses. `resolver_for` finds out which of them there is.

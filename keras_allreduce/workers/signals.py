@@ -1,4 +1,4 @@
-"""Puts back what TensorFlow changes in the process behind the script's back.
+"""Puts back the signals and hooks of the process that TensorFlow changes.
 
 When TensorFlow connects the workers, its preemption notifier catches SIGTERM
 in C++ and swallows it: the process no longer ends, a handler that the script
@@ -28,9 +28,9 @@ _HOOKS = ((sys, "excepthook"), (threading, "excepthook"))
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Signals and exception hooks are after the block what they were before.
+    """Restores signals and exception hooks after the block.
 
-    Whatever the process forks afterwards inherits them. Changes that the
+    Processes forked afterwards inherit them. Changes that the
     script makes after the block count as ever. Without `sigaction` (Windows)
     there is nothing to keep: TensorFlow catches no signal there.
     """
@@ -47,7 +47,7 @@ def kept() -> Iterator[None]:
 
 
 def _actions() -> dict[int, bytes]:
-    """What the process does on each signal, as the C library tells it."""
+    """The action for each signal, as the C library tells it."""
     sigaction = _sigaction()
     actions = {}
     for number in signal.valid_signals() if sigaction else ():

@@ -82,7 +82,7 @@ class StallInspector:
         if self.waits:
             return self._compare(own)
         if self._cluster.rank and not self._knows_end_of(0):
-            # What it has said ends with it.
+            # Its messages end with it.
             self._read(0)
         return None
 
@@ -187,10 +187,10 @@ class StallInspector:
         )
 
     def _let_receive(self, own: Snapshot, seconds: float) -> None:
-        """Stays while others receive what this worker was the first to have.
+        """Stays while others still receive a result that this worker has.
 
-        What it has sent them may still be in its own buffers, which end with
-        its process.
+        Its messages may still be in its own buffers, which end with its
+        process.
         """
         end = time.monotonic() + seconds
         left = self._cluster.others

@@ -1,4 +1,4 @@
-"""Publishes what a worker is about to do, and reads what the others do.
+"""Publishes the next action of a worker, and reads those of the others.
 
 The store is that of TensorFlow's coordination service. It ends with the chief.
 
@@ -47,7 +47,8 @@ class KeyValueStore:
         cluster: The workers.
         timeout_seconds: How long to wait for what another publishes.
         failure: Returns an error once the workers cannot go on.
-        cause: The same, after a connection broke: asks first who is gone.
+        cause: The same, after a connection broke: first asks which worker
+            failed.
         answers: Asks another worker whether it is there.
         clock: Tells the seconds; see `health.AwakeClock`.
 
@@ -83,7 +84,7 @@ class KeyValueStore:
 
         Args:
             point: Number of the point in the script of each worker.
-            kind: What the worker does there; must be the same on all.
+            kind: Action of the worker there; must be the same on all.
             text: The text of this worker.
 
         Raises:
@@ -140,7 +141,7 @@ class KeyValueStore:
         """Puts a text in the place of the last.
 
         Args:
-            name: What it is about.
+            name: Its subject.
             text: The text of this worker.
             seconds: How long to wait until it is there.
 

@@ -30,7 +30,7 @@ def all_gather_tensors(
     Args:
         tensors: Tensors of known rank, of which numbers of rows may differ
             between workers, and dimensions that are not known.
-        purpose: What they are for, the same on all workers.
+        purpose: Their purpose, the same on all workers.
         collectives: The collectives between the workers.
         num_workers: Number of workers.
     """

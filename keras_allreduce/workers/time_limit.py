@@ -1,4 +1,4 @@
-"""A time limit for what does not return to Python, kept by another process.
+"""A time limit for calls that do not return to Python, kept by another process.
 
 While TensorFlow connects the workers it holds Python's lock: no thread and no
 signal handler of this process runs. If a worker dies just then, the others
@@ -28,7 +28,7 @@ def limited(seconds: float, message: str) -> Iterator[None]:
 
     Args:
         seconds: How long it may take.
-        message: What is written to stderr before the process is killed.
+        message: Text for stderr before the process is killed.
     """
     command = [sys.executable, "-S", "-E", "-c", _WATCH]
     command += [str(os.getpid()), str(seconds), message]

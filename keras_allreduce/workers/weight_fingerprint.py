@@ -1,8 +1,8 @@
 """Finds weights and optimizer state that differ between workers.
 
-Workers start from the chief's values and then make the same updates. What one
-of them sets alone, such as a learning rate or the weights of a file, makes
-another model of its own, which no error and no metric shows. So checksums are
+Workers start from the chief's values and then make the same updates. Values
+that one of them sets alone, such as a learning rate or the weights of a file,
+make another model of it, which no error and no metric shows. So checksums are
 compared where a call of Keras and where an epoch of `fit` begins.
 
 Where they differ, so may only the rounding: an update that sums, such as
@@ -68,7 +68,7 @@ class WeightCheck:
     """Compares the variables of models between workers.
 
     Args:
-        check: Compares what the workers do.
+        check: The consistency check.
         sum_over_workers: Sums an int32 tensor that each worker has.
         cluster: The workers.
     """
@@ -102,10 +102,10 @@ class WeightCheck:
             model: The model.
             has_trained: Whether this call has already trained it. What a
                 layer has then changed without an optimizer may differ.
-            offer: What else to exchange, in the same message.
+            offer: Further facts to exchange in the same message.
 
         Returns:
-            The fingerprints of all workers, by rank, with what they offer.
+            The fingerprints of all workers, by rank, with their offers.
 
         Raises:
             WorkersDifferError: If a call or a variable differs.
@@ -236,7 +236,7 @@ def _value(variable: Any) -> np.ndarray:
 
 
 def _remedy(different: Sequence[Any], model: keras.Model) -> str:
-    """What to do: steps keep weights alike, custom ones not all."""
+    """The remedy: steps keep weights alike, custom ones not all."""
     statistics = {id(each) for each in keras_config.moving_statistics(model)}
     are_all = statistics.issuperset(map(id, different))
     return _STATISTICS if are_all else _REMEDY

@@ -2,7 +2,7 @@
 
 As it is a tensor goes round TensorFlow's ring, and a small one is exchanged at
 once, in one round trip instead of two. In another format the workers exchange
-what they have and sum in the tensor's own dtype, which the ring cannot: it
+their tensors and sum in the tensor's own dtype, which the ring cannot: it
 would round after each addition.
 
 2 workers: each sends all it has, both sum          1 rounding of each part
@@ -54,7 +54,7 @@ class Wire:
 
     @property
     def medium(self) -> str:
-        """What the workers send over."""
+        """The transport between the workers."""
         return self._collectives.medium
 
     def all_reduce(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
@@ -62,7 +62,7 @@ class Wire:
 
         Args:
             tensor: The part of this worker.
-            purpose: What it is for, the same on all workers.
+            purpose: Its purpose, the same on all workers.
 
         Returns:
             The sum in the shape and dtype of `tensor`, bit for bit the same

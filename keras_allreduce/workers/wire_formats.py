@@ -6,8 +6,8 @@
         |  decode
     rows[row, ...]      in their own dtype again, and summed there
 
-A format that needs more than that, such as what was lost in earlier steps,
-keeps it in the state of a pack, and sums the pack itself:
+A format that needs more than that, such as the rounding error of earlier
+steps, keeps it in the state of a pack, and sums the pack itself:
 
     pack --> format.all_reduce(pack, state, exchange) --> sum
                                   exchange(tensor): encode, cross, decode, sum
@@ -73,7 +73,7 @@ class WireFormat:
 
         Args:
             crossed: Tensor as `encode` returns it, of any number of rows.
-            like: What was encoded here, for the dtype and the shape of a row.
+            like: The rows encoded here, for the dtype and the shape of a row.
 
         Returns:
             As many rows as `crossed` has, in the dtype of `like`.
@@ -85,7 +85,7 @@ class WireFormat:
         raise NotImplementedError
 
     def state(self, pack: tf.TensorSpec) -> Mapping[str, tf.Tensor]:
-        """Returns what is kept for a pack from step to step.
+        """Returns the state that is kept for a pack from step to step.
 
         Called once per pack of each traced step. A step that is traced again,
         for batches of another shape, begins anew.
@@ -124,8 +124,8 @@ class WireFormat:
         """Dtype in which one op may move and add up tensors of `dtype`.
 
         NCCL and TensorFlow's eager collectives do. `None`: they must not add
-        up this format. Then packs of GPUs cross from the host, and what is
-        summed eagerly crosses as it is.
+        up this format. Then packs of GPUs cross from the host, and eager
+        tensors cross as they are.
         """
         return None
 

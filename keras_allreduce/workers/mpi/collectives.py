@@ -54,7 +54,7 @@ class _Site:
         engine: Runs the collective.
         name: Its name, the same on all workers.
         collective: One of `messages.py`.
-        dtype: Dtype of what is sent and received.
+        dtype: Dtype of the messages.
         device: Host device of this worker.
     """
 
@@ -129,7 +129,7 @@ class MpiCollectives:
     They wait for the others without a limit; the health monitor ends them.
 
     Attributes:
-        medium: What the workers send over, for the plan line.
+        medium: Transport between workers, for the plan line.
 
     Args:
         engine: Runs them.

@@ -31,8 +31,8 @@ import numpy as np
 from keras_allreduce.workers.mpi.messages import Buffers, Exchange
 from keras_allreduce.workers.mpi.names import Names, Submission
 
-# What is nearly there is worth more tests; longer waits leave the core to
-# whoever computes. A nap is at most this part of the wait so far.
+# A message that is nearly there is worth more tests; longer waits leave the
+# core to other threads. A nap is at most this part of the wait so far.
 _TESTS_BEFORE_NAPS = 20
 _NAP_SECONDS = (2e-5, 1e-3)
 _NAP_PART = 1 / 16
@@ -87,7 +87,7 @@ class Engine:
         """Runs a collective in this thread, or submits it.
 
         Returns:
-            What was received; `None` if that is going to be delivered.
+            The received array; `None` if it will be delivered later.
         """
         comm = self._names.comms.get(call.name)
         if comm is None or not self._lock.acquire(blocking=False):
@@ -109,7 +109,7 @@ class Engine:
         return None
 
     def _run_for_a_moment(self, running: _Running) -> np.ndarray | None:
-        """What was received; `None` if the thread goes on with it."""
+        """The received array; `None` if the thread goes on with it."""
         end = time.perf_counter() + _MOMENT_SECONDS
         while True:
             try:
@@ -144,7 +144,7 @@ class Engine:
         self._thread.join(seconds)
 
     def _finish(self, call: Submission, received: np.ndarray | None) -> None:
-        # Whoever takes it out delivers.
+        # The thread that takes it out delivers.
         with contextlib.suppress(KeyError):
             del self._calls[call]
             call.deliver(received)
@@ -186,7 +186,7 @@ class Engine:
                 idle += 1
 
     def _next(self, idle: int, since: float) -> _Work | None:
-        """What was submitted meanwhile; sleeps if there is nothing to do."""
+        """New submissions; sleeps if there is nothing to do."""
         if not self._requests and not self._names.are_asked_for:
             return self._submitted.get()
         if idle < _TESTS_BEFORE_NAPS:

@@ -136,7 +136,7 @@ def _version(mpi: Any) -> str:
     return str(mpi.Get_library_version()).split(",")[0].splitlines()[0].strip()
 
 
-# What this process has to end.
+# Resources that this process has to end.
 _started: list[Any] = []
 
 
@@ -158,5 +158,5 @@ def _leave() -> None:
 
 
 # Now, so that it is called after what registers later: MPI_Finalize waits for
-# the other workers, who must have been told before that this one leaves.
+# the other workers, which must know by then that this one leaves.
 atexit.register(_leave)

@@ -53,7 +53,7 @@ def all_reduce(comm: Any, own: np.ndarray, buffers: Buffers) -> Exchange:
 
 
 def swap(comm: Any, own: np.ndarray, buffers: Buffers) -> Exchange:
-    """Returns what the other of two workers has: one message each way."""
+    """Returns the array of the other of two workers: one message each way."""
     other = buffers.take(own.shape, own.dtype)
     rank = 1 - comm.rank
     yield [comm.Irecv(_bytes(other), rank), comm.Isend(_bytes(own), rank)]

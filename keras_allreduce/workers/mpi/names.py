@@ -26,7 +26,7 @@ class Submission:
         name: Name of the collective, the same on all workers. Two runs of one
             name must not overlap.
         collective: One of `messages.py`.
-        own: What this worker sends.
+        own: The array that this worker sends.
         deliver: Called once, from any thread: with what was received, or with
             `None` if the engine has failed.
     """
@@ -83,7 +83,7 @@ class Names:
         return ready
 
     def _count(self, name: str) -> list[Submission]:
-        """On rank 0: counts who has a collective of this name to run."""
+        """On rank 0: counts the workers that run a collective of this name."""
         self._asked[name] = self._asked.get(name, 0) + 1
         if self._asked[name] < self._comm.size:
             return []
