@@ -137,7 +137,10 @@ class Trial:
         return run
 
     def _eager(self) -> Callable[..., list[tf.Tensor]]:
-        for variable in keras_compat.all_variables(self._model):
+        for variable in (
+            *keras_compat.all_variables(self._model),
+            *self._model.metrics_variables,
+        ):
             for part in _parts(variable):
                 self._state.add(part.handle, part.dtype)
 

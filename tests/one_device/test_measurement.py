@@ -48,7 +48,11 @@ class Restless(keras.Model):
 
 
 def state_of(model):
-    variables = [*model.variables, *model.optimizer.variables]
+    variables = [
+        *model.variables,
+        *model.metrics_variables,
+        *model.optimizer.variables,
+    ]
     return [
         *(variable.numpy() for variable in variables),
         model.plain.numpy(),
@@ -58,11 +62,11 @@ def state_of(model):
     ]
 
 
-def restless():
+def restless(**arguments):
     strategy = keras_allreduce.AllReduceStrategy(DEVICES[:2])
     with strategy.scope():
         model = Restless()
-        model.compile(keras.optimizers.Adam(), "mse")
+        model.compile(keras.optimizers.Adam(), "mse", **arguments)
         model(X)
         model.optimizer.build(model.trainable_variables)
     return model, strategy
@@ -78,6 +82,15 @@ def test_all_that_a_step_changes_is_put_back():
     assert (gradient.kind, gradient.is_exact) == ("mean", True)
     for one, other in zip(before, state_of(model), strict=True):
         np.testing.assert_equal(other, one)
+
+
+def test_metrics_that_an_eager_step_updates_are_put_back():
+    model, strategy = restless(run_eagerly=True)
+    data = (tf.constant(X), tf.constant(Y))
+    found = measurement.measure(model, model.train_step, data, strategy)
+    assert not found.failure
+    for variable in model.shown.variables:
+        assert float(variable) == 0
 
 
 def test_hooks_and_shadows_are_gone_after_a_step():
