@@ -61,6 +61,19 @@ def has_nccl() -> bool:
     return bool(_kernels.get_registered_kernels_for_op("NcclAllReduce").kernel)
 
 
+def is_summed_when_read(variable: Any) -> bool:
+    """Whether reading a variable adds up what the replicas have gathered.
+
+    Keras makes those of metrics so.
+    """
+    return (
+        isinstance(variable, tf.distribute.DistributedValues)
+        and getattr(variable, "synchronization", None)
+        == tf.VariableSynchronization.ON_READ
+        and getattr(variable, "aggregation", None) == tf.VariableAggregation.SUM
+    )
+
+
 def read_from_first(variable: Any) -> None:
     """Makes a variable of a metric be read from the first replica.
 

@@ -31,6 +31,7 @@ from keras.src.trainers.data_adapters.py_dataset_adapter import (
     PyDatasetAdapter as _PyDatasetAdapter,
 )
 
+from keras_allreduce.compat import distribute
 from keras_allreduce.compat.frames import calling_frames
 
 # From the creator of a variable up to Keras's: 9 in Keras 3.15.
@@ -183,7 +184,9 @@ class MetricsRead:
             getattr(variable, "value", None)
             for variable in self._model.metrics_variables
         ]
-        return [each for each in variables if _is_sum(each)]
+        return [
+            each for each in variables if distribute.is_summed_when_read(each)
+        ]
 
 
 @contextlib.contextmanager
@@ -200,15 +203,6 @@ def reading_metrics(model: keras.Model) -> Iterator[None]:
 def metrics_being_read() -> MetricsRead | None:
     """The reading of metrics in this thread, if there is one."""
     return _thread.metrics_read
-
-
-def _is_sum(variable: Any) -> bool:
-    return (
-        isinstance(variable, tf.distribute.DistributedValues)
-        and getattr(variable, "synchronization", None)
-        == tf.VariableSynchronization.ON_READ
-        and getattr(variable, "aggregation", None) == tf.VariableAggregation.SUM
-    )
 
 
 def is_py_dataset(epoch_iterator: Any) -> bool:

@@ -134,13 +134,13 @@ def _inner(value: Any) -> tf.TensorShape:
     return shape[1:] if shape.rank else shape
 
 
-def made_up(value: Any) -> Any:
+def made_up(value: Any, seed: int = 0) -> Any:
     """Samples of the dtype and inner shape of a tensor."""
     if not isinstance(value, tf.Tensor) or value.shape.rank is None:
         return value
     inner = [dim or 8 for dim in value.shape[1:].as_list()]
     shape = [SAMPLES // 2, *inner] if value.shape.rank else []
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     with tf.init_scope():  # Not in a graph that is being traced.
         if value.dtype.is_floating or value.dtype.is_complex:
             return tf.cast(rng.uniform(size=shape), value.dtype)

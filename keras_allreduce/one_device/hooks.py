@@ -61,14 +61,17 @@ def taking_part(
 def hooked_methods() -> list[tuple[Any, str, str]]:
     """Class, its method, and the method of a step that takes part in it.
 
-    An optimizer that overrides `apply` need not call Keras's, so its own takes
-    part too.
+    An optimizer that overrides `apply` need not call Keras's, nor a metric that
+    of the class above it, so their own take part too.
     """
-    optimizers = dict.fromkeys(_subclasses(keras.optimizers.Optimizer))
     overriding = [
-        (optimizer, "apply", "apply")
-        for optimizer in optimizers
-        if "apply" in vars(optimizer)
+        (each, name, part)
+        for base, name, part in (
+            (keras.optimizers.Optimizer, "apply", "apply"),
+            (keras.metrics.Metric, "result", "metric_result"),
+        )
+        for each in dict.fromkeys(_subclasses(base))
+        if name in vars(each)
     ]
     return [*_HOOKED, *overriding]
 

@@ -1,16 +1,32 @@
-"""Logs of a step as one device would have them."""
+"""Logs of a step as one device would have them, on every worker.
 
-from collections.abc import Sequence
+    the result of a metric       computed from the state of all replicas
+    a number                     a mean over samples, or measured to be a sum
+    one row for each sample      the rows of all replicas
+    another tensor               a mean over samples
+
+Callbacks decide on the logs of a step, `TerminateOnNaN` for one, so those of a
+training step are the same on all workers: all cross in one small collective,
+which needs the forward pass alone and is in flight while backprop goes on.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_allreduce.compat import distribute
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.one_device.reduction import Reductions
+from keras_allreduce.one_device.empty_replica import rows_if
+from keras_allreduce.one_device.metric_results import (
+    GatheredStates,
+    MetricResult,
+    Path,
+)
+from keras_allreduce.one_device.reduction import Reductions, log_key
 from keras_allreduce.one_device.replicas import Replicas
-from keras_allreduce.one_device.shares import shares_of
+from keras_allreduce.reduce import packing
+from keras_allreduce.reduce.process_group import ProcessGroup
 from keras_allreduce.reduce.scaling import scale
 
 
@@ -18,7 +34,7 @@ def are_metric_results(model: keras.Model, step: str) -> bool:
     """Whether the logs of a step are the results of the metrics.
 
     As Keras has it. They can be taken again without the sample that an empty
-    replica has borrowed.
+    replica has borrowed, and Keras takes those of an epoch from the metrics.
     """
     return all(
         keras_compat.is_keras_method(model, method)
@@ -26,72 +42,137 @@ def are_metric_results(model: keras.Model, step: str) -> bool:
     )
 
 
-def samples_seen(model: keras.Model) -> Any:
-    """Samples of this replica that the logs are means over, if known."""
-    tracker = keras_compat.loss_tracker(model)
-    if tracker is None:
-        return None
-    return tf.convert_to_tensor(tracker.count.value)
-
-
-def as_of_one_device(
-    outputs: Any,
-    seen: Any,
-    shares: Any,
-    reductions: Reductions,
-    replicas: Replicas,
-) -> Any:
-    """Scales logs so that Keras's mean over replicas is that of one device.
+class Logs:
+    """Makes the logs of the replicas those of one device.
 
     Args:
-        outputs: Distributed logs of the replicas.
-        seen: Distributed number of samples that each has seen, if the logs
-            are means over them.
-        shares: Distributed share of each replica in the batch, times the
-            number of replicas; `None`: 1. Used if `seen` is `None`.
-        reductions: Which of the logs are sums over samples.
+        reductions: Which of them are sums over samples.
         replicas: The replicas of this worker.
+        group: The workers whose samples the logs are of: all, or this one.
     """
-    amounts = shares if seen is None else seen
-    weights: Sequence[Any] = [None] * len(replicas.devices)
-    if amounts is not None:
+
+    def __init__(
+        self, reductions: Reductions, replicas: Replicas, group: ProcessGroup
+    ):
+        self._reductions = reductions
+        self._replicas = replicas
+        self._group = group
+
+    def of_one_device(
+        self,
+        outputs: Any,
+        results: Mapping[Path, MetricResult],
+        shares: Any,
+        has_samples: Any,
+    ) -> Any:
+        """The logs of the batch, which are not distributed.
+
+        Args:
+            outputs: Distributed logs of the replicas.
+            results: The results of metrics among them.
+            shares: Distributed share of each replica in the batch, times the
+                number of replicas; `None`: all are 1.
+            has_samples: Distributed bool, false on empty replicas. `None`:
+                none is empty.
+        """
+        found = dict(keras.tree.flatten_with_path(outputs))
+        parts = {
+            path: self._numbers(value)
+            for path, value in found.items()
+            if path not in results
+        }
+        rows = [path for path, each in parts.items() if _are_rows(each)]
+        means = [path for path in parts if parts[path] and path not in rows]
+        for path in rows:
+            found[path] = self._rows(parts[path], has_samples, found[path])
+        states = GatheredStates(results)
         with tf.device("/cpu:0"):
-            weights = shares_of(replicas.local_values(amounts))
+            weights = [
+                tf.cast(share, tf.float64)
+                for share in self._replicas.local_values(shares)
+                or [1.0] * len(self._replicas.devices)
+            ]
+            local = [
+                *states.local_sums(),
+                *(self._sum(path, parts[path], weights) for path in means),
+            ]
+            *totals, weight = self._all_reduce([*local, tf.add_n(weights)])
+            count = len(totals) - len(means)
+            found |= states.results(totals[:count])
+            for path, total in zip(means, totals[count:], strict=True):
+                found[path] = self._mean(path, total, weight, parts[path][0])
+        return keras.tree.pack_sequence_as(outputs, list(found.values()))
 
-    def scaled(path: tuple[Any, ...], value: Any) -> Any:
-        is_sum = reductions.is_sum("log", *path)
+    def _numbers(self, value: Any) -> list[tf.Tensor]:
+        """The parts of a log; nothing if they are no numbers."""
         # Before Keras 3.14 the results of eager metrics are Python floats.
-        parts = [tf.convert_to_tensor(v) for v in replicas.local_values(value)]
-        if not parts or not parts[0].dtype.is_floating:
+        tensors = [
+            tf.convert_to_tensor(part) if isinstance(part, float) else part
+            for part in self._replicas.local_values(value)
+        ]
+        if all(
+            isinstance(each, tf.Tensor)
+            and (each.dtype.is_floating or each.dtype.is_integer)
+            for each in tensors
+        ):
+            return tensors
+        return []
+
+    def _rows(
+        self, parts: list[tf.Tensor], has_samples: Any, value: Any
+    ) -> Any:
+        """The rows of all replicas; of several workers they stay apart."""
+        if self._replicas.group.size > 1:
             return value
-        if amounts is None and not is_sum:
-            return value
-        by = weights
-        if is_sum:
-            by = [count_of_sum(weight, len(parts)) for weight in weights]
-        return scaled_where_they_are(parts, by, replicas.devices)
+        if has_samples is not None:
+            parts = [
+                rows_if(each, part)
+                for each, part in zip(has_samples.values, parts, strict=True)
+            ]
+        with tf.device("/cpu:0"):
+            return tf.concat(parts, axis=0)
 
-    leaves = keras.tree.flatten_with_path(outputs)
-    flat = [scaled(*leaf) for leaf in leaves]
-    return keras.tree.pack_sequence_as(outputs, flat)
+    def _sum(
+        self, path: Path, parts: Sequence[tf.Tensor], weights: Sequence[Any]
+    ) -> tf.Tensor:
+        """What the replicas of this worker contribute to a log."""
+        if self._is_sum(path, parts[0]):
+            # Nothing counts on an empty replica.
+            weights = [tf.cast(weight > 0, tf.float64) for weight in weights]
+        return tf.add_n(
+            [
+                scale(tf.cast(part, tf.float64), weight)
+                for part, weight in zip(parts, weights, strict=True)
+            ]
+        )
+
+    def _mean(
+        self, path: Path, total: tf.Tensor, weight: tf.Tensor, part: tf.Tensor
+    ) -> tf.Tensor:
+        """A log from what all replicas have contributed."""
+        if not self._is_sum(path, part):
+            total = total / weight
+        if part.dtype.is_integer:
+            total = tf.round(total)
+        return tf.cast(total, part.dtype)
+
+    def _is_sum(self, path: Path, part: tf.Tensor) -> bool:
+        return self._reductions.is_sum(*log_key(path, part.dtype))
+
+    def _all_reduce(self, local: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """The sums over the workers, in the dtypes of what they are of."""
+        if self._group.size == 1:
+            return list(local)
+        wide = [tf.cast(each, tf.float64) for each in local]
+        total = self._group.all_reduce(packing.pack(wide), "logs")
+        return [
+            tf.cast(each, part.dtype)
+            for each, part in zip(
+                packing.unpack(total, wide), local, strict=True
+            )
+        ]
 
 
-def count_of_sum(weight: Any, num_replicas: int) -> Any:
-    """What a sum is scaled by, so that the mean over replicas is the sum.
-
-    Nothing counts on an empty replica.
-    """
-    if weight is None:
-        return float(num_replicas)
-    return tf.where(weight > 0, float(num_replicas), 0.0)
-
-
-def scaled_where_they_are(
-    parts: Sequence[Any], weights: Sequence[Any], devices: Sequence[str]
-) -> Any:
-    """A distributed value with each part scaled where it is."""
-    scaled = []
-    for device, part, weight in zip(devices, parts, weights, strict=True):
-        with tf.device(device):
-            scaled.append(scale(part, weight))
-    return distribute.PerReplica(tuple(scaled))
+def _are_rows(parts: Sequence[tf.Tensor]) -> bool:
+    """Whether a log has one row for each sample of the replica."""
+    return any(part.shape.rank and part.shape[0] is None for part in parts)

@@ -21,6 +21,7 @@ from keras_allreduce.one_device.probe import Failure, Probe, probe
 from keras_allreduce.one_device.reduction import (
     MEAN,
     RATIO,
+    SUM,
     UNDECIDED,
     Key,
     Reduction,
@@ -174,13 +175,12 @@ def _reduction(
     """The reduction of a value, judged in one state or in two."""
     if key[0] == "state":
         return _of_state(key, states, max(tolerance, judge.OF_STATE))
-    return _agreed(
-        [
-            _in_state(key, each, tolerance)
-            for each in states
-            if key in each.values
-        ]
-    )
+    found = [
+        _in_state(key, each, tolerance) for each in states if key in each.values
+    ]
+    if key[0] == "count" and not any(found):
+        return Reduction(SUM)  # It counts what the example has none of.
+    return _agreed(found)
 
 
 def _in_state(key: Key, state: _Values, tolerance: float) -> Reduction | None:

@@ -1,10 +1,18 @@
 """Metrics whose state is not a sum, such as a maximum.
 
 TensorFlow adds up what the replicas have gathered when a metric is read. A few
-made-up samples tell whether that is right for a custom metric: is its state
-after all of them the sum of those after each half? If it is the larger or the
-smaller of the two instead, the replicas agree on that after each step, and
-reading takes it from the first. Else a warning says so.
+made-up samples tell whether that is right for a variable of a custom metric.
+With s(B) its value after a batch B of two halves B1 and B2:
+
+    s(B) = s(B1) + s(B2)           a sum          TensorFlow adds it up
+    s(B) = s(B1) = s(B2)           the same       read from the first replica
+    s(B) = max(s(B1), s(B2))       an extreme     the replicas agree on it
+    s(B) = (s(B1) + s(B2)) / 2     a mean         the replicas agree on it,
+                                                  weighted by their samples
+
+They agree after each step, and reading takes it from the first. A mean may be
+the last value, a moving average, or a sum of what each batch is on average.
+What is none of these is warned about.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,8 +28,17 @@ from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import facts, first_batch, replica, warn
 from keras_allreduce.one_device.probe import Failure, probe
 from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.reduce.process_group import all_reduce_max
+from keras_allreduce.reduce.scaling import scale
 
-SUM, MAXIMUM, MINIMUM, SAME, OTHER = "sum", "max", "min", "same", "other"
+SUM, SAME, MAXIMUM, MINIMUM, MEAN, OTHER = (
+    "sum",
+    "same",
+    "max",
+    "min",
+    "mean",
+    "other",
+)
 
 
 class SharedMetricState:
@@ -56,39 +73,58 @@ class SharedMetricState:
     ) -> Any:
         if not replica.is_measured() and metric not in self._kinds:
             self._kinds[metric] = self._measured(metric, update, args, kwargs)
-            if OTHER in self._kinds[metric] or (
-                self._is_extreme(metric) and self._replicas.group.size > 1
-            ):
+            if OTHER in self._kinds[metric]:
                 warn.of_metric(self._model, metric)
         self._updated[id(metric)] = metric
         return update(*args, **kwargs)
 
-    def agree(self) -> None:
-        """Gives all replicas the largest or smallest of their states."""
+    def agree(self, shares: Any) -> None:
+        """Gives all replicas what one device would have, where it is no sum.
+
+        Args:
+            shares: Distributed share of each replica in the batch, times the
+                number of replicas. `None`: all are 1.
+        """
         for metric in self._updated.values():
-            if self._replicas.group.size > 1 or not self._is_extreme(metric):
+            kinds = self._kinds.get(metric, [])
+            if OTHER in kinds or set(kinds) <= {SUM}:
                 continue
-            for kind, variable in zip(
-                self._kinds[metric], metric.variables, strict=True
-            ):
+            for kind, variable in zip(kinds, metric.variables, strict=True):
+                if kind == SUM:
+                    continue
                 distribute.read_from_first(variable.value)
                 if kind != SAME:
-                    self._assign_extreme(kind, variable.value)
+                    self._assign(
+                        variable.value,
+                        self._agreed(kind, variable.value, shares),
+                    )
 
-    def _assign_extreme(self, kind: str, variable: Any) -> None:
-        parts = variable.values
+    def _agreed(self, kind: str, variable: Any, shares: Any) -> tf.Tensor:
+        """The value of all replicas of all workers."""
+        group = self._replicas.group
         with tf.device("/cpu:0"):
-            reduce = tf.reduce_max if kind == MAXIMUM else tf.reduce_min
-            value = reduce(tf.stack([tf.identity(part) for part in parts]), 0)
-        for part, device in zip(parts, self._replicas.devices, strict=True):
-            with tf.device(device):
-                part.assign(value)
+            parts = [part.read_value() for part in variable.values]
+            if kind == MAXIMUM:
+                return all_reduce_max(group, tf.reduce_max(tf.stack(parts), 0))
+            if kind == MINIMUM:
+                least = tf.reduce_min(tf.stack(parts), 0)
+                return -all_reduce_max(group, -least)
+            parts = [tf.cast(part, tf.float64) for part in parts]
+            weights = [
+                tf.cast(share, tf.float64)
+                for share in self._replicas.local_values(shares)
+                or [1.0] * len(parts)
+            ]
+            total = tf.add_n(list(map(scale, parts, weights)))
+            count = group.size * len(parts)
+            return group.all_reduce(total / count, "metric")
 
-    def _is_extreme(self, metric: Any) -> bool:
-        kinds = self._kinds.get(metric, [])
-        return set(kinds) <= {MAXIMUM, MINIMUM, SAME} and bool(
-            {MAXIMUM, MINIMUM} & set(kinds)
-        )
+    def _assign(self, variable: Any, value: tf.Tensor) -> None:
+        for part, device in zip(
+            variable.values, self._replicas.devices, strict=True
+        ):
+            with tf.device(device):
+                part.assign(tf.cast(value, part.dtype))
 
     def _measured(
         self, metric: Any, update: Callable[..., Any], args: Any, kwargs: Any
@@ -111,7 +147,15 @@ class SharedMetricState:
                     for variable, value in zip(variables, before, strict=True):
                         variable.assign(value)
 
-        example = keras.tree.map_structure(first_batch.made_up, (args, kwargs))
+        # Each by numbers of its own: targets differ from outputs.
+        given = args, kwargs
+        example = keras.tree.pack_sequence_as(
+            given,
+            [
+                first_batch.made_up(leaf, seed)
+                for seed, leaf in enumerate(keras.tree.flatten(given))
+            ],
+        )
         found = probe(run, example)
         if isinstance(found, Failure):
             return []
@@ -134,5 +178,4 @@ def _kind(start: Any, whole: Any, first: Any, second: Any) -> str:
         return MAXIMUM
     if is_near(np.minimum(first, second)):
         return MINIMUM
-    # A mean over batches, in which each replica counts as one.
-    return SUM if is_near((first + second) / 2) else OTHER
+    return MEAN if is_near((first + second) / 2) else OTHER

@@ -5,6 +5,7 @@ the replicas have, each with its part n_r / sum(n) of all that is counted. The
 denominator is seen in the graph of the step.
 """
 
+from collections.abc import Container
 from typing import Any
 
 import keras
@@ -39,11 +40,23 @@ def scaled(value: Any, replicas: Replicas) -> Any:
     return scale(value, part * replica.current().inverse_weight())
 
 
-def of_logs(logs: Any, reductions: Reductions, replicas: Replicas) -> Any:
-    """The logs of a step, with ratios scaled so."""
+def of_logs(
+    logs: Any,
+    results: Container[Any],
+    reductions: Reductions,
+    replicas: Replicas,
+) -> Any:
+    """The logs of a step, with ratios scaled so.
+
+    Args:
+        logs: Those of this replica.
+        results: Paths of what stays as it is.
+        reductions: Which of the logs are ratios.
+        replicas: The replicas of this worker.
+    """
     flat = [
         scaled(value, replicas)
-        if reductions.of("log", *path).kind == RATIO
+        if path not in results and reductions.of("log", *path).kind == RATIO
         else value
         for path, value in keras.tree.flatten_with_path(logs)
     ]

@@ -115,6 +115,12 @@ class ValueRecorder:
 
     update_sum = update_mean
 
+    def metric_result(
+        self, result: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Results are not measured."""
+        return result(*args, **kwargs)
+
     def next_seed(
         self, draw: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -179,7 +185,11 @@ class ValueRecorder:
         """Records what the step has returned."""
         for path, value in keras.tree.flatten_with_path(logs):
             if tf.is_tensor(value):
-                self.record(("log", *path), value)
+                value = tf.convert_to_tensor(value)  # Or a variable of Keras.
+                key = reduction.log_key(path, value.dtype)
+                if value.dtype.is_integer:
+                    value = tf.cast(value, tf.float32)
+                self.record(key, value)
 
     def _record_denominator(self, key: Key, target: Any) -> None:
         divided_by = graphs.denominator(target)

@@ -38,6 +38,9 @@ STATE = "state"
 
 Key = tuple[Any, ...]
 
+# What is shown: what goes into a metric, logs, and logs that are integers.
+_SHOWN = ("metric", "log", "count")
+
 
 @dataclass(frozen=True)
 class Reduction:
@@ -123,10 +126,10 @@ class Reductions:
         What is shown is a mean if it may be neither: most often it is the same
         on all replicas, such as the norm of a gradient.
         """
-        if self.losses is not None and key[0] not in ("metric", "log", "state"):
+        if self.losses is not None and key[0] not in (*_SHOWN, "state"):
             return self.losses
         found = self.found.get(key, Reduction())
-        if key[0] in ("metric", "log") and not found.is_exact:
+        if key[0] in _SHOWN and not found.is_exact:
             return Reduction()
         return found
 
@@ -175,6 +178,16 @@ def update_key() -> Key:
 def metric_key(updated: Any) -> Key:
     """The key of a value that goes into a metric."""
     return "metric", updated.name, replica.current().next_call(updated.name)
+
+
+def log_key(path: Key, dtype: tf.DType) -> Key:
+    """The key of a log; an integer counts something.
+
+    Args:
+        path: Where it is in the logs.
+        dtype: Its dtype.
+    """
+    return "count" if dtype.is_integer else "log", *path
 
 
 def state_key(variable: Any) -> Key:

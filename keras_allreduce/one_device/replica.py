@@ -40,6 +40,7 @@ class Replica:
         reduced: `id` of each variable whose gradient is the sum already.
         gradients: Those sums, by their `id`.
         assigned: `id` of each variable that it has assigned on its own.
+        metric_results: What it has asked metrics for, by `id`.
         recorder: What a measurement records; `None` in a step that counts.
         graph: The graph that its step is traced into, if it is.
     """
@@ -52,6 +53,7 @@ class Replica:
     reduced: set[int] = field(default_factory=set)
     gradients: dict[int, Any] = field(default_factory=dict)
     assigned: set[int] = field(default_factory=set)
+    metric_results: dict[int, Any] = field(default_factory=dict)
     recorder: Any = None
     graph: Any = field(
         default_factory=lambda: _graph_of_thread(), compare=False

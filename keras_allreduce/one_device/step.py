@@ -14,6 +14,8 @@ current step first (`hooks.py`). What only a model has is replaced in the model
     optimizer.apply              gradients.py  then Keras's: finite check,
                                                accumulate, clip, update
     metric.update_state          view.py       counts with the share
+    metric.result                metric_results.py
+                                               in the logs: of all samples
     seed_generator.next          view.py       another one per replica
     variable.assign              shared_state.py
                                                then one value for all replicas
@@ -43,14 +45,15 @@ from keras_allreduce.compat import (
 from keras_allreduce.one_device import (
     empty_replica,
     hooks,
-    logs,
     measurement,
+    metric_results,
     replica,
-    shared_logs,
     warn,
 )
 from keras_allreduce.one_device.gradients import GradientsOfTheBatch
+from keras_allreduce.one_device.logs import Logs, are_metric_results
 from keras_allreduce.one_device.loss import LossOfTheReplica
+from keras_allreduce.one_device.metric_results import MetricResult, Path
 from keras_allreduce.one_device.metric_state import SharedMetricState
 from keras_allreduce.one_device.reduction import Reductions
 from keras_allreduce.one_device.replica import Replica
@@ -66,6 +69,7 @@ from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.one_device.view import CurrentStep
 from keras_allreduce.reduce.observe import BatchRecord
 from keras_allreduce.reduce.plan import GatheredLoss
+from keras_allreduce.reduce.process_group import OneProcess, ProcessGroup
 
 _do_not_convert = tf.autograph.experimental.do_not_convert
 
@@ -108,6 +112,8 @@ class Step:
         self._count = replicas.group.size * len(replicas.devices)
         self._trains = name == "train_step"
         self._metrics = SharedMetricState(model, replicas, strategy)
+        self._returns_metrics = are_metric_results(model, name)
+        self._results: Mapping[Path, MetricResult] = {}
         self._measure: Callable[[], Reductions] = Reductions
         self.gathered: Mapping[int, GatheredLoss] = {}
 
@@ -145,13 +151,14 @@ class Step:
             on = partial(
                 self._on_replica, current, fn, spare, keras_threads.settings()
             )
-            outputs, seen = call_for_each_replica(  # [4]
+            outputs = call_for_each_replica(  # [4]
                 _do_not_convert(on), (shares.of_replicas(), data, *rest), kwargs
             )
         state.agree(shares.share, shares.has_samples)  # [5]
-        self._metrics.agree()
-        return shared_logs.rule(self._name, self._replicas)(  # [6]
-            outputs, seen, shares.share, reductions, self._replicas
+        self._metrics.agree(shares.share)
+        logs = Logs(reductions, self._replicas, self._group_of_logs())
+        return logs.of_one_device(  # [6]
+            outputs, self._results, shares.share, shares.has_samples
         )
 
     def _shares(self, data: Any) -> tuple[BatchShares, Any]:
@@ -176,25 +183,37 @@ class Step:
         data: Any,
         *args: Any,
         **kwargs: Any,
-    ) -> tuple[Any, Any]:
-        """The logs of one replica, and of how many samples they are means."""
+    ) -> Any:
+        """The logs of one replica."""
         keras_threads.take_over(settings)
         this = Replica(*shares, num_replicas=self._count)
         with replica.running(this, current):
             if this.has_samples is None:
-                return current.shown(fn(data, *args, **kwargs)), None
+                return self._shown(current, fn(data, *args, **kwargs))
             before = empty_replica.state(self._model)
             data = empty_replica.with_a_sample(  # [4a]
                 data, this.has_samples, spare
             )
-            outputs = current.shown(fn(data, *args, **kwargs))  # [4b]
+            outputs = fn(data, *args, **kwargs)  # [4b]
+            outputs = self._shown(current, outputs)
             empty_replica.restore(this.has_samples, before)  # [4c]
-            if not logs.are_metric_results(self._model, self._name):
-                return outputs, None
-            return (
-                self._model.get_metrics_result(),
-                logs.samples_seen(self._model),
-            )
+            return outputs
+
+    def _shown(self, current: CurrentStep, outputs: Any) -> Any:
+        """The logs of a replica, in which results of metrics are found."""
+        if self._returns_metrics:
+            self._results = metric_results.of_keras(outputs)
+        else:
+            self._results = metric_results.among(outputs)
+        return current.shown(outputs, self._results)
+
+    def _group_of_logs(self) -> ProcessGroup:
+        """The workers whose samples the logs are of."""
+        group = self._replicas.group
+        if not self._trains and self._returns_metrics:
+            # Keras takes those of an epoch from the metrics; no step waits.
+            return OneProcess(group.gradient_ops)
+        return group
 
     @cached_property
     def _known(self) -> Reductions:

@@ -1,13 +1,13 @@
 """The current step, as the code that it runs meets it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_allreduce.one_device import ratio, reduction, replica
+from keras_allreduce.one_device import metric_results, ratio, reduction, replica
 from keras_allreduce.one_device.gradients import GradientsOfTheBatch
 from keras_allreduce.one_device.reduction import RATIO, SUM, Reductions
 from keras_allreduce.one_device.replicas import Replicas
@@ -84,11 +84,16 @@ class CurrentStep:
             return apply(*args, **kwargs)
         return self._gradients.apply(apply, *args, **kwargs)
 
-    def shown(self, logs: Any) -> Any:
-        """Logs whose mean over the replicas, by samples, is the batch's."""
+    def shown(self, logs: Any, results: Container[Any]) -> Any:
+        """Logs whose mean over the replicas, by samples, is the batch's.
+
+        Args:
+            logs: Those of this replica.
+            results: Paths of the results of metrics, which stay as they are.
+        """
         if self._replicas is None:
             return logs
-        return ratio.of_logs(logs, self._reductions, self._replicas)
+        return ratio.of_logs(logs, results, self._reductions, self._replicas)
 
     def all_reduce(
         self,
@@ -141,6 +146,14 @@ class CurrentStep:
             weight = replica.current().weight
             values = scale(tf.convert_to_tensor(values), weight)
         return update(metric, values, sample_weight=sample_weight)
+
+    def metric_result(
+        self, result: Callable[..., Any], metric: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The result on this replica; see `metric_results.py`."""
+        found = result(metric, *args, **kwargs)
+        metric_results.note(metric, found)
+        return found
 
     def next_seed(
         self, draw: Callable[..., Any], *args: Any, **kwargs: Any

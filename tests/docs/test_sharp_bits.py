@@ -367,32 +367,3 @@ def test_a_scaled_loss_is_reduced_in_every_step(capsys):
     scaled = keras.optimizers.LossScaleOptimizer
     assert "sent once in" not in plan(lambda: scaled(accumulating()))
     assert "sent once in 2 steps" in plan(accumulating)
-
-
-# Metrics ------------------------------------------------------------------
-
-
-def test_in_the_logs_of_a_step_an_auc_is_a_mean_over_replicas():
-    def train():
-        steps = Steps()
-        model = keras.Sequential(
-            [keras.Input([6]), keras.layers.Dense(1, "sigmoid")]
-        )
-        model.compile("sgd", "binary_crossentropy", metrics=["accuracy", "auc"])
-        history = model.fit(
-            X,
-            (X[:, :1] > 0).astype("float32"),
-            batch_size=16,
-            shuffle=False,
-            verbose=0,
-            callbacks=[steps],
-        )
-        return steps.logs, history.history
-
-    (steps, epoch), (steps_of_two, epoch_of_two) = (
-        in_scope(1, train),
-        in_scope(2, train),
-    )
-    assert abs(steps[-1]["auc"] - steps_of_two[-1]["auc"]) > 1e-4
-    assert steps[-1]["accuracy"] == pytest.approx(steps_of_two[-1]["accuracy"])
-    assert epoch["auc"] == pytest.approx(epoch_of_two["auc"], abs=SAME)

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from five_devices import DEVICES
 from linear_model import X, Y, compiled, linear
@@ -31,5 +32,201 @@ def test_step_logs_are_means_over_samples():
     np.testing.assert_allclose(
         losses(keras_allreduce.AllReduceStrategy(DEVICES[:2])),
         losses(tf.distribute.get_strategy()),
+        rtol=1e-6,
+    )
+
+
+class Guide(keras.Sequential):
+    """The step of Keras's guide: all metrics, which the step updates."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(y=y, y_pred=y_pred)
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return self.updated(loss, y, y_pred)
+
+    def test_step(self, data):
+        x, y = data
+        y_pred = self(x, training=False)
+        return self.updated(self.compute_loss(y=y, y_pred=y_pred), y, y_pred)
+
+    def updated(self, loss, y, y_pred):
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(loss)
+            else:
+                metric.update_state(y, y_pred)
+        return {metric.name: metric.result() for metric in self.metrics}
+
+
+class Subset(Guide):
+    """Some of the metrics, one of them in a structure."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.root = keras.metrics.RootMeanSquaredError(name="root")
+        self.other = keras.metrics.Mean(name="other")
+
+    def updated(self, loss, y, y_pred):
+        self.root.update_state(y, y_pred)
+        return {"loss": loss, "nested": {"root": self.root.result()}}
+
+
+class Numbers(Guide):
+    """Integers, one of which is 0 in the first batch, rows and a vector."""
+
+    def updated(self, loss, y, y_pred):
+        wrong = tf.cast((y - 0.5) * (y_pred - 0.5) <= 0, tf.int32)
+        return {
+            "loss": loss,
+            "wrong": tf.reduce_sum(wrong),
+            "samples": tf.shape(y)[0],
+            "late": tf.reduce_sum(tf.cast(y == 0, tf.int32)),
+            "constant": tf.constant(7),
+            "rows": tf.reshape(y_pred, [-1]),
+            "vector": tf.reduce_mean(tf.concat([y, y_pred], 1), 0),
+        }
+
+
+class Last(keras.metrics.Metric):
+    """A mean of the last batch."""
+
+    def __init__(self, name="last", decay=0.0):
+        super().__init__(name=name)
+        self.decay = decay
+        self.value = self.add_weight(name="value", initializer="zeros")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        new = keras.ops.mean(keras.ops.abs(y_true - y_pred))
+        self.value.assign(self.decay * self.value + (1 - self.decay) * new)
+
+    def result(self):
+        return self.value
+
+
+class MeanOfBatches(Last):
+    """A mean of batches of any sizes, each of which counts once."""
+
+    def __init__(self):
+        super().__init__("mean_of_batches")
+        self.count = self.add_weight(name="count", initializer="zeros")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.value.assign_add(keras.ops.mean(keras.ops.abs(y_true - y_pred)))
+        self.count.assign_add(1.0)
+
+    def result(self):
+        return self.value / self.count
+
+
+class Largest(Last):
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        new = keras.ops.max(keras.ops.abs(y_true - y_pred))
+        self.value.assign(keras.ops.maximum(self.value, new))
+
+
+class All(keras.callbacks.Callback):
+    """All logs of all batches, as NumPy arrays."""
+
+    def __init__(self):
+        super().__init__()
+        self.logs = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.logs.append(keras.tree.map_structure(np.asarray, logs))
+
+    on_test_batch_end = on_train_batch_end
+
+
+def train(strategy, kind, metrics, **arguments):
+    keras.utils.set_random_seed(1)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=[23, 3]).astype("float32")
+    y = (rng.uniform(size=[23, 1]) > 0.5).astype("float32")
+    y[:5] = 1
+    logs = All()
+    with strategy.scope():
+        model = kind([keras.Input([3]), keras.layers.Dense(1)])
+        model.compile(
+            keras.optimizers.SGD(0.1),
+            "mse",
+            metrics=metrics() or None,
+            **arguments,
+        )
+    history = model.fit(
+        x,
+        y,
+        batch_size=5,
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+        validation_data=(x[:12], y[:12]),
+        callbacks=[logs],
+    )
+    return logs.logs, history.history
+
+
+def assert_as_on_one_device(kind, metrics=list, replicas=2, **arguments):
+    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:replicas])
+    found = train(strategy, kind, metrics, **arguments)
+    expected = train(tf.distribute.get_strategy(), kind, metrics, **arguments)
+    keras.tree.assert_same_structure(found, expected)
+    for got, wanted in zip(
+        keras.tree.flatten(found), keras.tree.flatten(expected), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def metrics_of_every_kind():
+    return [
+        keras.metrics.RootMeanSquaredError(),
+        keras.metrics.AUC(from_logits=True, name="auc"),
+        keras.metrics.MeanAbsoluteError(),
+        keras.metrics.R2Score(),
+    ]
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+@pytest.mark.parametrize("kind", [keras.Sequential, Guide])
+def test_results_of_metrics_are_those_of_all_samples(kind, replicas):
+    assert_as_on_one_device(kind, metrics_of_every_kind, replicas)
+
+
+def test_a_step_may_return_some_of_the_metrics():
+    assert_as_on_one_device(Subset, replicas=3)
+
+
+def test_results_of_metrics_of_an_eager_step_are_those_of_all_samples():
+    assert_as_on_one_device(Guide, metrics_of_every_kind, run_eagerly=True)
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_numbers_rows_and_vectors_are_those_of_the_batch(replicas):
+    assert_as_on_one_device(Numbers, replicas=replicas)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [Last, lambda: Last("average", 0.9), MeanOfBatches, Largest],
+    ids=["last value", "moving average", "mean of batches", "maximum"],
+)
+def test_custom_metrics_that_are_no_sums_are_as_on_one_device(metric):
+    assert_as_on_one_device(Guide, lambda: [metric()])
+
+
+def test_metrics_are_those_of_all_samples_in_a_step_on_one_batch():
+    def trained(strategy):
+        keras.utils.set_random_seed(1)
+        with strategy.scope():
+            model = linear()
+            model.compile("sgd", "mse", metrics=["root_mean_squared_error"])
+        return model.train_on_batch(X, Y)
+
+    np.testing.assert_allclose(
+        trained(keras_allreduce.AllReduceStrategy(DEVICES[:2])),
+        trained(tf.distribute.get_strategy()),
         rtol=1e-6,
     )

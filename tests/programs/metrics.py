@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops
 
 from programs.data import CLASSES, dense, fit
@@ -77,9 +78,53 @@ class Smallest(Largest):
         self.value.assign(ops.minimum(self.value, ops.min(y_true)))
 
 
-@program(feature="Metrics that are a maximum, a minimum, one value", fast=True)
+@program(
+    on="workers",
+    feature="Metrics that are a maximum, a minimum, one value",
+    fast=True,
+)
 def metrics_whose_state_is_no_sum():
     def one_value(y_true, y_pred):
         return ops.mean(ops.abs(y_true - y_pred))
 
     return fit(dense(), metrics=[Largest(), Smallest(), one_value])
+
+
+class Last(Largest):
+    """A mean of the last batch."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.value.assign(ops.mean(ops.abs(y_true - y_pred)))
+
+
+class Guide(keras.Model):
+    """The step of Keras's guide, which returns some of the metrics."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(y=y, y_pred=y_pred)
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        for metric in self.metrics:
+            if metric.name != "loss":
+                metric.update_state(y, y_pred)
+        logs = {m.name: m.result() for m in self.metrics if m.name != "loss"}
+        wrong = tf.cast(tf.abs(y - y_pred) > 0.5, tf.int32)
+        return {
+            "loss": loss,
+            "samples": tf.shape(x)[0],
+            "wrong": tf.reduce_sum(wrong),
+            **logs,
+        }
+
+
+@program(
+    on="workers", feature="A step that returns some of the metrics", fast=True
+)
+def step_of_the_guide():
+    inputs = keras.Input([6])
+    outputs = keras.layers.Dense(1)(inputs)
+    metrics = [keras.metrics.RootMeanSquaredError(), Last("last")]
+    return fit(Guide(inputs, outputs), metrics=metrics)
