@@ -65,6 +65,24 @@ _LINEAR = frozenset(
         "Sum",
     }
 )
+# Ops that draw random numbers. Beginnings of their names.
+_RANDOM = (
+    "Multinomial",
+    "ParameterizedTruncatedNormal",
+    "Random",
+    "Rng",
+    "StatefulRandom",
+    "StatefulStandardNormal",
+    "StatefulTruncatedNormal",
+    "StatefulUniform",
+    "StatelessMultinomial",
+    "StatelessParameterizedTruncatedNormal",
+    "StatelessRandom",
+    "StatelessSample",
+    "StatelessShuffle",
+    "StatelessTruncatedNormal",
+    "TruncatedNormal",
+)
 _DIVISIONS = frozenset({"RealDiv", "DivNoNan", "Div"})
 _MOST_OPS = 10_000
 
@@ -146,6 +164,23 @@ def is_in_vectorized_map() -> bool:
         return False
     # TensorFlow traces the body into the graph around it, under this name.
     return "loop_body" in tf.get_current_name_scope().split("/")
+
+
+def is_random(traced: Any) -> bool:
+    """Whether a concrete function draws random numbers.
+
+    Two runs may draw the same ones: their results do not tell.
+    """
+    definition = traced.graph.as_graph_def()
+    nodes = [
+        *definition.node,
+        *(
+            node
+            for function in definition.library.function
+            for node in function.node_def
+        ),
+    ]
+    return any(node.op.startswith(_RANDOM) for node in nodes)
 
 
 def without_outside_effects(

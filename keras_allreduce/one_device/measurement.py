@@ -30,8 +30,10 @@ from keras_allreduce.one_device.reduction import (
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.trial import Trial
 
-# How often a step with random numbers is measured, at least and at most.
+# How often a step with random numbers is measured: at least, before there is
+# a doubt of any kind, and at most.
 FEWEST_ROUNDS = 8
+ROUNDS_FOR_DOUBT = 32
 MOST_ROUNDS = 256
 
 
@@ -124,24 +126,46 @@ def _rounds(
         if isinstance(found, Failure):
             return found
         rounds.append(found)
-        if len(rounds) < wanted or _are_equal(*rounds[:2]):
-            continue
-        if wanted < FEWEST_ROUNDS:
-            wanted = FEWEST_ROUNDS
-        elif wanted < MOST_ROUNDS and _is_undecided(
-            _Values.of(trial.keys, rounds), tolerance
-        ):
-            wanted *= 2
+        if len(rounds) == wanted and _takes_more(trial, rounds, tolerance):
+            wanted = max(FEWEST_ROUNDS, 2 * wanted)
     return rounds
 
 
-def _is_undecided(values: "_Values", tolerance: float) -> bool:
-    """Whether it takes more rounds to judge what is differentiated."""
+def _takes_more(trial: Trial, rounds: list[Probe], tolerance: float) -> bool:
+    """Whether it takes more rounds to judge a step.
+
+    Few random numbers, such as a dropout of two samples, may be equal in some
+    rounds and then look like a difference: no doubt is due to few rounds.
+    """
+    is_random = trial.is_random or not _are_equal(rounds)
+    if is_random and len(rounds) < FEWEST_ROUNDS:
+        return True
+    if trial.is_random is None and not is_random:
+        most = FEWEST_ROUNDS
+    elif is_random:
+        most = MOST_ROUNDS
+    else:
+        return False
+    values = _Values.of(trial.keys, rounds)
     return any(
-        _reduction(key, [values], tolerance).doubt == UNDECIDED
+        len(rounds) < min(most, _most_rounds(key, values, tolerance))
         for key in values.values
-        if key[0] in ("gradient", "apply", "loss", "added")
     )
+
+
+def _most_rounds(key: Key, values: "_Values", tolerance: float) -> int:
+    """In how many rounds a value is measured, as these have it."""
+    if key[0] in ("denominator", "inputs"):
+        return 0
+    if key[0] == "state":  # One state does not tell what it keeps.
+        is_random = any((part != part[:1]).any() for part in values.values[key])
+        return ROUNDS_FOR_DOUBT if is_random else 0
+    doubt = _reduction(key, [values], tolerance).doubt
+    if key[0] in ("metric", "log"):
+        return ROUNDS_FOR_DOUBT if doubt == UNDECIDED else 0
+    if doubt == UNDECIDED:
+        return MOST_ROUNDS
+    return ROUNDS_FOR_DOUBT if doubt else 0
 
 
 class _Values:
@@ -204,8 +228,14 @@ def _in_state(key: Key, state: _Values, tolerance: float) -> Reduction | None:
         for half, count in ((first, of_first), (second, of_second))
     )
     as_ratio = judged(whole, one, other, tolerance)
-    if as_ratio is not None and as_ratio.is_exact and as_ratio.kind == MEAN:
+    if as_ratio is None:
+        return found
+    is_ratio = as_ratio.kind == MEAN and as_ratio.is_exact
+    if is_ratio or as_ratio.doubt == UNDECIDED:
         return replace(as_ratio, kind=RATIO)
+    if found is None:  # A half counts nothing, so its mean is 0 / 0.
+        doubt = as_ratio.doubt or reduction.COMPARES
+        return replace(as_ratio, kind=RATIO, doubt=doubt)
     return found
 
 
@@ -295,10 +325,12 @@ def _tolerance(model: keras.Model) -> float:
     return judge.EXACT
 
 
-def _are_equal(one: Probe, other: Probe) -> bool:
-    """Whether two rounds gave the same, so that nothing is random."""
+def _are_equal(rounds: Sequence[Probe]) -> bool:
+    """Whether all rounds gave the same."""
+    first = rounds[0]
     return all(
         np.array_equal(a, b, equal_nan=True)
+        for other in rounds[1:]
         for part in ("whole", "first", "second")
-        for a, b in zip(getattr(one, part), getattr(other, part), strict=True)
+        for a, b in zip(getattr(first, part), getattr(other, part), strict=True)
     )

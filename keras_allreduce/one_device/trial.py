@@ -47,6 +47,8 @@ class Trial:
     Attributes:
         keys: The keys of the values that a call returns.
         communicates: Whether the step sums or gathers over replicas itself.
+        is_random: Whether it draws random numbers; `None` if that is not known,
+            as of a step that runs eagerly.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Trial:
         self._state = _State()
         self.keys: list[Key] = []
         self.communicates = False
+        self.is_random: bool | None = None
 
     def __call__(self, batch: Any, rows: slice) -> list[np.ndarray]:
         """The values of a batch.
@@ -133,6 +136,7 @@ class Trial:
         for handle, dtype in gradient_tape.captured_variables(traced):
             if not self._batch.owns(handle):
                 self._state.add(handle, dtype)
+        self.is_random = graphs.is_random(traced)
         run, _ = graphs.without_outside_effects(traced)
         return run
 

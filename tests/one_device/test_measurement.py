@@ -196,3 +196,47 @@ def test_what_is_known_keeps_no_model_alive():
     assert known.reductions(model, "train_step") == Reductions()
     model.compile(sgd(), "mse")
     assert known.reductions(model, "train_step") is None
+
+
+class Coins:
+    """A trial whose step doubles the loss of each sample, or does not.
+
+    Args:
+        of_samples: Mean or sum.
+        is_random: Whether the step is known to draw; `None` as of eager ones.
+    """
+
+    keys = (("gradient", 0),)
+    communicates = False
+
+    def __init__(self, of_samples, seed, is_random):
+        self.is_random = is_random
+        self._of_samples = of_samples
+        self._rng = np.random.default_rng(seed)
+
+    def __call__(self, batch, rows):
+        tossed = 1.0 + self._rng.integers(0, 2, batch.shape)
+        return [self._of_samples(batch.numpy() * tossed, axis=0)]
+
+    def move(self, *, counters):
+        return False
+
+    def put_back(self):
+        pass
+
+
+@pytest.mark.parametrize("is_random", [True, None], ids=["graph", "eager"])
+@pytest.mark.parametrize(
+    ("of_samples", "kind"), [(np.mean, "mean"), (np.sum, "sum")]
+)
+def test_coins_that_fall_alike_are_no_difference(
+    of_samples, kind, is_random, monkeypatch
+):
+    data = tf.constant([[1.0, 0.2], [0.3, -1.0]])
+    monkeypatch.setattr(first_batch, "like", lambda model, data: data)
+    for seed in range(30):
+        trial = Coins(of_samples, seed, is_random)
+        monkeypatch.setattr(measurement, "Trial", lambda *_, t=trial: t)
+        found = measurement.measure(dense(), None, data, None)
+        assert found.of("gradient", 0).kind == kind, seed
+        assert found.of("gradient", 0).is_exact, seed
