@@ -142,7 +142,10 @@ class CurrentStep:
     ) -> Any:
         """A sum over batches, to which each batch is added once."""
         key = reduction.metric_key(metric)
-        if _rank(values) == 0 and not self._reductions.is_sum(*key):
+        kind = self._reductions.of(*key).kind
+        if _rank(values) == 0 and kind != SUM:
+            if kind == RATIO and self._replicas is not None:
+                values = ratio.scaled(values, self._replicas)
             weight = replica.current().weight
             values = scale(tf.convert_to_tensor(values), weight)
         return update(metric, values, sample_weight=sample_weight)
