@@ -215,7 +215,7 @@ class Coins:
         self._rng = np.random.default_rng(seed)
 
     def __call__(self, batch, rows):
-        tossed = 1.0 + self._rng.integers(0, 2, batch.shape)
+        tossed = 1.0 + self._rng.integers(0, 2, [len(batch), 1])
         return [self._of_samples(batch.numpy() * tossed, axis=0)]
 
     def move(self, *, counters):
@@ -234,7 +234,8 @@ def test_coins_that_fall_alike_are_no_difference(
 ):
     data = tf.constant([[1.0, 0.2], [0.3, -1.0]])
     monkeypatch.setattr(first_batch, "like", lambda model, data: data)
-    for seed in range(30):
+    # Seeds whose first two rounds are alike, and halves unlike the whole.
+    for seed in (31, 34, 49, 53):
         trial = Coins(of_samples, seed, is_random)
         monkeypatch.setattr(measurement, "Trial", lambda *_, t=trial: t)
         found = measurement.measure(dense(), None, data, None)
