@@ -203,14 +203,13 @@ class Coins:
 
     Args:
         of_samples: Mean or sum.
-        is_random: Whether the step is known to draw; `None` as of eager ones.
     """
 
     keys = (("gradient", 0),)
     communicates = False
+    is_random = True
 
-    def __init__(self, of_samples, seed, is_random):
-        self.is_random = is_random
+    def __init__(self, of_samples, seed):
         self._of_samples = of_samples
         self._rng = np.random.default_rng(seed)
 
@@ -225,18 +224,15 @@ class Coins:
         pass
 
 
-@pytest.mark.parametrize("is_random", [True, None], ids=["graph", "eager"])
 @pytest.mark.parametrize(
     ("of_samples", "kind"), [(np.mean, "mean"), (np.sum, "sum")]
 )
-def test_coins_that_fall_alike_are_no_difference(
-    of_samples, kind, is_random, monkeypatch
-):
+def test_coins_that_fall_alike_are_no_difference(of_samples, kind, monkeypatch):
     data = tf.constant([[1.0, 0.2], [0.3, -1.0]])
     monkeypatch.setattr(first_batch, "like", lambda model, data: data)
     # Seeds whose first two rounds are alike, and halves unlike the whole.
     for seed in (31, 34, 49, 53):
-        trial = Coins(of_samples, seed, is_random)
+        trial = Coins(of_samples, seed)
         monkeypatch.setattr(measurement, "Trial", lambda *_, t=trial: t)
         found = measurement.measure(dense(), None, data, None)
         assert found.of("gradient", 0).kind == kind, seed
