@@ -2,7 +2,7 @@
 
 Some kernels of TensorFlow end the process on an empty batch, and some layers
 make NaNs of it. The loss of the borrowed sample counts 0, and the replica
-forgets what it has seen.
+forgets it.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from keras_allreduce.one_device.replicas import Replicas
 def spare_sample(data: Any, replicas: Replicas) -> Any:
     """One sample of a distributed batch, in the same structure.
 
-    What is not distributed stays as it is.
+    Values that are not distributed stay as they are.
     """
 
     def first(value: Any) -> Any:

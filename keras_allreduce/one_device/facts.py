@@ -1,6 +1,6 @@
 """All that is known of a model beside the model itself, in one place.
 
-A model holds what it is kept with only weakly, and goes when the program lets
+A model is referred to only weakly, and goes when the program lets
 go of it, with all that was known of it.
 """
 
@@ -16,7 +16,7 @@ from keras_allreduce.one_device.reduction import Reductions
 
 @dataclass
 class ModelFacts:
-    """What was learnt of a model so far.
+    """Facts of a model that were found so far.
 
     Attributes:
         samples: The first samples of a batch that Keras has shown, if any.
@@ -34,7 +34,7 @@ class ModelFacts:
     )
 
     def reductions(self, model: keras.Model, step: str) -> Reductions | None:
-        """What was measured of a step, if it is still the same.
+        """The measurement of a step, if it is still the same.
 
         Eager steps are not measured again, nor is one that is traced again for
         other shapes, which may happen on one worker alone.
@@ -51,7 +51,7 @@ class ModelFacts:
     def keep(
         self, model: keras.Model, step: str, reductions: Reductions
     ) -> None:
-        """Keeps what was measured of a step for as long as Keras runs it."""
+        """Keeps the measurement of a step for as long as Keras runs it."""
         # Only weak references: they refer to the model.
         references = [
             weakref.ref(each)
@@ -66,5 +66,5 @@ _facts: weakref.WeakKeyDictionary[keras.Model, ModelFacts] = (
 
 
 def of(model: keras.Model) -> ModelFacts:
-    """What is known of a model."""
+    """The known facts of a model."""
     return _facts.setdefault(model, ModelFacts())

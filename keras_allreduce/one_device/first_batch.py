@@ -1,4 +1,4 @@
-"""A few samples of what a model is trained on, to measure its step with."""
+"""A few samples of a model's training data, to measure its step with."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ def parts(batch: Any) -> list[tuple[Any, slice]]:
 
 
 def _size(value: Any) -> int | None:
-    """Number of samples; `None` for what is the same for all samples."""
+    """Number of samples; `None` for values that all samples share."""
     shape = getattr(value, "shape", None)
     if shape is None or len(shape) == 0 or shape[0] is None:
         return None
@@ -103,7 +103,7 @@ def _first_samples(value: Any) -> Any:
     if not isinstance(value, tf.SparseTensor | tf.RaggedTensor):
         value = tf.convert_to_tensor(value[: _count(value)])
         if value.dtype.is_floating and not np.any(value.numpy()):
-            # Keras was shown zeros, in the place of what comes once only.
+            # Keras was shown zeros instead of data that can be read only once.
             raise ValueError
         return value
     return _rows(value, 0, min(SAMPLES, int(value.shape[0])))

@@ -1,8 +1,8 @@
 """Gradients summed over the replicas before a step looks at them.
 
 Every step takes its gradients from `tf.GradientTape.gradient` and gives them to
-`Optimizer.apply`. What the tape returns on a replica is the gradient of the
-whole batch, as on one device, whatever the step then does with it: clip it,
+`Optimizer.apply`. The tape returns on each replica the gradient of the
+whole batch, as on one device; the step may then clip it,
 look at its norm, add it up, hand it to any optimizer. So the finite check,
 accumulation and clipping of Keras see the sum.
 

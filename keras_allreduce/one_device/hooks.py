@@ -3,7 +3,7 @@
 A step finds its optimizers, metrics and random generators wherever it likes,
 so they cannot be replaced one by one. While any step runs, a few methods of
 public classes ask whether the calling thread runs a replica of one; in all
-other threads, and once no step runs, they are what they were.
+other threads, and once no step runs, they are unchanged.
 """
 
 import contextlib

@@ -28,7 +28,7 @@ from keras_allreduce.one_device.reduction import (
 EXACT = 1e-4
 TF32 = 2e-3
 HALF_PRECISION = 5e-2
-# What a step adds to a variable is a small part of it.
+# A step adds a small part to a variable.
 OF_STATE = 2e-2
 
 # A difference counts if it is larger than so many of its standard deviations.

@@ -135,7 +135,7 @@ class Logs:
     def _sum(
         self, path: Path, parts: Sequence[tf.Tensor], weights: Sequence[Any]
     ) -> tf.Tensor:
-        """What the replicas of this worker contribute to a log."""
+        """The contributions of this worker's replicas to a log."""
         if self._is_sum(path, parts[0]):
             # Nothing counts on an empty replica.
             weights = [tf.cast(weight > 0, tf.float64) for weight in weights]
@@ -149,7 +149,7 @@ class Logs:
     def _mean(
         self, path: Path, total: tf.Tensor, weight: tf.Tensor, part: tf.Tensor
     ) -> tf.Tensor:
-        """A log from what all replicas have contributed."""
+        """A log from the contributions of all replicas."""
         if not self._is_sum(path, part):
             total = total / weight
         if part.dtype.is_integer:
@@ -160,7 +160,7 @@ class Logs:
         return self._reductions.is_sum(*log_key(path, part.dtype))
 
     def _all_reduce(self, local: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """The sums over the workers, in the dtypes of what they are of."""
+        """The sums over the workers, in the dtypes of the values."""
         if self._group.size == 1:
             return list(local)
         wide = [tf.cast(each, tf.float64) for each in local]

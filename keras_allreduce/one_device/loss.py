@@ -6,7 +6,7 @@ batch. Other losses are corrected, so that the same holds for them:
 
     mean over samples                    as it is
     sum over samples                     / weight of the replica
-    mean over what is not masked         * what is not masked here / in all
+    mean over unmasked values            * unmasked values here / in all
       (or over the sample weights)         / weight of the replica
     any other loss of `compile`          computed on the whole batch
     `add_loss` of one value              measured
@@ -37,8 +37,8 @@ class LossOfTheReplica:
     Args:
         model: The model.
         replicas: The replicas of this worker.
-        reductions: Measures what is a mean, and what a sum.
-        is_known: Whether the user has said what all losses are, so that each
+        reductions: Tells means from sums.
+        is_known: Whether the user has declared all losses, so that each
             replica computes its own.
         reads: Whether the forward pass is read, in search of what mixes
             samples.
@@ -74,7 +74,7 @@ class LossOfTheReplica:
         yield model, {keras_losses.ADDS_A_LOSS: add}
 
     def compiled(self, index: int, loss: Any) -> Callable[..., Any]:
-        """What Keras calls in the place of a loss of `compile`."""
+        """The function that Keras calls in the place of a loss of `compile`."""
         return partial(self._compiled_loss, index, loss)
 
     def _compute_loss(
@@ -196,7 +196,7 @@ class LossOfTheReplica:
         return self._measured("added", number, value)
 
     def _measured(self, kind: str, number: int, value: Any) -> Any:
-        """A loss of which only a measurement tells what it is."""
+        """A loss that only a measurement classifies."""
         this = replica.current()
         if this.recorder is not None:
             this.recorder.record((kind, number), value)
@@ -206,7 +206,7 @@ class LossOfTheReplica:
         return value
 
     def _mean_of_counted(self, value: Any, mask: Any, weights: Any) -> Any:
-        """A mean over what is counted, where replicas count differently."""
+        """A mean over counted values, where replicas count differently."""
         this = replica.current()
         counted = tf.convert_to_tensor(1.0) if weights is None else weights
         counted = tf.cast(counted, tf.float32)

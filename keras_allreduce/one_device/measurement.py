@@ -1,7 +1,7 @@
-"""Measures what of a step is a mean over samples, and what a sum.
+"""Measures which values of a step are means over samples, and which sums.
 
 The step runs on a few samples and on their two halves, as one device would
-(`trial.py`), and `judge` compares what came out: in rounds until it can tell,
+(`trial.py`), and `judge` compares the results: in rounds until it can tell,
 from the state that the model is in and from another, in which counters are far
 on and nothing that the step keeps is 0.
 """
@@ -45,7 +45,7 @@ def reductions_of(
     strategy: tf.distribute.Strategy,
     replicas: Replicas,
 ) -> Reductions:
-    """What a step differentiates and shows, measured unless it is known.
+    """The reductions of a step's targets and logs, measured unless known.
 
     Args:
         model: The model whose step it is.
@@ -53,7 +53,7 @@ def reductions_of(
         step: The step; gets a batch, returns logs.
         data: A distributed batch, for its structure.
         strategy: The strategy of the model.
-        replicas: Its replicas; all workers go by what the chief finds.
+        replicas: Its replicas; all workers use the chief's findings.
     """
     known = facts.of(model).reductions(model, name)
     if known is not None:
@@ -82,7 +82,7 @@ def measure(
         strategy: The strategy of the model.
 
     Returns:
-        What was found, or why nothing was.
+        The findings, or the reason for their absence.
     """
     trial = Trial(model, step, strategy)
     example = first_batch.like(model, data)
@@ -107,7 +107,7 @@ def measure(
         if key[0] != "denominator"
     }
     if trial.communicates:
-        # What parts of a batch lack, they get from each other in the step.
+        # Parts of a batch get from each other in the step what they lack.
         found = {
             key: each if each.is_exact else replace(each, kind=MEAN, doubt="")
             for key, each in found.items()
@@ -118,7 +118,7 @@ def measure(
 def _rounds(
     trial: Trial, example: Any, tolerance: float
 ) -> list[Probe] | Failure:
-    """What a step gave, in as many rounds as it takes to judge it."""
+    """The results of a step, in as many rounds as it takes to judge it."""
     rounds: list[Probe] = []
     wanted = 2
     while len(rounds) < wanted:
@@ -157,7 +157,7 @@ def _most_rounds(key: Key, values: "_Values", tolerance: float) -> int:
     """In how many rounds a value is measured, as these have it."""
     if key[0] in ("denominator", "inputs"):
         return 0
-    if key[0] == "state":  # One state does not tell what it keeps.
+    if key[0] == "state":  # One state does not tell its decay.
         is_random = any((part != part[:1]).any() for part in values.values[key])
         return ROUNDS_FOR_DOUBT if is_random else 0
     doubt = _reduction(key, [values], tolerance).doubt
@@ -203,7 +203,7 @@ def _reduction(
         _in_state(key, each, tolerance) for each in states if key in each.values
     ]
     if key[0] == "count" and not any(found):
-        return Reduction(SUM)  # It counts what the example has none of.
+        return Reduction(SUM)  # It counts something that the example lacks.
     return _agreed(found)
 
 
@@ -285,7 +285,7 @@ def _of_state(
 def _decay(
     before: Sequence[np.ndarray], parts: Sequence[Sequence[np.ndarray]]
 ) -> float:
-    """What a state keeps of its value, from two states; by least squares."""
+    """The decay of a state, from two states; by least squares."""
     moved = (before[1] - before[0])[0]
     changed = parts[1][0].mean(axis=0) - parts[0][0].mean(axis=0)
     decay = float(changed @ moved / (moved @ moved))
@@ -301,7 +301,7 @@ def _added(
     decay: float,
     tolerance: float,
 ) -> Reduction | None:
-    """The reduction of what is added to a decayed state, in all states.
+    """The reduction of the addend of a decayed state, in all states.
 
     `None` if nothing is ever added.
     """

@@ -38,7 +38,7 @@ def note(metric: keras.metrics.Metric, results: Any) -> None:
     """A replica has asked a metric for its results."""
     noted = replica.current().metric_results
     for path, value in keras.tree.flatten_with_path(results):
-        # A metric may return what it has asked another one for.
+        # A metric may return the result of another one.
         noted[id(value)] = MetricResult(metric, path, value)
 
 
@@ -81,7 +81,7 @@ class GatheredStates:
         ]
 
     def local_sums(self) -> list[tf.Tensor]:
-        """What is still to be summed over the workers, on the host."""
+        """Values that are still to be summed over the workers, on the host."""
         with tf.device("/cpu:0"):
             return [
                 tf.add_n([part.read_value() for part in variable.values])

@@ -1,6 +1,6 @@
 """Metrics whose state is not a sum, such as a maximum.
 
-TensorFlow adds up what the replicas have gathered when a metric is read. A few
+TensorFlow adds up the state of the replicas when a metric is read. A few
 made-up samples tell whether that is right for a variable of a custom metric.
 With s(B) its value after a batch B of two halves B1 and B2:
 
@@ -11,8 +11,8 @@ With s(B) its value after a batch B of two halves B1 and B2:
                                                   weighted by their samples
 
 They agree after each step, and reading takes it from the first. A mean may be
-the last value, a moving average, or a sum of what each batch is on average.
-What is none of these is warned about.
+the last value, a moving average, or a sum of batch means.
+Other state is warned about.
 """
 
 from collections.abc import Callable, Iterator
@@ -79,7 +79,7 @@ class SharedMetricState:
         return update(*args, **kwargs)
 
     def agree(self, shares: Any) -> None:
-        """Gives all replicas what one device would have, where it is no sum.
+        """Gives all replicas the state of one device, where it is no sum.
 
         Args:
             shares: Distributed share of each replica in the batch, times the

@@ -1,7 +1,7 @@
 """Reads in the graph whether a forward pass mixes the samples of a batch.
 
 From the inputs to the outputs each tensor gets a label. Ops that are not known
-make no claim, so that what is found mixes samples for sure:
+make no claim, so that every finding mixes samples for sure:
 
     ROWS      row i depends on sample i alone
     COLUMNS   a matrix of rows, transposed
@@ -9,7 +9,7 @@ make no claim, so that what is found mixes samples for sure:
     MIXED     depends on several samples, whatever its shape
 
     x ROWS --> mean of axis 0, a scalar, a product of rows and rows --> MIXED
-           --> what is done element by element, or along other axes --> ROWS
+           --> ops by element, or along other axes --> ROWS
            --> another op                                           --> UNKNOWN
 """
 
@@ -55,7 +55,7 @@ def find(
     Returns:
         The name of the first op, or `None` if none is sure to. Nor is one
         found if the outputs depend on other replicas: then the model
-        exchanges what it needs of them itself.
+        exchanges the values it needs itself.
     """
     labels: dict[str, str] = {
         each.name: ROWS for each in inputs if each.shape.rank != 0

@@ -1,4 +1,4 @@
-"""Variables in which each replica gathers what it sees on its own."""
+"""Variables in which each replica gathers statistics on its own."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from keras_allreduce.compat import keras as keras_compat
 
 
 def moving_statistics(model: keras.Model) -> list[Any]:
-    """Variables in which each replica gathers what it sees on its own.
+    """Variables in which each replica gathers statistics on its own.
 
     Not those of synchronized layers, which are the statistics of all replicas
     that have samples. Frozen weights are among them: nobody updates those.

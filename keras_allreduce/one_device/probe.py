@@ -1,6 +1,6 @@
 """Runs the user's code aside, on a few samples and on their two halves.
 
-What the three results say of each other is for a judge to tell: `measurement`
+A judge compares the three results: `measurement`
 whether a step's loss is a mean or a sum, `metric_state` how the state of a
 metric is reduced.
 """
@@ -15,7 +15,7 @@ from keras_allreduce.one_device import first_batch
 
 @dataclass(frozen=True)
 class Probe:
-    """What was returned for a few samples, and for each half of them."""
+    """The results for a few samples, and for each half of them."""
 
     whole: Any
     first: Any
@@ -24,7 +24,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Failure:
-    """The user's code failed on what it may not expect.
+    """The user's code failed on input that it may not expect.
 
     Attributes:
         reason: The kind and the first line of the error.

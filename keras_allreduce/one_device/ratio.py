@@ -1,7 +1,7 @@
 """Ratios: means over what their denominator counts, such as tokens.
 
-With a_r / n_r on replica r, the batch has sum(a) / sum(n): the mean of what
-the replicas have, each with its part n_r / sum(n) of all that is counted. The
+With a_r / n_r on replica r, the batch has sum(a) / sum(n): the mean of the
+replicas' values, each with its part n_r / sum(n) of all that is counted. The
 denominator is seen in the graph of the step.
 """
 

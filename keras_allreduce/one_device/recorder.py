@@ -1,6 +1,6 @@
 """Records the gradients, losses, metrics, logs and states of a step.
 
-On halves of a batch a step goes on with what the replicas will have:
+On halves of a batch a step continues with the values of the replicas:
 
     the gradient of variables     that of the whole batch, as their sum is
     the gradient of inputs        the rows of the half in that of the batch
@@ -25,10 +25,10 @@ _ELEMENTS = 4096
 
 
 class WholeBatch(Protocol):
-    """Keeps what the whole batch has given, for its halves."""
+    """Keeps the values of the whole batch, for its halves."""
 
     def value(self, key: Hashable, own: tf.Tensor) -> tf.Tensor:
-        """`own` on the whole batch, and on its halves what that was."""
+        """`own` on the whole batch, and the same value on its halves."""
 
     def rows(self, key: Hashable, own: tf.Tensor) -> tf.Tensor | None:
         """Likewise, of one row per sample; `None` if it is not that."""
@@ -42,12 +42,12 @@ class ValueRecorder:
 
     Args:
         model: The model whose step it is.
-        batch: What the whole batch has given.
+        batch: The values of the whole batch.
 
     Attributes:
         model: As above.
         sums: `None`: layers sum nothing over replicas.
-        values: What was recorded.
+        values: The recorded values.
         communicates: Whether the step sums or gathers over replicas itself.
     """
 
@@ -99,7 +99,7 @@ class ValueRecorder:
         *_args: Any,
         **_kwargs: Any,
     ) -> None:
-        """Records what an optimizer is to apply, which changes nothing."""
+        """Records the gradients for an optimizer, without applying them."""
         self._record_gradients(reduction.update_key(), list(grads))
 
     def update_mean(
@@ -157,7 +157,7 @@ class ValueRecorder:
         return value
 
     def record_states(self) -> None:
-        """Records what the step has assigned, and what was there before."""
+        """Records the assigned values of the step, and those before."""
         for key, variable, before in self._assigned:
             if before.dtype.is_floating or before.dtype.is_integer:
                 both = [
@@ -167,7 +167,7 @@ class ValueRecorder:
                 self.values[key] = tf.concat(both, axis=0)
 
     def of_graph(self, graph: Any) -> dict[Key, Any]:
-        """What was recorded, but not within a conditional."""
+        """The recorded values, but not those within a conditional."""
         return {
             key: value
             for key, value in self.values.items()
@@ -182,7 +182,7 @@ class ValueRecorder:
             self._record_denominator(key, value)
 
     def record_logs(self, logs: Any) -> None:
-        """Records what the step has returned."""
+        """Records the result of the step."""
         for path, value in keras.tree.flatten_with_path(logs):
             if tf.is_tensor(value):
                 value = tf.convert_to_tensor(value)  # Or a variable of Keras.

@@ -1,6 +1,6 @@
 """How values of a batch follow from those of its parts: Keras's `reduction`.
 
-What a custom step differentiates does not say whether it is a mean or a sum.
+The target of a custom step does not say whether it is a mean or a sum.
 But its gradients do. With g(B) on a batch B of two halves B1 and B2, and
 m = (g(B1) + g(B2)) / 2:
 
@@ -38,7 +38,7 @@ STATE = "state"
 
 Key = tuple[Any, ...]
 
-# What is shown: what goes into a metric, logs, and logs that are integers.
+# Shown values: inputs of metrics, logs, and logs that are integers.
 _SHOWN = ("metric", "log", "count")
 
 
@@ -48,15 +48,15 @@ class Reduction:
 
     Attributes:
         kind: How those of the replicas are combined: `"mean"` or `"sum"` over
-            samples; `"ratio"`, the mean over what the denominator of the value
-            counts; `"first"`, that of the first replica.
+            samples; `"ratio"`, the mean over the count in the denominator of
+            the value; `"first"`, that of the first replica.
         doubt: Why that may differ from one device: it is `"undecided"`, a
             `"weighted mean"`, it `"compares samples"`, or is a `"state"` that
             is neither a mean nor a sum. Empty if it does not.
-        decay: What a variable keeps of its value in a step, before something
-            is added to it.
+        decay: Share of its value that a variable keeps in a step, before
+            something is added to it.
         ratio: g(B) / m, by least squares; 1 for a mean, 2 for a sum.
-        residual: What is left of g(B) then, relative to it.
+        residual: The rest of g(B) then, relative to it.
     """
 
     kind: str = MEAN
@@ -112,7 +112,7 @@ class Reductions:
         """That of a gradient by inputs; `None` if it is right as it is.
 
         Args:
-            target: What is differentiated.
+            target: The differentiated value.
             *key: The key of the gradient.
         """
         found = self.found.get(key)
@@ -123,7 +123,7 @@ class Reductions:
     def of(self, *key: Any) -> Reduction:
         """The reduction of a value; a mean if it is not known.
 
-        What is shown is a mean if it may be neither: most often it is the same
+        A log is a mean if it may be neither: most often it is the same
         on all replicas, such as the norm of a gradient.
         """
         if self.losses is not None and key[0] not in (*_SHOWN, "state"):
@@ -166,7 +166,7 @@ def is_differentiated(tape: tf.GradientTape) -> bool:
 
 
 def denominator_key(key: Key) -> Key:
-    """The key of what a value is divided by."""
+    """The key of the denominator of a value."""
     return "denominator", *key
 
 

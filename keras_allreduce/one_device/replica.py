@@ -31,8 +31,8 @@ class Replica:
     Attributes:
         share: float32 scalar; its share of the batch, times the number of
             replicas. `None`: 1.
-        correction: float32 scalar; what a loss that Keras divides by the sum
-            of the sample weights is scaled by beside the share. `None`: 1.
+        correction: float32 scalar; scale beside the share of a loss that
+            Keras divides by the sum of the sample weights. `None`: 1.
         has_samples: bool scalar; false on an empty replica. `None`: true.
         num_replicas: Number of replicas of all workers.
         calls: How often the step has asked for each kind of thing; replicas
@@ -40,8 +40,8 @@ class Replica:
         reduced: `id` of each variable whose gradient is the sum already.
         gradients: Those sums, by their `id`.
         assigned: `id` of each variable that it has assigned on its own.
-        metric_results: What it has asked metrics for, by `id`.
-        recorder: What a measurement records; `None` in a step that counts.
+        metric_results: The results of metrics that it has read, by `id`.
+        recorder: Records a measurement; `None` in a step that counts.
         graph: The graph that its step is traced into, if it is.
     """
 
@@ -116,7 +116,7 @@ NO_REPLICA = Replica()
 
 @dataclass(frozen=True)
 class Current:
-    """What a thread runs.
+    """The step that a thread runs.
 
     Attributes:
         step: The step in flight, a `CurrentStep`; `None` if there is none.
@@ -135,7 +135,7 @@ _thread = threading.local()
 
 
 def current_of_thread() -> Current:
-    """What this thread runs."""
+    """The step that this thread runs."""
     return getattr(_thread, "current", _NOTHING)
 
 
@@ -171,7 +171,7 @@ def sees_one_device() -> bool:
 
 
 def updates_locally() -> bool:
-    """Whether this thread updates variables with what is reduced already."""
+    """Whether this thread updates variables with reduced values."""
     return current_of_thread().updates_locally
 
 

@@ -12,7 +12,7 @@ _do_not_convert = tf.autograph.experimental.do_not_convert
 @contextlib.contextmanager
 def shadowed(owner: Any, methods: dict[str, Any]) -> Iterator[None]:
     """Replaces methods of one object inside the block."""
-    # Past __setattr__, in which Keras tracks what is assigned.
+    # Past __setattr__, in which Keras tracks assignments.
     own = vars(owner)
     before = {name: own[name] for name in methods if name in own}
     # Plain Python, also inside a tf.function of the user's.

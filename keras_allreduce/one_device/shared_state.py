@@ -4,15 +4,15 @@ A layer that gathers statistics, such as BatchNormalization, updates them on
 each replica from its own samples, and a custom step may keep an average, a
 counter, or weights that it updates itself. Then each replica would go on with
 its own, and the saved model would be that of replica 0. So after each step
-every replica gets what one device would have:
+every replica gets the state of one device:
 
     a mean over samples     the mean of all replicas, weighted by samples
-    a sum over samples      what is kept of the value before, and what all add
+    a sum over samples      the kept share of the value before, and all addends
     neither                 that of the first replica
 
 Keras's layers keep means. What others keep is measured, as losses are. A queue
-or a last value is neither; the first replica's is what a part of the batch
-gives, and of one scale with what one device would have.
+or a last value is neither; the first replica's is that of a part of the batch,
+at the scale of one device's.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class SharedState:
         self._replicas = replicas
         self._reductions = reductions
         self._alike = synchronized_variables(model)
-        # Its reduction, and what is kept of the value before, for sums.
+        # Its reduction, and the kept share of the value before, for sums.
         self._assigned: dict[int, tuple[Any, str, Any]] = {}
 
     def note(self, variable: Any) -> None:
@@ -64,7 +64,7 @@ class SharedState:
             self._assigned[id(variable)] = variable, found.kind, before
 
     def agree(self, shares: Any, has_samples: Any) -> None:
-        """Gives every replica of all workers what one device would have.
+        """Gives every replica of all workers the state of one device.
 
         Args:
             shares: Distributed share of each replica in the batch, times the
@@ -158,7 +158,7 @@ class SharedState:
         if self._replicas.group.size > 1:
             total = tf.add_n(list(map(scaling.scale, packs, weights)))
             return self._replicas.group.all_reduce(total, "statistics")
-        # What is the same everywhere, such as a counter, stays exact.
+        # Equal values, such as those of a counter, stay exact.
         first, *others = packs
         gaps = [
             scaling.scale(pack - first, weight)

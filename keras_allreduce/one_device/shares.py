@@ -26,8 +26,8 @@ class BatchShares:
 
     Attributes:
         share: float32; share of the batch, times the number of replicas.
-        correction: float32; what a loss that is divided by the sum of the
-            sample weights is scaled by beside the share.
+        correction: float32; the scale by which a loss that is divided by the
+            sum of the sample weights is scaled by beside the share.
         has_samples: bool; false on an empty replica.
         on_host: `share` again, as one float32 scalar on the host for each
             replica; empty if it is `None`.
@@ -129,7 +129,7 @@ def divided(data: Any, replicas: Replicas) -> Any:
     """A batch that is not distributed yet, divided over the replicas.
 
     So `train_on_batch` and its like divide the work as `fit` does. The first
-    replicas get as many samples each, the last ones what is left.
+    replicas get as many samples each, the last ones the rest.
 
     Args:
         data: Nested structure of arrays and tensors, samples first.
@@ -174,7 +174,7 @@ def part_of_sum(value: tf.Tensor, replicas: Replicas) -> tf.Tensor:
 
 
 def _first_part(data: Any) -> Any:
-    """What tells the number of samples: the first that has a dimension."""
+    """The first tensor of rank 1 or more, which tells the number of samples."""
     for leaf in keras.tree.flatten(data):
         local = getattr(leaf, "values", (leaf,))
         local = local[0] if isinstance(local, tuple) else leaf

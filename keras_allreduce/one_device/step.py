@@ -1,13 +1,13 @@
 """Makes N replicas equal one device under the steps of Keras's models.
 
 Inside a step a replica sees one device: `num_replicas_in_sync` is 1, and every
-loss is that of the replica's part of the batch. What the replicas have is then
-combined by what it is: the mean of means, weighted by samples, and the sum of
+loss is that of the replica's part of the batch. The replicas' values are then
+combined by their kind: the mean of means, weighted by samples, and the sum of
 sums. Keras's own step says which it is; of a custom one, it is measured.
 
-A step has what it needs wherever it likes, so methods of classes ask the
-current step first (`hooks.py`). What only a model has is replaced in the model
-(`shadowing.py`). Afterwards all is as it was.
+A step holds its objects anywhere, so methods of classes ask the
+current step first (`hooks.py`). Methods of a model alone are replaced in the
+model (`shadowing.py`). Afterwards all is as it was.
 
     the current step takes part in
     tape.gradient                gradients.py  scaled, summed
@@ -128,7 +128,7 @@ class Step:
         # On data[replica]:
         #   [1] shares[replica], and a spare sample for those without one
         #   [2] losses and metrics of the model replaced
-        #   [3] a custom step is measured: what is a mean, what a sum?
+        #   [3] a custom step is measured: which values are means, which sums?
         #   [4] every replica in its own thread:
         #       [4a] borrow the spare sample
         #       [4b] Keras: forward, loss, backprop, sum of gradients, update
@@ -217,7 +217,7 @@ class Step:
 
     @cached_property
     def _known(self) -> Reductions:
-        """What was measured of this step, or what the user has said."""
+        """The measurement of this step, or the user's declaration."""
         return self._measure()
 
     def _measured(self, fn: Callable[..., Any], data: Any) -> Reductions:
@@ -257,7 +257,7 @@ class Step:
     def _replaced(
         self,
     ) -> Iterator[contextlib.AbstractContextManager[Any]]:
-        """What is replaced in the model while the step runs."""
+        """The replacements in the model while the step runs."""
         losses = LossOfTheReplica(
             self._model,
             self._replicas,

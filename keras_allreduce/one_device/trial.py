@@ -93,10 +93,10 @@ class Trial:
         return [_some_of(each.numpy()) for each in results]
 
     def move(self, *, counters: bool) -> bool:
-        """Moves what the step keeps, so that the next calls start from there.
+        """Moves the state of the step, so that the next calls start from there.
 
         A term that is 0 at first, and a moving average that starts from 0,
-        show what they are then.
+        show their kind then.
 
         Args:
             counters: Whether counters of steps are moved too, far on.
@@ -208,7 +208,7 @@ class _WholeBatch:
         return any(handle is each.handle for each in self._variables.values())
 
     def value(self, key: Hashable, own: tf.Tensor) -> tf.Tensor:
-        """`own` on the whole batch, and on its halves what that was."""
+        """`own` on the whole batch, and the same value on its halves."""
         kept = self._variable(key, own.shape, own.dtype)
         value = tf.where(self._is_whole, own, kept.read_value())
         kept.assign(value)

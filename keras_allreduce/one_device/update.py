@@ -2,8 +2,8 @@
 
 With gradient accumulation nothing has to be sent between two updates: each
 replica adds up its own gradients in Keras's accumulators. When Keras is about
-to apply, what the replicas have accumulated is reduced together with the last
-gradients, and the accumulators start again from zero. Keras then adds its
+to apply, the accumulated gradients of the replicas are reduced together with
+the last gradients, and the accumulators start again from zero. Keras then adds its
 (zero) accumulators and goes on as on one device.
 """
 
@@ -178,7 +178,7 @@ def _merge(merge: Callable[..., Any], gradients: Sequence[Any]) -> Any:
     """Calls `merge` once, with the gradients of all replicas."""
     context = tf.distribute.get_replica_context()
     # Only the gradients are arguments: merge_call makes one distributed value
-    # of the replicas' arguments; what is bound stays as it is.
+    # of the replicas' arguments; bound values stay as they are.
     return context.merge_call(
         tf.autograph.experimental.do_not_convert(merge), args=(gradients,)
     )

@@ -17,14 +17,14 @@ from keras_allreduce.reduce.scaling import scale
 
 
 class CurrentStep:
-    """Takes part in what a step calls, so that it sees one device.
+    """Takes part in the calls of a step, so that it sees one device.
 
     `replica.current_step()` is it in every thread that runs a part of the
     step. It takes part in the methods of `hooks`, and the strategy asks it.
 
     Args:
         model: The model whose step it is.
-        reductions: What is a mean, and what a sum.
+        reductions: Tells means from sums.
         gradients: Sums gradients; `None` where no variable is trained.
         sums: The sums that layers make over the replicas; `None` if they are
             TensorFlow's.
@@ -103,7 +103,7 @@ class CurrentStep:
         value: Any,
         **options: Any,
     ) -> Any:
-        """What the tape gave is the sum already."""
+        """Gradients of the tape are the sum already."""
         if replica.current().has_summed(value):
             return value
         return all_reduce(context, reduce_op, value, **options)
@@ -166,12 +166,12 @@ class CurrentStep:
             seed = draw(*args, **kwargs)
         context = tf.distribute.get_replica_context()
         number = tf.cast(context.replica_id_in_sync_group, seed.dtype)
-        # Far apart, whatever seeds the layers of the model were given.
+        # Far apart, for any seeds of the layers of the model.
         return seed + number * tf.constant([1_000_003, 0], seed.dtype)
 
 
 def aggregated(variable: Any, value: Any) -> Any:
-    """What a replica gives to a variable that aggregates, by its samples."""
+    """The value of a replica for a variable that aggregates, by its samples."""
     this = replica.current()
     if this.share is None:
         return value

@@ -1,4 +1,4 @@
-"""Warns, once of each kind for each model, of what is not as on one device."""
+"""Warns, once of each kind for each model, of differences from one device."""
 
 import warnings
 
@@ -30,7 +30,7 @@ _SAYS_SO = (
 def of_reductions(
     model: keras.Model, reductions: Reductions, *, is_custom: bool
 ) -> None:
-    """Warns of what was not measured, or is neither a mean nor a sum."""
+    """Warns of values that were not measured, or are neither mean nor sum."""
     if reductions.failure:
         _once(
             model,
@@ -42,14 +42,14 @@ def of_reductions(
         )
         return
     kinds = {key[0] for key in reductions.found}
-    # What the tape gave is summed already when an optimizer applies it.
+    # Gradients of the tape are summed already when an optimizer applies them.
     applied = () if "gradient" in kinds else ("apply",)
     losses = {
         key: found
         for key, found in reductions.found.items()
         if key[0] in ("loss", "added", "gradient", *applied)
     }
-    # What Keras adds up may mix means and sums, each of which is right.
+    # Losses that Keras adds up may mix means and sums, each of which is right.
     mixes = not is_custom and any(
         found.kind == SUM
         for key, found in losses.items()
@@ -149,7 +149,7 @@ def of_large_loss(model: keras.Model, name: str, nbytes: int) -> None:
 
 
 def _of_state(model: keras.Model, name: str) -> None:
-    """Warns of a variable that a step assigns what is no mean and no sum."""
+    """Warns of a variable whose assigned value is no mean and no sum."""
     _once(
         model,
         STATE,

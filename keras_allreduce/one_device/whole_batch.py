@@ -8,8 +8,8 @@ A replica's own rows have a gradient, those of the others have none:
           2      row 0   row 1  [own 2]    d loss / d rows 2
 
 So all replicas have the loss of the batch, backprop needs no communication,
-and the sum of the replicas' gradients is that of the batch, whatever the loss
-is: it may compare samples, or divide by a count of all of them.
+and the sum of the replicas' gradients is that of the batch, for any loss: it
+may compare samples, or divide by a count of all of them.
 
 The loss of a replica is scaled by its weight w, its share of the batch. So
 variables that the loss itself uses count once in all. The gradient of the
@@ -112,11 +112,11 @@ def loss_of_batch(
 def stand_in(value: tf.Tensor, y_pred: Any) -> tf.Tensor:
     """A mean over samples in the place of a loss, to measure a step with.
 
-    As the loss of the batch is handled as a mean whatever it is, a step that
-    uses it has to be measured with one.
+    As the loss of the batch is always handled as a mean, a step that uses it
+    has to be measured with one.
 
     Args:
-        value: What the loss has returned on one part of the batch.
+        value: The loss of one part of the batch.
         y_pred: Nested structure of outputs.
     """
     columns = [
