@@ -3,7 +3,7 @@
 With gradient accumulation nothing has to be sent between two updates: each
 replica adds up its own gradients in Keras's accumulators. When Keras is about
 to apply, the accumulated gradients of the replicas are reduced together with
-the last gradients, and the accumulators start again from zero. Keras then adds its
+the last ones, and the accumulators start again from zero. Keras then adds its
 (zero) accumulators and goes on as on one device.
 """
 
