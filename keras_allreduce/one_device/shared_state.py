@@ -21,6 +21,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_allreduce.compat import keras_jit
 from keras_allreduce.one_device import reduction, replica
 from keras_allreduce.one_device.moving_statistics import (
     synchronized_variables,
@@ -44,7 +45,11 @@ class SharedState:
     ):
         self._replicas = replicas
         self._reductions = reductions
-        self._alike = synchronized_variables(model)
+        # XLA may fuse the same ops in other ways on each replica, so that even
+        # statistics of one batch differ in the last bit.
+        self._alike: frozenset[int] = frozenset()
+        if not keras_jit.compiles_replicas(model):
+            self._alike = synchronized_variables(model)
         # Its reduction, and the kept share of the value before, for sums.
         self._assigned: dict[int, tuple[Any, str, Any]] = {}
 
