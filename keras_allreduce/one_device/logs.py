@@ -49,11 +49,18 @@ class Logs:
         reductions: Which of them are sums over samples.
         replicas: The replicas of this worker.
         group: The workers whose samples the logs are of: all, or this one.
+        samples: Number of samples of each replica; `None` where it is known
+            only when the step runs.
     """
 
     def __init__(
-        self, reductions: Reductions, replicas: Replicas, group: ProcessGroup
+        self,
+        reductions: Reductions,
+        replicas: Replicas,
+        group: ProcessGroup,
+        samples: Sequence[int | None],
     ):
+        self._samples = samples
         self._reductions = reductions
         self._replicas = replicas
         self._group = group
@@ -81,7 +88,7 @@ class Logs:
             for path, value in found.items()
             if path not in results
         }
-        rows = [path for path, each in parts.items() if _are_rows(each)]
+        rows = [path for path, each in parts.items() if self._are_rows(each)]
         means = [path for path in parts if parts[path] and path not in rows]
         for path in rows:
             found[path] = self._rows(parts[path], has_samples, found[path])
@@ -117,6 +124,13 @@ class Logs:
         ):
             return tensors
         return []
+
+    def _are_rows(self, parts: Sequence[tf.Tensor]) -> bool:
+        """Whether a log has one row for each sample of the replica."""
+        lengths = [part.shape[0] if part.shape.rank else 0 for part in parts]
+        if None in lengths:
+            return True
+        return bool(lengths) and lengths == list(self._samples)
 
     def _rows(
         self, parts: list[tf.Tensor], has_samples: Any, value: Any
@@ -171,8 +185,3 @@ class Logs:
                 packing.unpack(total, wide), local, strict=True
             )
         ]
-
-
-def _are_rows(parts: Sequence[tf.Tensor]) -> bool:
-    """Whether a log has one row for each sample of the replica."""
-    return any(part.shape.rank and part.shape[0] is None for part in parts)

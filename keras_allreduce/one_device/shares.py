@@ -183,6 +183,14 @@ def _first_part(data: Any) -> Any:
     return None
 
 
+def static_samples(data: Any, replicas: Replicas) -> list[int | None]:
+    """Number of samples of each replica's part; `None` if a graph's is open."""
+    first = _first_part(data)
+    parts = [] if first is None else replicas.local_values(first) or [first]
+    counts = [tf.TensorShape(part.shape)[0] for part in parts]
+    return counts * (len(replicas.devices) if len(counts) == 1 else 1)
+
+
 def _sample_weight(data: Any) -> Any:
     """The sample weights of a batch, if Keras would find one such part."""
     try:

@@ -64,6 +64,7 @@ from keras_allreduce.one_device.shares import (
     BatchShares,
     divided,
     shares_of_batch,
+    static_samples,
 )
 from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.one_device.view import CurrentStep
@@ -156,7 +157,12 @@ class Step:
             )
         state.agree(shares.share, shares.has_samples)  # [5]
         self._metrics.agree(shares.share)
-        logs = Logs(reductions, self._replicas, self._group_of_logs())
+        logs = Logs(
+            reductions,
+            self._replicas,
+            self._group_of_logs(),
+            static_samples(data, self._replicas),
+        )
         return logs.of_one_device(  # [6]
             outputs, self._results, shares.share, shares.has_samples
         )
