@@ -127,10 +127,10 @@ class Logs:
 
     def _are_rows(self, parts: Sequence[tf.Tensor]) -> bool:
         """Whether a log has one row for each sample of the replica."""
-        lengths = [part.shape[0] if part.shape.rank else 0 for part in parts]
-        if None in lengths:
-            return True
-        return bool(lengths) and lengths == list(self._samples)
+        if not parts or not all(part.shape.rank for part in parts):
+            return False
+        lengths = [part.shape[0] for part in parts]
+        return None in lengths or lengths == list(self._samples)
 
     def _rows(
         self, parts: list[tf.Tensor], has_samples: Any, value: Any

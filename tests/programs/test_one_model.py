@@ -126,7 +126,7 @@ class ShowsNoise(keras.Model):
     """Draws without a seed, in its step alone."""
 
     def train_step(self, x):
-        return {"noise": keras.random.normal([4])}
+        return {"noise": keras.random.normal([1, 4])}  # A row for the sample.
 
 
 @pytest.mark.slow
@@ -136,11 +136,12 @@ def test_replicas_draw_different_numbers_without_a_seed():
         model = ShowsNoise()
         model.compile("sgd")
     drawn = [
-        part.numpy().tobytes()
+        row.tobytes()
         for _ in range(2)
         for part in strategy.experimental_local_results(
             strategy.run(model.train_step, args=(tf.ones([3, 1]),))["noise"]
         )
+        for row in part.numpy()
     ]
     assert len(set(drawn)) == 6
 
