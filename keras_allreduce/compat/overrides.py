@@ -78,6 +78,11 @@ MEMBERS = [
             "The ops of this strategy.",
         ),
         (
+            "MirroredExtended._num_replicas_in_sync",
+            "2.21",
+            "Number of replicas, also where a step sees one device.",
+        ),
+        (
             "MirroredExtended._container_strategy",
             "2.21",
             "The strategy of an `extended`.",
