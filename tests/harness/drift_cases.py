@@ -102,32 +102,32 @@ def statistics_of_a_custom_loop(strategy, index):
         model = programs.dense(keras.layers.BatchNormalization())
         model.compile("sgd", "mse")
     model.layers[1].moving_mean.assign(np.full([8], float(index)))
-    model.evaluate(programs.X, programs.Y, verbose=0)
+    model.evaluate(X, Y, verbose=0)
 
 
 @case
 def evaluate_other_weights(strategy, index):
     model = made(strategy)
     model.layers[0].bias.assign(np.full([8], float(index)))
-    model.evaluate(programs.X, programs.Y, verbose=0)
+    model.evaluate(X, Y, verbose=0)
 
 
 @case
 def arrays_of_its_own(strategy, index):
-    mine = programs.X[index::2]
+    mine = X[index::2]
     made(strategy).predict(mine, batch_size=11, verbose=0)
 
 
 @case
 def other_number_of_samples(strategy, index):
     samples = 62 + index
-    fit(made(strategy), programs.X[:samples], programs.Y[:samples])
+    fit(made(strategy), X[:samples], Y[:samples])
 
 
 @case
 def evaluate_on_the_chief(strategy, index):
     model = made(strategy)
-    x, y = programs.X, programs.Y
+    x, y = X, Y
     if index:
         fit(model)
     else:
@@ -136,7 +136,7 @@ def evaluate_on_the_chief(strategy, index):
 
 @case
 def validation_on_the_chief(strategy, index):
-    data = None if index else (programs.X, programs.Y)
+    data = None if index else (X, Y)
     fit(made(strategy), epochs=2, validation_data=data)
 
 
@@ -146,12 +146,12 @@ def early_stopping_on_the_chief(strategy, index):
     stop = keras.callbacks.EarlyStopping("loss", min_delta=99, patience=0)
     fit(model, epochs=5, callbacks=[] if index else [stop])
     # The chief goes on to its next call.
-    model.predict(programs.X, verbose=0)
+    model.predict(X, verbose=0)
 
 
 @case
 def seed_of_its_own(strategy, index):
-    data = tf.data.Dataset.from_tensor_slices((programs.X, programs.Y))
+    data = tf.data.Dataset.from_tensor_slices((X, Y))
     made(strategy).fit(data.shuffle(66, seed=index).batch(22), verbose=0)
 
 
@@ -175,7 +175,7 @@ def other_loss(strategy, index):
     model = made(strategy)
     with strategy.scope():
         model.compile("sgd", ["mse", "mae"][index])
-    model.evaluate(programs.X, programs.Y, verbose=0)
+    model.evaluate(X, Y, verbose=0)
 
 
 @case
@@ -190,7 +190,7 @@ def layers_of_a_set(strategy, index):
         outputs = keras.layers.Dense(1)(keras.layers.Concatenate()(parts))
         model = keras.Model(inputs, outputs)
         model.compile("sgd", "mse")
-    x = dict.fromkeys(("age", "fare"), programs.X[:, :3])
+    x = dict.fromkeys(("age", "fare"), X[:, :3])
     fit(model, x)
 
 
@@ -202,7 +202,7 @@ def other_batch_size(strategy, index):
 
 @case
 def other_batch_size_of_a_dataset(strategy, index):
-    data = tf.data.Dataset.from_tensor_slices((programs.X, programs.Y))
+    data = tf.data.Dataset.from_tensor_slices((X, Y))
     made(strategy).fit(data.batch(22 + index).prefetch(1), verbose=0)
 
 
@@ -380,7 +380,7 @@ def logs_of_accumulating_steps(strategy, index):
 def terminate_on_nan(strategy, index):
     logs = Logs()
     model = made(strategy, metrics=["mae"])
-    x = programs.X.copy()
+    x = X.copy()
     x[30] = np.nan  # In the part of one worker.
     fit(
         model,
@@ -395,9 +395,7 @@ def terminate_on_nan(strategy, index):
 @case
 def train_on_batch(strategy, index):
     model = made(strategy, metrics=["mae"])
-    return [
-        model.train_on_batch(programs.X[:33], programs.Y[:33]) for _ in range(2)
-    ]
+    return [model.train_on_batch(X[:33], Y[:33]) for _ in range(2)]
 
 
 @case
@@ -411,7 +409,7 @@ def numbers(strategy, index):
 @case
 def warnings_of_order(strategy, index):
     tf.random.set_seed(None)
-    data = tf.data.Dataset.from_tensor_slices((programs.X, programs.Y))
+    data = tf.data.Dataset.from_tensor_slices((X, Y))
     with strategy.scope():
         model = programs.dense()
         model.compile("sgd", "mse")
@@ -426,7 +424,7 @@ def warnings_of_generators(strategy, index):
     def batches(first):
         for number in range(first, first + 6):
             rows = slice(number, number + 6)
-            yield programs.X[rows], programs.Y[rows]
+            yield X[rows], Y[rows]
 
     said = []
     for first in (0, index):
