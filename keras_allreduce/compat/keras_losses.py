@@ -160,18 +160,16 @@ def call_and_see(
         it is; and the mask of the values that Keras has counted, or `None`.
     """
     seen: list[tuple[int, Any]] = []
-    call = loss.call
 
     def observed(*args: Any, **kwargs: Any) -> Any:
-        values = call(*args, **kwargs)
+        values = loss.call(*args, **kwargs)
         seen.append((len(values.shape), mask_of(values)))
         return values
 
-    vars(loss)["call"] = observed
-    try:
-        value = loss(y_true, y_pred, sample_weight)
-    finally:
-        del vars(loss)["call"]
+    # Another thread may train another model with the same loss.
+    twin = object.__new__(type(loss))
+    vars(twin).update(vars(loss), call=observed)
+    value = twin(y_true, y_pred, sample_weight)
     rank, of_values = seen[0] if seen else (None, None)
     masks = [m for m in (mask_of(y_pred), of_values) if m is not None]
     mask = masks[0] & masks[1] if len(masks) == 2 else (masks or [None])[0]

@@ -388,7 +388,18 @@ def test_keras_shows_the_rank_and_mask_of_what_it_reduces_in_call():
     loss = SpyLoss()
     value, rank, mask = keras_losses.call_and_see(loss, Y + 1, Y, None)
     assert (float(value), rank, mask) == (1, 1, None)
-    assert "call" not in vars(loss)
+
+
+def test_a_loss_that_another_thread_may_use_stays_as_it_is():
+    class Looks(keras.losses.Loss):
+        def call(self, y_true, y_pred):
+            seen.append(dict(vars(loss)))
+            return y_pred - y_true
+
+    seen, loss = [], Looks()
+    before = dict(vars(loss))
+    keras_losses.call_and_see(loss, Y, Y + 1, None)
+    assert seen == [before]
 
 
 def test_keras_counts_what_both_masks_leave():
