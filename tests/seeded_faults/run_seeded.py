@@ -53,11 +53,15 @@ def main() -> int:
         print(problem, flush=True)
     if not args.check:
         there = [fault for fault in chosen if not list(moved(fault))]
-        with tempfile.TemporaryDirectory() as folder:
+        # A TemporaryDirectory would also go with the first fork that ends.
+        folder = tempfile.mkdtemp()
+        try:
             copy = pathlib.Path(folder, "checkout")
             shutil.copytree(CHECKOUT, copy, ignore=IGNORED)
             prepare(copy)
             problems += seed_all(there, copy, args)
+        finally:
+            shutil.rmtree(folder)
     print(f"{len(chosen)} faults, {len(problems)} problems")
     return int(bool(problems))
 
