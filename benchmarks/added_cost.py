@@ -1,4 +1,4 @@
-"""What the all-reduce adds to a step on host devices, beside the stock ops.
+"""The time that the all-reduce adds to a step, beside the stock ops.
 
     python benchmarks/added_cost.py --replicas 2 4
 
@@ -254,7 +254,8 @@ def row(label: str, name: str, added: dict[str, np.ndarray]) -> str:
 
 def environment(args: argparse.Namespace) -> str:
     return (
-        f"{command_line.environment('tensorflow', 'keras')}, host devices of "
+        f"{command_line.environment('tensorflow', 'keras')}, "
+        f"logical CPU devices of "
         f"one process, {args.rounds} rounds of {args.steps} or more groups of "
         "4 timed steps"
     )

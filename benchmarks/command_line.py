@@ -30,7 +30,7 @@ def environment(*packages: str) -> str:
 
 
 def devices(replicas: int, on_gpus: bool = False) -> list[str]:
-    """Names of host devices or of GPUs, one for each replica.
+    """Names of logical CPU devices or of GPUs, one for each replica.
 
     With fewer GPUs than replicas, all of them are parts of the first.
     """

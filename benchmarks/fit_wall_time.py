@@ -376,7 +376,7 @@ def parsed() -> argparse.Namespace:
         "--workers", action=argparse.BooleanOptionalAction, default=True
     )
     parser.add_argument(
-        "--gpus", action="store_true", help="instead of host devices"
+        "--gpus", action="store_true", help="instead of logical CPU devices"
     )
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()

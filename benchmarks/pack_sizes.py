@@ -1,4 +1,4 @@
-"""What the size of packs costs on host devices, interleaved in one run.
+"""What the size of packs costs on logical CPU devices, interleaved in one run.
 
     python benchmarks/pack_sizes.py --replicas 2
 

@@ -3,13 +3,13 @@
     python benchmarks/scaling.py --json scaling.json
     python benchmarks/scaling.py --measured scaling.json --plot docs/scaling.svg
 
-Measures with `python -m keras_allreduce.benchmark`: host devices of one
+Measures with `python -m keras_allreduce.benchmark`: logical CPU devices of one
 process, workers on loopback, and workers in network namespaces with a link of
 1 Gbit/s (`tests/harness/namespaces.py`). Each pass runs all settings, in turns,
 in new processes. The model of `scaling_model.py` is fitted to 2 workers (and 2
-host devices), and what it says of more is put next to what was measured; then
-it says what a model would see on up to 64 workers. The second command prints
-and draws again what was measured before.
+logical CPU devices), and what it says of more is put next to what was
+measured; then it says what a model would see on up to 64 workers. The second
+command prints and draws again what was measured before.
 """
 
 import argparse

@@ -17,7 +17,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """Who takes part: `workers` processes with `devices` host devices each."""
+    """`workers` processes with `devices` logical CPU devices each."""
 
     place: str
     workers: int

@@ -556,7 +556,7 @@ def arguments() -> argparse.Namespace:
         help="default: all that the devices have",
     )
     parser.add_argument(
-        "--gpus", action="store_true", help="instead of host devices"
+        "--gpus", action="store_true", help="instead of logical CPU devices"
     )
     parser.add_argument(
         "--ends",

@@ -2,8 +2,8 @@
 
 The job says under which strategy: the rival, this package's, or, to see what a
 step takes without communication, none. Then the worker trains alone on its
-share of the batch; several host devices are held by an AllReduceStrategy,
-which sums within the worker only.
+share of the batch; an AllReduceStrategy, which sums within the worker only,
+holds several logical CPU devices.
 """
 
 import contextlib

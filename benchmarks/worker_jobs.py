@@ -57,7 +57,7 @@ class Job:
     Attributes:
         strategy: A key or a value of `BASELINES`.
         model: Name of the model.
-        devices: Number of host devices of each worker.
+        devices: Number of logical CPU devices of each worker.
         steps: Number of steps up to the last that is timed.
         folder: Where the answers go.
         addresses: `"host:port"` of each worker.

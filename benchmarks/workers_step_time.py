@@ -297,7 +297,7 @@ def environment(args: argparse.Namespace) -> str:
     return (
         f"{command_line.environment(*packages)}{threads}"
         f"{command_line.commits(args.against)}, link {args.link}, "
-        f"{args.workers} workers of {args.devices} host devices, "
+        f"{args.workers} workers of {args.devices} logical CPU devices, "
         f"global batch {BATCH_SIZE}, {args.rounds} rounds of "
         f"{args.steps - SKIPPED_STEPS} timed steps"
     )
@@ -308,7 +308,7 @@ def why_no_ddp(args: argparse.Namespace) -> str:
     if not importlib.util.find_spec("torch"):
         return "PyTorch is not installed (pip install torch)"
     if args.devices > 1:
-        return "it has one host device per worker"
+        return "it has one logical CPU device per worker"
     return ""
 
 

@@ -39,7 +39,7 @@ def check_devices(devices: Sequence[str]) -> None:
     """Raises if a strategy cannot train on `devices`.
 
     Raises:
-        ValueError: If it is empty, mixes GPUs and host devices, names a
+        ValueError: If it is empty, mixes GPUs and logical CPU devices, names a
             device twice, or one that is not there.
     """
     if not devices:
@@ -66,7 +66,8 @@ def _check_is_there(device: str, kind: str, index: int) -> None:
     there = len(tf.config.list_logical_devices(kind))
     if index >= there:
         hint = (
-            f"keras_allreduce.host_devices({index + 1}) makes host devices."
+            f"keras_allreduce.host_devices({index + 1}) makes logical CPU "
+            "devices."
             if kind == "CPU"
             else "tf.config.list_logical_devices('GPU') lists them."
         )
@@ -148,12 +149,12 @@ def are_virtual(gpus: Sequence[str]) -> bool:
 
 
 def host_devices(count: int) -> list[str]:
-    """Creates host devices (logical CPU devices), to run replicas without GPUs.
+    """Creates logical CPU devices, to run replicas without GPUs.
 
     They share the cores of the machine: results are correct, not faster.
 
     Args:
-        count: Number of host devices.
+        count: Number of logical CPU devices.
 
     Returns:
         Their names, for `AllReduceStrategy(devices=...)`.
@@ -165,7 +166,7 @@ def host_devices(count: int) -> list[str]:
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(
-            "The number of host devices must be a positive integer. "
+            "The number of logical CPU devices must be a positive integer. "
             f"Received: count={count!r}"
         )
     host = tf.config.list_physical_devices("CPU")[0]
@@ -191,7 +192,7 @@ _asked = 1
 
 
 def num_asked_host_devices() -> int:
-    """How many host devices `host_devices` was asked for; 1 if it was not.
+    """The count that `host_devices` was asked for; 1 if it was not.
 
     A process may have more, which `tf.config` made for something else.
     """

@@ -1,6 +1,6 @@
 """Freed memory stays with the process, where the C library can be told so.
 
-Every step on host devices makes gradients of several megabytes, and what
+Every step on logical CPU devices makes gradients of several megabytes, and what
 crosses between workers passes through buffers as large. By default glibc takes
 such a buffer from the system and gives it back each time, and the system clears
 and maps every page of it anew: that took longer than summing and sending (see

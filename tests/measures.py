@@ -1,7 +1,9 @@
-"""Counts what is hard to read in the package; it advises, and fails nothing.
+"""Counts what is hard to read in the package and its pages.
+
+It advises, and fails nothing.
 
 python tests/measures.py            # the table of docs/design.md
-python tests/measures.py --long     # what is longer than it should be
+python tests/measures.py --notes    # long files and functions, noun clauses
 python tests/measures.py --files    # each file with its first line
 """
 
@@ -17,6 +19,12 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "keras_allreduce"
+
+PAGES = [
+    *REPOSITORY.glob("*.md"),
+    *REPOSITORY.glob("docs/*.md"),
+    REPOSITORY / "tests" / "README.md",
+]
 
 MAX_LINES = {ast.Module: 400, ast.ClassDef: 200, ast.FunctionDef: 50}
 
@@ -137,6 +145,23 @@ def noun_clauses(files: list[Source]) -> dict[str, float]:
     }
 
 
+def noun_clauses_of_pages() -> dict[str, float]:
+    """Noun clauses in 1,000 words of each page of Markdown; `""` has all.
+
+    Code, names in backticks and addresses are no words. The results of the
+    benchmarks, a record, are not counted.
+    """
+    words: dict[str, int] = collections.Counter()
+    found: dict[str, int] = collections.Counter()
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        text = re.sub(r"(?s)```.*?```|`[^`]*`|\]\([^)]*\)", " ", text)
+        for page in ("", str(path.relative_to(REPOSITORY))):
+            words[page] += len(re.findall(r"\w+", text))
+            found[page] += len(NOUN_CLAUSE.findall(text))
+    return {page: 1000 * found[page] / words[page] for page in sorted(words)}
+
+
 def table(files: list[Source]) -> Iterator[tuple[str, str]]:
     """Yields each measure and its figure."""
     text = "\n".join(file.text for file in files)
@@ -208,6 +233,10 @@ def table(files: list[Source]) -> Iterator[tuple[str, str]]:
         "noun clauses in 1,000 words of docstrings and comments",
         (f"{total:.1f}" + (f" ({above})" if above else "")),
     )
+    yield (
+        "noun clauses in 1,000 words of Markdown",
+        f"{noun_clauses_of_pages()['']:.1f}",
+    )
 
 
 def _listed(names: Iterator[str]) -> str:
@@ -229,6 +258,9 @@ def main() -> None:
         for folder, rate in noun_clauses(files).items():
             if folder and rate > MOST_NOUN_CLAUSES:
                 print(f"note: {folder}: {rate:.1f} noun clauses in 1,000 words")
+        for page, rate in noun_clauses_of_pages().items():
+            if page and rate > MOST_NOUN_CLAUSES:
+                print(f"note: {page}: {rate:.1f} noun clauses in 1,000 words")
     elif chosen.files:
         for file in files:
             said = ast.get_docstring(file.tree) or ""

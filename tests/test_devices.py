@@ -30,7 +30,7 @@ DEVICE_LISTS = {
         r"must name at least one device\. Received: devices=\[\]\. Leave it "
         r"out to use all GPUs\.",
     ),
-    "a host device too many": (
+    "a logical CPU device too many": (
         ["/cpu:0", "/cpu:5"],
         r"Every device must be there\. Received: '/cpu:5', but TensorFlow "
         r"sees 5 of kind CPU\. keras_allreduce\.host_devices\(6\) makes",
@@ -114,7 +114,7 @@ BAD_ARGUMENTS = {
         r"`algorithm` must be one of auto, nccl, ring, shared_memory\. "
         r"Received: algorithm='gloo'",
     ),
-    "nccl on host devices": (
+    "nccl on logical CPU devices": (
         {"algorithm": "nccl"},
         r"algorithm='nccl' runs between GPUs only\. Received: devices=.*CPU:0"
         r".*\. Use algorithm='auto'\.",
@@ -251,7 +251,7 @@ class TestHostDevices:
     def test_the_number_must_be_a_positive_integer(self, count):
         with pytest.raises(
             ValueError,
-            match=r"number of host devices must be a positive integer\. "
+            match=r"number of logical CPU devices must be a positive integer\. "
             rf"Received: count={count!r}",
         ):
             host_devices(count)

@@ -42,7 +42,7 @@ ALGORITHMS = [
 
 SUM = tf.distribute.ReduceOp.SUM
 
-# Tests on host devices say what these are.
+# Tests on logical CPU devices say what these are.
 NOT_ON_GPUS = {
     "synchronized_batch_normalization_of_one_sample",
     "worker_that_runs_out_of_batches",

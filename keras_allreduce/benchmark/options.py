@@ -121,7 +121,7 @@ def _add_what_is_measured(made: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="devices of this process; default: all GPUs, or without one 2 "
-        "host devices (between workers: 1)",
+        "logical CPU devices (between workers: 1)",
     )
     add("--dtype", choices=DTYPES, help="default: float32, or the model's own")
 

@@ -213,7 +213,7 @@ def _devices(asked: int | None) -> list[str]:
     if asked is not None and asked > len(gpus):
         raise ValueError(
             f"There are {len(gpus)} GPUs. Received: --replicas {asked}. Set "
-            "CUDA_VISIBLE_DEVICES=-1 to use host devices."
+            "CUDA_VISIBLE_DEVICES=-1 to use logical CPU devices."
         )
     return [f"/gpu:{index}" for index in range(asked or len(gpus))]
 
@@ -240,7 +240,7 @@ def _cores() -> int:
 
 def _kind_of(device: str) -> str:
     if not is_gpu(device):
-        return "host device"
+        return "logical CPU device"
     gpu = tf.config.list_physical_devices("GPU")[0]
     details = tf.config.experimental.get_device_details(gpu)
     return str(details.get("device_name", "GPU"))

@@ -70,8 +70,8 @@ class GraphClocks:
     Args:
         packs: `PackTensors` of each pack, in the current graph.
         devices: Device of each replica. Times are taken on the device itself
-            if it is a host device, so that looking moves no tensor, and on
-            the host of a GPU (whose clock the GPU's queue is waited for).
+            if it is a logical CPU device, so that looking moves no tensor, and
+            on the host of a GPU (whose clock the GPU's queue is waited for).
         inputs: `inputs[replica]`, tensors that the step of a replica begins
             with. `None`: no `MARKS` are taken, and nothing is added for them.
     """

@@ -62,7 +62,7 @@ def deal(
             f"{num_workers} workers with {each} each need "
             f"{each * num_workers} GPUs. Received: "
             f"{VISIBLE_GPUS}={','.join(gpus)}. "
-            f"{VISIBLE_GPUS}=-1 trains on host devices."
+            f"{VISIBLE_GPUS}=-1 trains on logical CPU devices."
         )
     return tuple(
         tuple(gpus[worker * each : (worker + 1) * each])

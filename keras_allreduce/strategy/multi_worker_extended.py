@@ -192,7 +192,7 @@ class MultiWorkerAllReduceExtended(
 
 
 def _asked_cpus(worker_device: str) -> tuple[str, ...]:
-    """Names of the host devices of this worker that were asked for."""
+    """Names of the logical CPU devices of this worker that were asked for."""
     return tuple(
         f"{worker_device}/device:CPU:{index}"
         for index in range(num_asked_host_devices())

@@ -33,9 +33,9 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
 
     Args:
         devices: Device names, such as `["/gpu:0", "/gpu:1"]`, or
-            `tf.config.LogicalDevice`s: either all GPUs or all host devices
-            (logical CPU devices, see `host_devices`). `None`: all GPUs, or
-            all host devices on a machine without a GPU.
+            `tf.config.LogicalDevice`s: either all GPUs or all logical CPU
+            devices (see `host_devices`). `None`: all GPUs, or all logical CPU
+            devices on a machine without a GPU.
         cross_device_ops: A `tf.distribute.CrossDeviceOps` that replaces the
             `BatchAllReduce` configured by the next three arguments.
         algorithm: See `BatchAllReduce`.
@@ -51,10 +51,10 @@ class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):
 
     Raises:
         TypeError: If `devices` is not an iterable of devices.
-        ValueError: If `devices` is empty, mixes GPUs and host devices, or has
-            duplicates or unknown devices; if `cross_device_ops` is combined
-            with an argument that it overrides; if `BatchAllReduce` rejects
-            an argument; or if the Keras backend is not TensorFlow.
+        ValueError: If `devices` is empty, mixes GPUs and logical CPU devices,
+            or has duplicates or unknown devices; if `cross_device_ops` is
+            combined with an argument that it overrides; if `BatchAllReduce`
+            rejects an argument; or if the Keras backend is not TensorFlow.
     """
 
     @explained

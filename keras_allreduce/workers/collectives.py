@@ -30,7 +30,7 @@ _group_keys = itertools.count(1_000_000)
 
 @dataclass(frozen=True)
 class CollectiveGroup:
-    """The host devices of all workers, one each, or all of their GPUs.
+    """The logical CPU devices of all workers, one each, or all of their GPUs.
 
     Attributes:
         size: Number of devices in the group.
@@ -77,7 +77,7 @@ class Collectives:
     """
 
     medium = "gRPC"
-    """What host devices send over, for the plan line."""
+    """What logical CPU devices send over, for the plan line."""
 
     def __init__(self, group: CollectiveGroup, in_flight: InFlight):
         self._group = group
@@ -107,7 +107,7 @@ class Collectives:
                 name of the collective.
 
         Returns:
-            The sum, on the host device of this worker.
+            The sum, on the logical CPU device of this worker.
         """
         return self._run(tf.raw_ops.CollectiveReduceV2, tensor, purpose, **_SUM)
 

@@ -3,7 +3,7 @@
 Workers.connect
     [1] monitor         asks the others, from now on
     [2] check           same versions, devices and options?
-    [3] collectives     between host devices (gRPC or MPI), between GPUs
+    [3] collectives     between logical CPU devices (gRPC or MPI), between GPUs
     [4] wires           exact, and in the format of `compression`
     [5] gradient_ops    what sums gradients
 """
@@ -55,7 +55,7 @@ class WorkerOptions:
         measure_lateness: Whether waits are measured.
         sparse_as_dense: See `BatchAllReduce`.
         weigh_samples: See `AllReduceStrategy`.
-        transport: `"grpc"` or `"mpi"`: what sums between host devices.
+        transport: `"grpc"` or `"mpi"`: what sums between logical CPU devices.
     """
 
     bytes_per_pack: int
@@ -130,7 +130,7 @@ class Workers(ProcessGroup):
         num_workers: Number of workers.
         check: The consistency check.
         calls: Compares the calls of Keras.
-        collectives: The collectives between their host devices.
+        collectives: The collectives between their logical CPU devices.
         gpus: The collectives between all of their devices.
         options: Options of the strategy.
         in_flight: Tracks the collectives.

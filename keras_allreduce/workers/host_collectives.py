@@ -2,7 +2,7 @@
 
 `collectives.py` has them over gRPC, `mpi/collectives.py` over MPI. In all of
 them `purpose` names the purpose of a tensor, the same on all workers, and
-results are on the host device of this worker, bit for bit equal on all.
+results are on the logical CPU device of this worker, bit for bit equal on all.
 """
 
 from typing import Protocol
@@ -11,7 +11,7 @@ import tensorflow as tf
 
 
 class HostCollectives(Protocol):
-    """Collectives of one host device of each worker."""
+    """Collectives of one logical CPU device of each worker."""
 
     @property
     def medium(self) -> str:

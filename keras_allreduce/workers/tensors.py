@@ -25,7 +25,7 @@ def all_gather_tensors(
     collectives: HostCollectives,
     num_workers: int,
 ) -> list[list[tf.Tensor]]:
-    """The tensors of each worker: `[worker][tensor]`, on the host device.
+    """The tensors of each worker: `[worker][tensor]`, on the CPU.
 
     Args:
         tensors: Tensors of known rank, of which numbers of rows may differ

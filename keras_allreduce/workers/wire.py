@@ -66,7 +66,7 @@ class Wire:
 
         Returns:
             The sum in the shape and dtype of `tensor`, bit for bit the same
-            on all workers, on the host device.
+            on all workers, on the logical CPU device.
         """
         wire_format = self.format_of(tensor.dtype)
         if not is_stateful(wire_format) or tf.executing_eagerly():

@@ -544,7 +544,9 @@ def test_the_command_runs_by_itself():
         folder=REPOSITORY,
     )
     assert ended.returncode == 0, ended.stderr
-    assert "# 3 replicas: 1 worker(s) with 3 x host device" in ended.stdout
+    assert (
+        "# 3 replicas: 1 worker(s) with 3 x logical CPU device" in ended.stdout
+    )
 
 
 def test_two_workers_measure_together_and_the_chief_prints():

@@ -1,4 +1,4 @@
-"""Five host devices for every test, so that no test needs a GPU.
+"""Five logical CPU devices for every test, so that no test needs a GPU.
 
 Where there are GPUs, those of `test_on_gpus.py` run too, on two of them or on
 one that is split in two.

@@ -123,7 +123,7 @@ def sums(wire_dtypes):
 
 
 def _collectives(group):
-    """Collectives between the host devices, over MPI if it is there."""
+    """Collectives between the logical CPU devices, over MPI if it is there."""
     from keras_allreduce.workers.collectives import Collectives
     from keras_allreduce.workers.in_flight import InFlight
     from keras_allreduce.workers.mpi.collectives import MpiCollectives

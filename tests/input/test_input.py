@@ -539,7 +539,7 @@ def test_an_iterator_is_freed_however_fit_ends(how):
     assert RELEASER.pending == 0
 
 
-# Several devices that are no host devices ------------------------------------
+# Several devices that are no CPU devices ------------------------------------
 
 
 @pytest.mark.slow

@@ -99,8 +99,8 @@ def test_too_few_are_an_error(machine, script, capsys):
         parse(["--workers", "2", "--devices-per-worker", "2", str(script)])
     assert (
         "2 workers with 2 each need 4 GPUs. Received: "
-        "CUDA_VISIBLE_DEVICES=0,1,2. CUDA_VISIBLE_DEVICES=-1 trains on host "
-        "devices."
+        "CUDA_VISIBLE_DEVICES=0,1,2. CUDA_VISIBLE_DEVICES=-1 trains on "
+        "logical CPU devices."
     ) in capsys.readouterr().err
 
 

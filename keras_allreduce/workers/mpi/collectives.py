@@ -124,7 +124,7 @@ class _Site:
 
 
 class MpiCollectives:
-    """Collectives of the host devices of all workers, over MPI.
+    """Collectives of the logical CPU devices of all workers, over MPI.
 
     They wait for the others without a limit; the health monitor ends them.
 
@@ -133,7 +133,7 @@ class MpiCollectives:
 
     Args:
         engine: Runs them.
-        group: The host devices.
+        group: The logical CPU devices.
         in_flight: Counts the collectives for the health monitor.
     """
 
