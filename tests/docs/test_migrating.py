@@ -1,4 +1,4 @@
-"""What docs/migrating.md, slurm.md and kubernetes.yaml tell users, runs."""
+"""The scripts of docs/migrating.md, clusters.md and kubernetes.yaml run."""
 
 import ast
 import inspect
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 DOCS = Path(__file__).parents[2] / "docs"
 MIGRATING = (DOCS / "migrating.md").read_text(encoding="utf-8")
-SLURM = (DOCS / "slurm.md").read_text(encoding="utf-8")
+CLUSTERS = (DOCS / "clusters.md").read_text(encoding="utf-8")
 
 BLOCKS = dict(
     re.findall(
@@ -185,7 +185,7 @@ def tf_config(line, tmp_path, monkeypatch):
 
 
 def test_the_slurm_script_starts_the_script_on_each_node(tmp_path):
-    script = fenced(SLURM, "Batch script", "bash")
+    script = fenced(CLUSTERS, "Slurm", "bash")
     lines = launched(script, tmp_path, {"SLURM_CPUS_PER_TASK": "16"})
     assert lines == ["train.py", "train.py"]
 

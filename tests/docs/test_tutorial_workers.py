@@ -22,6 +22,6 @@ def test_its_script_trains_two_workers_and_saves_once(tmp_path):
     )
     scripts_of_docs.assert_two_the_same(scripts_of_docs.weights_in(output))
     assert keras.models.load_model(tmp_path / "digits.keras").built
-    (plan,) = re.findall(r"```\n(batch_all_reduce: .*)\n```", TEXT)
+    (plan,) = re.findall(r"```text\n(batch_all_reduce: .*)\n```", TEXT)
     assert plan in output
     assert output.count("Epoch 3/3") == 1
