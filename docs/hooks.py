@@ -1,7 +1,7 @@
 """Brings pages that live outside docs/ into the site.
 
-On the code host `docs/scaling.md` links to `../benchmarks/RESULTS.md`; in the
-site both are pages of one folder. So the links are rewritten while the site
+On the code host `docs/algorithms.md` links to `../benchmarks/RESULTS.md`; in
+the site both are pages of one folder. So the links are rewritten while the site
 is built, and the files stay where people look for them.
 """
 

@@ -52,7 +52,7 @@ def exposed_seconds(
     step_seconds: float,
     bytes_per_pack: int = 0,
 ) -> float | None:
-    """Exposed time of the all-reduce, by the model of docs/scaling.md.
+    """Exposed time of the all-reduce, by the model of docs/algorithms.md.
 
     Args:
         gradients: Specs of all gradients.

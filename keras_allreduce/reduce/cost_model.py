@@ -13,8 +13,8 @@ S: bytes of one all-reduce. N: number of workers.
     exchange (small)   (N - 1) (alpha + S / B)                + (N - 1) S gamma
     ring               2 (N - 1) (alpha + S / (N B))      + (N - 1) / N S gamma
 
-docs/scaling.md has how far off it was, where it was measured. No TensorFlow in
-here: everything is arithmetic.
+"Scaling" in benchmarks/RESULTS.md compares it with measurements. No TensorFlow
+in here: everything is arithmetic.
 """
 
 from collections.abc import Callable, Sequence

@@ -45,8 +45,7 @@ def between_workers(num_workers: int, nbytes: int) -> PackSize:
     512 KiB, or a little more than half of all if that is less (two packs that
     leave no rest for a third); and latency grows with the workers, so that the
     best pack grows about as the root of their number.
-    See "Pack sizes between workers" in benchmarks/RESULTS.md and
-    docs/scaling.md.
+    See "Pack sizes between workers" and "Scaling" in benchmarks/RESULTS.md.
 
     Args:
         num_workers: Number of workers.

@@ -143,7 +143,7 @@ class StrategyBase(tf.distribute.Strategy):
             x: See `plan`.
             link: With it and `step_seconds`, also the predicted cost of the
                 all-reduce between 2 to 64 workers, by the model of
-                docs/scaling.md, which says how far off it was.
+                docs/algorithms.md ("Scaling").
             step_seconds: Seconds of a step without all-reduce.
             print_fn: Called with the text. `None`: it is printed.
 

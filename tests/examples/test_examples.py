@@ -25,6 +25,11 @@ PRINTS = {
         r"^largest weight difference from one device after one epoch: "
         r"\S+e-0[6-9]$",
     ],
+    "powersgd.py": [
+        r"num_replicas = 2; between 2 workers over gRPC, .* as powersgd rank 2",
+        r"loss: \S+ - all_reduce: \S+s - overlap: \d+%",
+        r"weights (\[\[.*\]\])\n(.*\n)*?.*weights ",
+    ],
     "ray_train.py": [
         r"num_replicas = 2; between 2 workers over gRPC",
         r"accuracy: 0\.9\d+ - loss: \S+ - all_reduce: \S+s - overlap: \d+%",
@@ -64,6 +69,9 @@ PRINTS = {
     ],
 }
 
+# Started by the launcher, with two workers.
+LAUNCHED = {"powersgd.py"}
+
 # Packages that the test suite does not install. CI skips these examples.
 NEEDS = {"ray_train.py": ("ray", 'pip install "ray[train]"')}
 
@@ -86,8 +94,11 @@ def test_an_example_prints_what_it_promises(name, tmp_path):
         package, command = NEEDS[name]
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{name} needs {package}: {command}")
+    launcher = ["-m", "keras_allreduce.launch", "--workers", "2"]
     result = warm_python.run(
-        [str(EXAMPLES / name)], folder=tmp_path, forks=True
+        [*(launcher if name in LAUNCHED else []), str(EXAMPLES / name)],
+        folder=tmp_path,
+        forks=True,
     )
     assert result.returncode == 0, result.stderr
     rest = re.sub(r"\x1b\[\d+m", "", result.stdout)
