@@ -403,8 +403,11 @@ def test_after_the_last_restart_the_failure_stays(write_script, tmp_path):
 
 def test_a_job_that_is_told_to_end_does_not_start_again(write_script, tmp_path):
     script = write_script("""
-with open(FOLDER / f"tries{INDEX}", "a") as file:
+tries = FOLDER / f"tries{INDEX}"
+with open(tries, "a") as file:
     file.write("a try\\n")
+if tries.read_text() != "a try\\n":
+    sys.exit()  # It should not have started again; let that be seen at once.
 if INDEX == 1:
     wait_for(FOLDER / "ready")
     sys.exit(3)

@@ -73,18 +73,25 @@ def heads(*names, **arguments):
     )
 
 
-@program(on="workers mpi", fast=True)
+@program(on="workers mpi")
 def losses_of_every_kind():
     metrics = {"mean": ["mae"], "classes": ["accuracy"]}
     return heads(*LOSSES, metrics=metrics)
 
 
-@program(on="threads workers", fast=True)
+@program(on="workers", fast=True)
 def losses_with_sample_weight():
     return heads(
         *("by_name", "sum", "not_reduced", "weighted_mean"),
         sample_weight=WEIGHTS,
         weighted_metrics={"sum": ["mae"]},
+    )
+
+
+@program(fast=True)
+def weighted_mean():
+    return fit(
+        dense(), loss=mse("mean_with_sample_weight"), sample_weight=WEIGHTS
     )
 
 
@@ -120,7 +127,7 @@ def losses_of_two_outputs():
     return heads("mean", "sum")
 
 
-@program(on="workers", feature="`sample_weight`, `weighted_metrics`")
+@program(feature="`sample_weight`, `weighted_metrics`")
 def sample_weight():
     return fit(dense(), sample_weight=WEIGHTS, weighted_metrics=["mae"])
 
@@ -149,7 +156,7 @@ def masked_loss():
     return fit(of_tokens(mask_zero=True), TOKENS, TOKENS[..., None] / 20)
 
 
-@program(fast=True)
+@program
 def masked_loss_with_weights():
     return fit(
         of_tokens(mask_zero=True),
@@ -192,12 +199,12 @@ def added_mean():
     return fit(dense(Adds(ADDED["mean"])))
 
 
-@program(on="workers", fast=True, feature="`add_loss` of a sum")
+@program(feature="`add_loss` of a sum")
 def added_sum():
     return fit(dense(Adds(ADDED["sum"])))
 
 
-@program(on="threads", fast=True)
+@program(on="workers")
 def added_losses_of_every_kind():
     layers = [
         layer

@@ -138,7 +138,7 @@ FAULTS = [
         "one_device/loss.py",
         "return scale(value, replica.current().correction)",
         "return value",
-        ("test_programs.py -k losses_with_sample_weight-3",),
+        ("test_programs.py -k weighted_mean-3",),
     ),
     Fault(
         "mask_mean",
@@ -331,7 +331,7 @@ FAULTS = [
         "workers/time_limit.py",
         "os.kill(watched, signal.SIGKILL)",
         "pass",
-        ("test_connect.py", "test_worker_failures.py -k dies_while"),
+        ("test_time_limit.py", "test_worker_failures.py -k dies_while"),
         limit_seconds=120,
     ),
     Fault(
@@ -340,7 +340,7 @@ FAULTS = [
         "workers/weight_fingerprint.py",
         "*(v for optimizer in optimizers for v in optimizer.variables),",
         "",
-        ("test_drift.py",),
+        ("test_weight_fingerprint.py", "test_drift.py"),
     ),
     Fault(
         "agree_missing",
@@ -374,6 +374,7 @@ FAULTS = [
         "is_final=bool(self._received)",
         "is_final=False",
         ("test_launch.py -k told_to_end",),
+        limit_seconds=120,
     ),
     Fault(
         "fork",
@@ -389,7 +390,7 @@ FAULTS = [
         "compat/split_datasets.py",
         "known = size is not None and size % count == 0",
         "known = size is not None",
-        ("test_input.py",),
+        ("test_input.py -k known_size",),
     ),
     Fault(
         "stats_merge",

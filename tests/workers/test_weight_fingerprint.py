@@ -1,5 +1,6 @@
 """How far weights of two workers are apart, and what counts as rounding."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -37,3 +38,19 @@ def test_what_counts_as_rounding_depends_on_the_dtype():
     assert 1e-5 < weight_fingerprint.rounding(np.dtype("float32")) < 1e-4
     assert weight_fingerprint.rounding(tf.bfloat16.as_numpy_dtype) == 1 / 16
     assert weight_fingerprint.rounding(np.dtype("int64")) == 0
+
+
+def test_weights_and_the_state_of_optimizers_are_compared():
+    model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.layers[0].bias.trainable = False
+    of_optimizer = {variable.path for variable in model.optimizer.variables}
+    assert len(of_optimizer) == 4  # Two momenta, rate and iterations.
+    weights = {weight.path for weight in model.weights}
+    for compared, expected in (
+        (weight_fingerprint.all_of(model), weights),
+        (weight_fingerprint.trained(model), {model.layers[0].kernel.path}),
+    ):
+        paths = {variable.path for variable in compared}
+        assert paths == expected | of_optimizer
