@@ -70,15 +70,6 @@ def learning_rate_on_one(strategy, index):
 
 
 @case
-def learning_rate_in_a_later_epoch(strategy, index):
-    def later(epoch, rate):
-        return rate if epoch < 2 else 0.01
-
-    schedule = keras.callbacks.LearningRateScheduler(later)
-    fit(made(strategy), epochs=4, callbacks=[schedule] if index else [])
-
-
-@case
 def weights_in_the_last_step(strategy, index):
     class Set(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -86,14 +77,6 @@ def weights_in_the_last_step(strategy, index):
                 self.model.layers[-1].bias.assign([1.0])
 
     fit(made(strategy), callbacks=[Set()])
-
-
-@case
-def weights_of_the_chief_alone(strategy, index):
-    model = made(strategy)
-    if not index:
-        model.layers[-1].set_weights([np.ones([8, 1]), np.zeros([1])])
-    fit(model)
 
 
 @case
@@ -168,30 +151,6 @@ def other_activation(strategy, index):
         )
         model.compile("sgd", "mse")
     fit(model)
-
-
-@case
-def other_loss(strategy, index):
-    model = made(strategy)
-    with strategy.scope():
-        model.compile("sgd", ["mse", "mae"][index])
-    model.evaluate(X, Y, verbose=0)
-
-
-@case
-def layers_of_a_set(strategy, index):
-    names = ["age", "fare"][:: 1 - 2 * index]
-    with strategy.scope():
-        inputs = {name: keras.Input([3], name=name) for name in names}
-        parts = [
-            keras.layers.Dense(4, name=f"of_{name}")(inputs[name])
-            for name in names
-        ]
-        outputs = keras.layers.Dense(1)(keras.layers.Concatenate()(parts))
-        model = keras.Model(inputs, outputs)
-        model.compile("sgd", "mse")
-    x = dict.fromkeys(("age", "fare"), X[:, :3])
-    fit(model, x)
 
 
 @case

@@ -14,35 +14,64 @@ import time
 import traceback
 from pathlib import Path
 
+import keras
+import numpy as np
+import tensorflow as tf
+
 sys.path.append(str(Path(__file__).parents[1]))
+import programs
 from deadlines import DEADLINE_SECONDS, PATIENCE_SECONDS
+
+import keras_allreduce
+
+
+def made(**options):
+    """The strategy of this worker."""
+    return keras_allreduce.MultiWorkerAllReduceStrategy(
+        **{"timeout_seconds": DEADLINE_SECONDS} | options
+    )
+
+
+def compiled(strategy):
+    """A small model under a strategy."""
+    with strategy.scope():
+        model = programs.dense()
+        model.compile("sgd", "mse")
+    return model
+
+
+class AtBatch(keras.callbacks.Callback):
+    """One worker acts when a batch has ended; the others may say so."""
+
+    def __init__(self, batch, index, act, others_say=""):
+        super().__init__()
+        self.batch, self.index = batch, index
+        self.act, self.others_say = act, others_say
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch != self.batch:
+            return
+        if programs.worker_index() == self.index:
+            self.act(self.model)
+        elif self.others_say:
+            print(self.others_say, flush=True)
 
 
 def cases(names):
     """Trains the cases one after the other, on one device per worker."""
-    import keras_allreduce
-
     return _run(
         names,
-        keras_allreduce.MultiWorkerAllReduceStrategy(
-            timeout_seconds=DEADLINE_SECONDS
-        ),
+        made(),
     )
 
 
 def cases_on_two_devices_each(names):
     """The same, and the cluster is an argument, not in the environment."""
-    import tensorflow as tf
-
-    import keras_allreduce
-
     keras_allreduce.host_devices(2)
     if "TF_CONFIG" not in os.environ:  # MPI tells who the workers are.
         return _run(
             names,
-            keras_allreduce.MultiWorkerAllReduceStrategy(
-                timeout_seconds=DEADLINE_SECONDS
-            ),
+            made(),
         )
     config = json.loads(os.environ.pop("TF_CONFIG"))
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
@@ -53,39 +82,28 @@ def cases_on_two_devices_each(names):
     )
     return _run(
         names,
-        keras_allreduce.MultiWorkerAllReduceStrategy(
-            resolver, timeout_seconds=DEADLINE_SECONDS
-        ),
+        made(cluster_resolver=resolver),
     )
 
 
 def cases_on_the_wire(names, wire_dtype):
     """The same as `cases`, with gradients that cross in `wire_dtype`."""
-    import keras_allreduce
-
     return _run(
         names,
-        keras_allreduce.MultiWorkerAllReduceStrategy(
-            timeout_seconds=DEADLINE_SECONDS, wire_dtype=wire_dtype
-        ),
+        made(wire_dtype=wire_dtype),
     )
 
 
 def sums(wire_dtypes):
     """Sums of `toy_wire_format.parts`, by wire dtype and name."""
-    import programs
-    import tensorflow as tf
     import toy_wire_format
 
-    import keras_allreduce
     from keras_allreduce.workers.collectives import CollectiveGroup
     from keras_allreduce.workers.wire import Wire
     from keras_allreduce.workers.wire_formats import WIRE_FORMATS
 
     WIRE_FORMATS[toy_wire_format.NAME] = toy_wire_format.ScaledFloat16()
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS
-    )
+    strategy = made()
     workers = strategy.extended.num_workers
     device = strategy.extended.worker_devices[0]
     found = {}
@@ -149,7 +167,6 @@ def run_collectives_of_mpi():
     """
     import threading
 
-    import numpy as np
     from mpi4py import MPI
 
     from keras_allreduce.workers.mpi import messages
@@ -198,9 +215,6 @@ def run_collectives_of_mpi():
 
 
 def _run(names, strategy):
-    import keras
-    import programs
-
     found = {}
     for name in names:
         try:
@@ -214,15 +228,8 @@ def _run(names, strategy):
 def what_backprop_waits_for():
     """Collectives that the products of a train step wait for, by model."""
     import graph_walk
-    import keras
-    import programs
-    import tensorflow as tf
 
-    import keras_allreduce
-
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS
-    )
+    strategy = made()
     found = {}
     for name, layers in {
         "dense": [],
@@ -259,10 +266,6 @@ def _is_collective(op):
 
 def fit_with_a_late_worker():
     """Trains; worker 1 computes something else before each step."""
-    import keras
-    import programs
-
-    import keras_allreduce
 
     class Compute(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
@@ -270,9 +273,7 @@ def fit_with_a_late_worker():
             while time.monotonic() < end:
                 pass
 
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS, measure_lateness=True
-    )
+    strategy = made(measure_lateness=True)
     with strategy.scope():
         history = programs.fit(
             programs.dense(),
@@ -284,23 +285,16 @@ def fit_with_a_late_worker():
 
 def show_what_is_sent(path):
     """Plans, explains and trains, with a timeline; worker 1 comes late."""
-    import keras
-    import programs
-
-    import keras_allreduce
 
     class Late(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
             time.sleep(0.2 * programs.worker_index())
 
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS,
+    strategy = made(
         wire_dtype="bfloat16",
         bytes_per_pack=100,
     )
-    with strategy.scope():
-        model = programs.dense()
-        model.compile("sgd", "mse")
+    model = compiled(strategy)
     explained = []
     planned = strategy.plan(model)
     strategy.explain(model, print_fn=explained.append)
@@ -326,31 +320,20 @@ def show_what_is_sent(path):
 
 def fit_and_signal(name, index, timeout_seconds):
     """Trains until worker `index` gets a signal in the middle of an epoch."""
-    import keras
-    import programs
-
     from keras_allreduce.workers import health
 
     # Tests need not wait as long as users for one that is only slow.
     health.TIMING = dataclasses.replace(health.TIMING, silent=PATIENCE_SECONDS)
 
-    class Signal(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            if batch == 5 and programs.worker_index() == index:
-                os.kill(os.getpid(), getattr(signal, name))
-            elif batch == 5:
-                print("the other worker is gone", flush=True)
+    def send(model):
+        os.kill(os.getpid(), getattr(signal, name))
 
-    _fit(timeout_seconds, Signal(), batch_size=4, epochs=1000)
+    act = AtBatch(5, index, send, "the other worker is gone")
+    _fit(timeout_seconds, act, batch_size=4, epochs=1000)
 
 
 def fit_and_run_out_of_memory(index):
     """Trains until a step of worker `index` asks for 4 TiB of its device."""
-    import keras
-    import programs
-    import tensorflow as tf
-
-    import keras_allreduce
 
     class Hungry(keras.layers.Layer):
         def build(self, input_shape):
@@ -362,16 +345,10 @@ def fit_and_run_out_of_memory(index):
             shape = tf.reshape(self.elements.value, [1])
             return inputs + tf.reduce_sum(tf.fill(shape, 0.0))
 
-    class Grow(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            if batch == 5 and programs.worker_index() == index:
-                self.model.layers[0].elements.assign(2**40)
-            elif batch == 5:
-                print("the other worker is out of memory", flush=True)
+    def grow(model):
+        model.layers[0].elements.assign(2**40)
 
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS
-    )
+    strategy = made()
     with strategy.scope():
         layers = [Hungry(), keras.layers.Dense(1)]
         model = keras.Sequential([keras.Input([6]), *layers])
@@ -381,13 +358,14 @@ def fit_and_run_out_of_memory(index):
         programs.Y,
         batch_size=4,
         verbose=0,
-        callbacks=[Grow()],
+        callbacks=[
+            AtBatch(5, index, grow, "the other worker is out of memory")
+        ],
     )
 
 
 def fit_until_ended(timeout_seconds):
     """Trains without an end; says when an epoch has ended."""
-    import keras
 
     class Report(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -398,8 +376,6 @@ def fit_until_ended(timeout_seconds):
 
 def fit_epochs(epochs):
     """Trains; says when an epoch has ended."""
-    import keras
-
     from keras_allreduce.workers import health
 
     # Else a test would have to suspend the workers for as long as users do.
@@ -415,14 +391,7 @@ def fit_epochs(epochs):
 
 def fit_large_gradients(width, epochs):
     """Trains a kernel of `width` KB; returns its sum and the loss."""
-    import keras
-    import numpy as np
-
-    import keras_allreduce
-
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS
-    )
+    strategy = made()
     keras.utils.set_random_seed(1)
     with strategy.scope():
         layers = [
@@ -440,14 +409,7 @@ def fit_large_gradients(width, epochs):
 
 def fit_clipped(epochs):
     """Trains with a norm over a million numbers; returns sums of weights."""
-    import keras
-    import numpy as np
-
-    import keras_allreduce
-
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS
-    )
+    strategy = made()
     keras.utils.set_random_seed(1)
     with strategy.scope():
         layers = [
@@ -465,16 +427,9 @@ def fit_clipped(epochs):
 
 def use_two_strategies():
     """Trains under two strategies in turns, beginning with the first again."""
-    import keras
-    import programs
-
-    import keras_allreduce
-
     models = []
     for optimizer in ("sgd", "adam"):
-        strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-            timeout_seconds=DEADLINE_SECONDS
-        )
+        strategy = made()
         keras.utils.set_random_seed(1)
         with strategy.scope():
             model = programs.dense()
@@ -492,8 +447,6 @@ def use_two_strategies():
 
 def _losses(model):
     """Loss of an epoch with validation, and of `evaluate` after it."""
-    import programs
-
     data = programs.X, programs.Y
     history = model.fit(
         *data, batch_size=22, validation_data=data, verbose=0
@@ -504,15 +457,8 @@ def _losses(model):
 
 def fit_with_other_lengths(steps_per_epoch):
     """Trains on four batches on the chief and on two on the other worker."""
-    import programs
-    import tensorflow as tf
-
-    import keras_allreduce
-
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy()
-    with strategy.scope():
-        model = programs.dense()
-        model.compile("sgd", "mse")
+    model = compiled(strategy)
     samples = [32, 16][programs.worker_index()]
     data = tf.data.Dataset.from_tensor_slices(
         (programs.X[:samples], programs.Y[:samples])
@@ -540,34 +486,21 @@ def fit_where_nothing_says_which_host_is_the_first():
 
 def fit_and_raise(index):
     """Trains until worker `index` raises in the middle of an epoch."""
-    import keras
-    import programs
 
-    class Raise(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            if batch == 5 and programs.worker_index() == index:
-                raise KeyError("of the script")
+    def fail(model):
+        raise KeyError("of the script")
 
-    _fit(60, Raise(), batch_size=4, epochs=1000)
+    _fit(60, AtBatch(5, index, fail), batch_size=4, epochs=1000)
 
 
 def fit_and_exit(index):
     """Trains until worker `index` ends by `sys.exit(3)` in an epoch."""
-    import keras
-    import programs
-
-    class Exit(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            if batch == 5 and programs.worker_index() == index:
-                sys.exit(3)
-
-    _fit(60, Exit(), batch_size=4, epochs=1000)
+    act = AtBatch(5, index, lambda model: sys.exit(3))
+    _fit(60, act, batch_size=4, epochs=1000)
 
 
 def fit_and_leave(index):
     """Trains; worker `index` ends its script after the first epoch."""
-    import keras
-    import programs
 
     class Leave(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -579,25 +512,14 @@ def fit_and_leave(index):
 
 def fit_and_fall_behind(timeout_seconds):
     """Trains; worker 1 sleeps in a callback until it is too late."""
-    import keras
-    import programs
-
-    class Sleep(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            if batch == 1 and programs.worker_index() == 1:
-                time.sleep(20 * timeout_seconds)
-
-    _fit(timeout_seconds, Sleep(), batch_size=8)
+    act = AtBatch(1, 1, lambda model: time.sleep(20 * timeout_seconds))
+    _fit(timeout_seconds, act, batch_size=8)
 
 
 def describe():
     """What a strategy without arguments finds out about its workers."""
-    import keras_allreduce
-
     # No MPI has started those that are only told so.
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS, transport="grpc"
-    )
+    strategy = made(transport="grpc")
     resolver = strategy.cluster_resolver
     return {
         "resolver": type(resolver).__name__,
@@ -608,16 +530,8 @@ def describe():
 
 def _fit(timeout_seconds, callback, **options):
     """Trains a small model; `options` are those of `model.fit`."""
-    import programs
-
-    import keras_allreduce
-
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=timeout_seconds
-    )
-    with strategy.scope():
-        model = programs.dense()
-        model.compile("sgd", "mse")
+    strategy = made(timeout_seconds=timeout_seconds)
+    model = compiled(strategy)
     model.fit(
         programs.X,
         programs.Y,
@@ -629,40 +543,21 @@ def _fit(timeout_seconds, callback, **options):
 
 def fit_what_differs(what):
     """Trains; worker 1 differs from the chief in one thing."""
-    import keras
-    import programs
-
-    import keras_allreduce
-
     differs = programs.worker_index() == 1
     if what == "devices" and differs:
         keras_allreduce.host_devices(2)
-    if what == "dtype" and differs:
-        keras.config.set_dtype_policy("float16")
-    if what == "policy" and differs:
-        keras.config.set_dtype_policy("mixed_bfloat16")
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS,
+    strategy = made(
         bytes_per_pack=512 if what == "option" and differs else 1024,
     )
-    layers = []
-    if differs and what == "shape":
-        layers = [keras.layers.Dense(7)]
-    elif what == "shape":
-        layers = [keras.layers.Dense(5)]
-    elif differs and what == "number of layers":
-        layers = [keras.layers.Dense(8)]
+    units = 7 if what == "shape" and differs else 5
     with strategy.scope():
-        model = programs.dense(*layers)
+        model = programs.dense(keras.layers.Dense(units))
         model.compile("sgd", "mse")
     model.fit(programs.X, programs.Y, verbose=0)
 
 
 def die_after_the_meeting(index, timeout_seconds):
     """Worker `index` ends when all have met, before TensorFlow connects."""
-    import programs
-
-    import keras_allreduce
     from keras_allreduce.workers import connect
 
     meet = connect.meet
@@ -673,9 +568,7 @@ def die_after_the_meeting(index, timeout_seconds):
 
     if programs.worker_index() == index:
         connect.meet = meet_and_die
-    keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=timeout_seconds
-    )
+    made(timeout_seconds=timeout_seconds)
 
 
 def fit_without_coordination():
@@ -683,17 +576,10 @@ def fit_without_coordination():
     import copy
     import importlib
 
-    import programs
-    import tensorflow as tf
-
-    import keras_allreduce
-
     # What those tests call, which has no public name.
     context = importlib.import_module("tensorflow.python.eager.context")
     context.context().configure_coordination_service(service_type="")
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS
-    )
+    strategy = made()
     losses = []
     for each in (strategy, copy.deepcopy(strategy)):
         with each.scope():
@@ -705,14 +591,7 @@ def fit_without_coordination():
 
 def make_a_variable_after_a_failure():
     """Worker 1 is killed; the chief makes a variable."""
-    import programs
-    import tensorflow as tf
-
-    import keras_allreduce
-
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS
-    )
+    strategy = made()
     if programs.worker_index() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     found = []
@@ -729,8 +608,6 @@ def make_a_variable_after_a_failure():
 
 def fit_with_a_sigterm_while_connecting(index):
     """Worker `index` gets it while TensorFlow still catches signals."""
-    import programs
-
     from keras_allreduce.workers import connect
 
     start = connect._connecting
@@ -750,13 +627,9 @@ def hear_sigterm():
     """Who hears a SIGTERM: handlers from before and after the strategy."""
     import multiprocessing
 
-    import keras_allreduce
-
     heard = []
     signal.signal(signal.SIGTERM, lambda *_: heard.append("before"))
-    keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS
-    )
+    made()
     os.kill(os.getpid(), signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: heard.append("after"))
     os.kill(os.getpid(), signal.SIGTERM)
@@ -774,10 +647,6 @@ def hear_sigterm():
 
 def checkpoint_on_sigterm():
     """Worker 1 is preempted; all save the same step and leave their loop."""
-    import programs
-    import tensorflow as tf
-
-    import keras_allreduce
 
     class LeftError(Exception):
         pass
@@ -785,9 +654,7 @@ def checkpoint_on_sigterm():
     def leave():
         raise LeftError
 
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS
-    )
+    strategy = made()
     with strategy.scope():
         steps = tf.Variable(0, dtype=tf.int64)
 
@@ -823,11 +690,6 @@ def checkpoint_on_sigterm():
 
 def fit_with_processes():
     """Trains on a `PyDataset` with a pool of forked processes, and ends."""
-    import keras
-    import numpy as np
-    import programs
-
-    import keras_allreduce
 
     class Data(keras.utils.PyDataset):
         def __len__(self):
@@ -837,35 +699,21 @@ def fit_with_processes():
             rows = slice(4 * index, 4 * index + 4)
             return programs.X[rows], programs.Y[rows]
 
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS
-    )
-    with strategy.scope():
-        model = programs.dense()
-        model.compile("sgd", "mse")
+    strategy = made()
+    model = compiled(strategy)
     model.fit(Data(workers=2, use_multiprocessing=True), epochs=2, verbose=0)
     return bool(np.all(np.isfinite(model.get_weights()[0])))
 
 
 def start_without(absent, timeout_seconds):
     """Makes a strategy, but worker `absent` does not."""
-    import programs
-
-    import keras_allreduce
-
     if programs.worker_index() != absent:
-        keras_allreduce.MultiWorkerAllReduceStrategy(
-            timeout_seconds=timeout_seconds
-        )
+        made(timeout_seconds=timeout_seconds)
 
 
 def start_with_a_port_in_use(index, timeout_seconds):
     """Makes a strategy where something listens on the port of a worker."""
     import socket
-
-    import programs
-
-    import keras_allreduce
 
     config = json.loads(os.environ["TF_CONFIG"])
     _, port = config["cluster"]["worker"][index].split(":")
@@ -873,38 +721,24 @@ def start_with_a_port_in_use(index, timeout_seconds):
         if programs.worker_index() == index:
             taken.bind(("127.0.0.1", int(port)))
             taken.listen()
-        keras_allreduce.MultiWorkerAllReduceStrategy(
-            timeout_seconds=timeout_seconds
-        )
+        made(timeout_seconds=timeout_seconds)
 
 
 def start_with_other_addresses():
     """Makes a strategy; TF_CONFIG of worker 1 lists one worker more."""
-    import programs
-
-    import keras_allreduce
-
     config = json.loads(os.environ["TF_CONFIG"])
     if programs.worker_index() == 1:
         config["cluster"]["worker"].append("127.0.0.1:1")
     os.environ["TF_CONFIG"] = json.dumps(config)
-    keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS
-    )
+    made()
 
 
 def end_one_after_the_other(last):
     """Trains; then all but worker `last` end while it saves and predicts."""
     import socket
 
-    import programs
-
-    import keras_allreduce
-
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy()
-    with strategy.scope():
-        model = programs.dense()
-        model.compile("sgd", "mse")
+    model = compiled(strategy)
     model.fit(programs.X, programs.Y, verbose=0)
     if programs.worker_index() != last:
         return
@@ -922,9 +756,6 @@ def end_one_after_the_other(last):
 
 def sums_between_steps():
     """What the workers sum while a model trains, by what it is for."""
-    import programs
-
-    import keras_allreduce
     from keras_allreduce.workers.group import Workers
 
     purposes = []
@@ -935,9 +766,7 @@ def sums_between_steps():
         return stock(self, value, name)
 
     Workers.all_reduce = noted
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS
-    )
+    strategy = made()
     with strategy.scope():
         model = programs.dense()
         model.compile("sgd", "mse", metrics=["mae", "mse"])
@@ -952,38 +781,23 @@ def drift_cases(names):
     """Runs cases of `drift_cases.py`, one after the other."""
     import drift_cases
 
-    import keras_allreduce
-
-    strategy = keras_allreduce.MultiWorkerAllReduceStrategy(
-        timeout_seconds=DEADLINE_SECONDS
-    )
+    strategy = made()
     return {name: drift_cases.run(name, strategy) for name in names}
 
 
 def fit_and_stop_alone(index):
     """Worker `index` stops in the middle of an epoch, the other goes on."""
-    import keras
-    import programs
 
-    class Stop(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            if batch == 1 and programs.worker_index() == index:
-                self.model.stop_training = True
+    def stop(model):
+        model.stop_training = True
 
-    _fit(DEADLINE_SECONDS, Stop(), batch_size=8, epochs=5)
+    _fit(DEADLINE_SECONDS, AtBatch(1, index, stop), batch_size=8, epochs=5)
 
 
 def predict_alone(index, seconds=0):
     """Worker `index` predicts while, or so long after, the other ends."""
-    import keras
-    import programs
-
-    import keras_allreduce
-
     strategy = keras_allreduce.MultiWorkerAllReduceStrategy()
-    with strategy.scope():
-        model = programs.dense()
-        model.compile("sgd", "mse")
+    model = compiled(strategy)
     keras.utils.set_random_seed(1)
     model.fit(programs.X, programs.Y, verbose=0)
     if programs.worker_index() == index:

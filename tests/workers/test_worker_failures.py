@@ -35,17 +35,6 @@ def ends(function, *arguments, num_workers=2):
 
 DIFFERENCES = {
     "shape": ("models and steps", "float32 [8, 5]", "float32 [8, 7]"),
-    "number of layers": (
-        "models and steps",
-        "float32 [8, 1]",
-        "float32 [8, 8]",
-    ),
-    "dtype": ("models and steps", "float32", "float16"),
-    "policy": (
-        "models and compile options",
-        "DTypePolicy(name='float32')",
-        "DTypePolicy(name='mixed_bfloat16')",
-    ),
     "option": ("versions, devices and options", "1024", "512"),
     "devices": ("versions, devices and options", "1", "2"),
 }
