@@ -22,10 +22,10 @@ from five_devices import GPUS
 from keras_allreduce import AllReduceStrategy, BatchAllReduce
 from keras_allreduce.compat import distribute
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not GPUS, reason="needs a GPU"),
-]
+pytestmark = pytest.mark.slow
+
+if not GPUS:
+    pytest.skip("needs a GPU", allow_module_level=True)
 
 NUM_PHYSICAL = len(tf.config.list_physical_devices("GPU"))
 NCCL_RUNS = (
@@ -47,7 +47,10 @@ NOT_ON_GPUS = {
     "synchronized_batch_normalization_of_one_sample",
     "worker_that_runs_out_of_batches",
 }
-NAMES = [n for n in programs.programs_on("workers") if n not in NOT_ON_GPUS]
+ON_WORKERS = [
+    name for name in programs.programs_on("workers") if name not in NOT_ON_GPUS
+]
+NAMES = dict.fromkeys([*ON_WORKERS, *programs.programs_on("threads")])
 
 
 def agree(got, expected):
@@ -221,7 +224,7 @@ def on_workers(request):
 
 
 @needs_nccl
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_WORKERS)
 def test_workers_with_a_gpu_each_train_as_one_does(name, on_workers):
     first, other = [result[name] for result in on_workers]
     assert "error" not in first, first["error"]

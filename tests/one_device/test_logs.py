@@ -189,8 +189,10 @@ def metrics_of_every_kind():
     ]
 
 
-@pytest.mark.parametrize("replicas", [2, 3])
-@pytest.mark.parametrize("kind", [keras.Sequential, Guide])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "replicas"), [(keras.Sequential, 2), (Guide, 3)]
+)
 def test_results_of_metrics_are_those_of_all_samples(kind, replicas):
     assert_as_on_one_device(kind, metrics_of_every_kind, replicas)
 
@@ -199,15 +201,16 @@ def test_a_step_may_return_some_of_the_metrics():
     assert_as_on_one_device(Subset, replicas=3)
 
 
+@pytest.mark.slow
 def test_results_of_metrics_of_an_eager_step_are_those_of_all_samples():
     assert_as_on_one_device(Guide, metrics_of_every_kind, run_eagerly=True)
 
 
-@pytest.mark.parametrize("replicas", [2, 3])
-def test_numbers_rows_and_vectors_are_those_of_the_batch(replicas):
-    assert_as_on_one_device(Numbers, replicas=replicas)
+def test_numbers_rows_and_vectors_are_those_of_the_batch():
+    assert_as_on_one_device(Numbers, replicas=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "metric",
     [Last, lambda: Last("average", 0.9), MeanOfBatches, Largest],

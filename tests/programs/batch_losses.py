@@ -24,9 +24,8 @@ WEIGHTS = RNG.uniform(0.2, 2, 27).astype("float32")
 case = functools.partial(program, tolerance=1e-5, may_be_nan=True)
 
 
-def dense(activation=None):
-    layer = keras.layers.Dense(3, activation)
-    return keras.Sequential([keras.Input([6]), layer])
+def dense():
+    return keras.Sequential([keras.Input([6]), keras.layers.Dense(3)])
 
 
 def fit(model, loss, x=X, y=Y, rate=0.05, **arguments):
@@ -54,65 +53,95 @@ def in_batch_negatives(y_true, y_pred):
     )
 
 
+def total(y_true, y_pred):
+    return ops.sum(ops.square(y_true - y_pred))
+
+
+class Negatives(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        return in_batch_negatives(y_true, y_pred)
+
+
+class Values(keras.losses.Loss):
+    """One value for each sample, which Keras has not written."""
+
+    def call(self, y_true, y_pred):
+        return ops.mean(ops.square(y_true - y_pred), axis=-1)
+
+
+class Normalized(keras.layers.Layer):
+    def call(self, x):
+        return ops.normalize(x, axis=-1)
+
+
+# Name: the loss, and how much it counts.
+LOSSES = {
+    "root_mean_square": (root_mean_square, 1.0),
+    "mse": ("mse", 0.5),
+    "sum": (total, 0.2),
+    "negatives": (in_batch_negatives, 2.0),
+    "not_reduced": (Negatives(reduction=None), 0.1),
+    "in_float64": (Negatives(dtype="float64"), 1.0),
+    "along_the_samples": (keras.losses.CosineSimilarity(axis=0), 1.0),
+    "dice": ("dice", 1.0),
+    "tversky": (keras.losses.Tversky(axis=(0,)), 1.0),
+    "circle": (keras.losses.Circle(gamma=1), 0.2),
+}
+LAST_LAYERS = {
+    "dice": lambda: keras.layers.Activation("sigmoid"),
+    "tversky": lambda: keras.layers.Activation("sigmoid"),
+    "circle": Normalized,
+}
+TARGETS = {"dice": POSITIVE, "tversky": POSITIVE, "circle": np.arange(27) % 3}
+
+
+def fit_heads(heads, inputs, losses, y, kind=keras.Model, **arguments):
+    """Each head has weights and a log of its own."""
+    outputs = {
+        name: keras.layers.Identity(name=name)(head(inputs))
+        for name, head in heads.items()
+    }
+    return fit(kind(inputs, outputs), losses, y=y, **arguments)
+
+
 @case(on="workers")
-def a_root_mean_square():
-    return fit(dense(), root_mean_square)
+def one_value_for_all_samples():
+    heads = {
+        name: keras.Sequential(
+            [
+                keras.layers.Dense(3),
+                LAST_LAYERS.get(name, keras.layers.Identity)(),
+            ]
+        )
+        for name in LOSSES
+    }
+    return fit_heads(
+        heads,
+        keras.Input([6]),
+        {name: loss for name, (loss, _) in LOSSES.items()},
+        {name: TARGETS.get(name, Y) for name in LOSSES},
+        loss_weights={name: counts for name, (_, counts) in LOSSES.items()},
+    )
 
 
 @case()
-def a_sum():
-    return fit(dense(), lambda y, p: ops.sum(ops.square(y - p)), rate=0.01)
-
-
-@case(on="workers")
 def negatives_as_a_vector():
     return fit(dense(), in_batch_negatives)
 
 
 @case()
-def a_loss_that_is_not_reduced():
-    class Negatives(keras.losses.Loss):
-        def call(self, y_true, y_pred):
-            return in_batch_negatives(y_true, y_pred)
-
-    return fit(dense(), Negatives(reduction=None), rate=0.005)
-
-
-@case()
-def dice():
-    return fit(dense("sigmoid"), "dice", y=POSITIVE)
-
-
-@case()
-def tversky_over_the_samples():
-    loss = keras.losses.Tversky(axis=(0,))
-    return fit(dense("sigmoid"), loss, y=POSITIVE)
-
-
-@case()
-def circle():
-    class Normalized(keras.layers.Layer):
-        def call(self, x):
-            return ops.normalize(x, axis=-1)
-
-    model = keras.Sequential(
-        [keras.Input([6]), keras.layers.Dense(3), Normalized()]
+def weights_of_samples():
+    flat = [keras.layers.Dense(1), keras.layers.Reshape([])]
+    return fit_heads(
+        {"denominator": keras.layers.Dense(3), "flat": keras.Sequential(flat)},
+        keras.Input([6]),
+        {
+            "denominator": Values(reduction="mean_with_sample_weight"),
+            "flat": "mse",
+        },
+        {"denominator": Y, "flat": Y[:, 0]},
+        sample_weight=WEIGHTS,
     )
-    y = np.arange(27) % 3
-    return fit(model, keras.losses.Circle(gamma=1), y=y, rate=0.01)
-
-
-@case()
-def cosine_similarity_along_the_samples():
-    return fit(dense(), keras.losses.CosineSimilarity(axis=0))
-
-
-@case()
-def outputs_without_a_second_dimension():
-    model = keras.Sequential(
-        [keras.Input([6]), keras.layers.Dense(1), keras.layers.Reshape([])]
-    )
-    return fit(model, "mse", y=Y[:, 0], sample_weight=WEIGHTS)
 
 
 # Counts in the denominator ---------------------------------------------------
@@ -128,31 +157,48 @@ def language_model(mask_zero=False):
     )
 
 
-def mean_of_tokens(y_true, y_pred):
-    mask = tf.cast(y_true != 0, tf.float32)
-    loss = keras.losses.sparse_categorical_crossentropy(
+def values_of_tokens(y_true, y_pred):
+    return keras.losses.sparse_categorical_crossentropy(
         y_true, y_pred, from_logits=True
     )
+
+
+def mean_of_tokens(y_true, y_pred):
+    mask = tf.cast(y_true != 0, tf.float32)
+    loss = values_of_tokens(y_true, y_pred)
     return tf.reduce_sum(loss * mask) / tf.reduce_sum(mask)
 
 
-def fit_tokens(loss, model=None, **arguments):
-    x, y = TOKENS[:, :-1], TOKENS[:, 1:]
-    return fit(model or language_model(), loss, x, y, 1.0, **arguments)
+def ignoring(ignore_class):
+    return keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, ignore_class=ignore_class
+    )
+
+
+def fit_tokens(losses, mask_zero=False, **layers):
+    """A language model for each loss; `layers` come after some of them."""
+    heads = {name: language_model(mask_zero) for name in losses}
+    for name, layer in layers.items():
+        heads[name] = keras.Sequential([heads[name], layer])
+    y = dict.fromkeys(losses, TOKENS[:, 1:])
+    return fit_heads(
+        heads, keras.Input([5]), losses, y, x=TOKENS[:, :-1], rate=1.0
+    )
 
 
 @case()
-def a_mean_of_tokens():
-    return fit_tokens(mean_of_tokens)
-
-
-@case()
-def a_class_that_takes_the_mean_of_tokens():
+def means_of_tokens():
     class MeanOfTokens(keras.losses.Loss):
         def call(self, y_true, y_pred):
             return mean_of_tokens(y_true, y_pred)
 
-    return fit_tokens(MeanOfTokens(reduction=None))
+    return fit_tokens(
+        {
+            "function": mean_of_tokens,
+            "class": MeanOfTokens(reduction=None),
+            "ignoring": ignoring(0),
+        }
+    )
 
 
 @case()
@@ -162,110 +208,55 @@ def a_class_with_its_own_call():
             loss = mean_of_tokens(y_true, y_pred)
             return loss * ops.mean(sample_weight)
 
-    return fit_tokens(MeanOfTokens(), sample_weight=WEIGHTS)
+    x, y = TOKENS[:, :-1], TOKENS[:, 1:]
+    return fit(
+        language_model(), MeanOfTokens(), x, y, 1.0, sample_weight=WEIGHTS
+    )
+
+
+class Adds(keras.layers.Layer):
+    supports_masking = True
+
+    def call(self, x):
+        self.add_loss(ops.mean(ops.square(x)))
+        return x
 
 
 @case()
-def a_loss_that_attaches_a_mask_to_its_values():
+def masked_outputs():
     class Attaches(keras.losses.Loss):
         def call(self, y_true, y_pred):
-            values = keras.losses.sparse_categorical_crossentropy(
-                y_true, y_pred, from_logits=True
-            )
+            values = values_of_tokens(y_true, y_pred)
             values._keras_mask = y_true != 3
             return values
 
-    return fit_tokens(Attaches(), language_model(mask_zero=True))
-
-
-@case(on="workers")
-def a_custom_loss_of_masked_outputs():
-    def values(y_true, y_pred):
-        return keras.losses.sparse_categorical_crossentropy(
-            y_true, y_pred, from_logits=True
-        )
-
-    return fit_tokens(values, language_model(mask_zero=True))
-
-
-@case()
-def weights_in_the_denominator():
-    class Values(keras.losses.Loss):
-        def call(self, y_true, y_pred):
-            return ops.mean(ops.square(y_true - y_pred), axis=-1)
-
-    loss = Values(reduction="mean_with_sample_weight")
-    return fit(dense(), loss, sample_weight=WEIGHTS)
+    return fit_tokens(
+        {
+            "attaches": Attaches(),
+            "custom": values_of_tokens,
+            "ignoring": ignoring(3),
+            "beside": ignoring(None),
+        },
+        mask_zero=True,
+        beside=Adds(),
+    )
 
 
 # Models, steps and data ------------------------------------------------------
 
 
-@case(on="workers")
-def a_loss_for_each_output():
-    inputs = keras.Input([6])
-    outputs = {name: keras.layers.Dense(3, name=name)(inputs) for name in "abc"}
-    model = keras.Model(inputs, outputs)
-    losses = {"a": root_mean_square, "b": "mse", "c": in_batch_negatives}
-    weights = {"a": 1.0, "b": 0.5, "c": 2.0}
-    y = {"a": Y, "b": -Y, "c": Y}
-    return fit(model, losses, y=y, loss_weights=weights)
-
-
 @case()
-def a_regularizer_and_an_added_loss_beside_it():
-    class Adds(keras.layers.Layer):
-        def call(self, x):
-            self.add_loss(ops.mean(ops.square(x)))
-            return x
-
+def regularizers_and_added_losses_beside_it():
     layer = keras.layers.Dense(3, kernel_regularizer="l2")
-    model = keras.Sequential([keras.Input([6]), layer, Adds()])
-    return fit(model, root_mean_square)
-
-
-@case()
-def an_added_loss_beside_a_loss_of_masked_values():
-    class Adds(keras.layers.Layer):
-        supports_masking = True
-
-        def call(self, x):
-            self.add_loss(ops.mean(ops.square(x)))
-            return x
-
-    model = keras.Sequential([language_model(mask_zero=True), Adds()])
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    return fit_tokens(loss, model)
-
-
-@case(on="workers")
-def a_class_that_is_ignored():
-    loss = keras.losses.SparseCategoricalCrossentropy(
-        from_logits=True, ignore_class=0
-    )
-    return fit_tokens(loss)
-
-
-@case()
-def a_class_that_is_ignored_in_masked_outputs():
-    loss = keras.losses.SparseCategoricalCrossentropy(
-        from_logits=True, ignore_class=3
-    )
-    return fit_tokens(loss, language_model(mask_zero=True))
-
-
-@case()
-def a_loss_that_uses_a_weight_of_the_model():
-    model = dense()
 
     def loss(y_true, y_pred):
-        penalty = ops.sum(ops.square(model.layers[-1].kernel))
+        penalty = ops.sum(ops.square(layer.kernel))
         return root_mean_square(y_true, y_pred) + 0.1 * penalty
 
-    return fit(model, loss)
+    return fit(keras.Sequential([keras.Input([6]), layer, Adds()]), loss)
 
 
-class CustomStep(keras.Sequential):
+class CustomStep(keras.Model):
     def train_step(self, data):
         x, y = data
         with tf.GradientTape() as tape:
@@ -277,14 +268,14 @@ class CustomStep(keras.Sequential):
 
 @case()
 def a_custom_step_that_asks_for_the_loss():
-    layer = keras.layers.Dense(3, "softmax")
-    return fit(CustomStep([keras.Input([6]), layer]), root_mean_square)
-
-
-@case()
-def a_custom_step_that_asks_for_a_sum():
-    model = CustomStep([keras.Input([6]), keras.layers.Dense(3)])
-    return fit(model, lambda y, p: ops.sum(ops.square(y - p)), rate=0.01)
+    return fit_heads(
+        {name: keras.layers.Dense(3) for name in ("square", "total")},
+        keras.Input([6]),
+        {"square": root_mean_square, "total": total},
+        {"square": Y, "total": Y},
+        kind=CustomStep,
+        loss_weights={"square": 1.0, "total": 0.2},
+    )
 
 
 @case()
@@ -303,15 +294,6 @@ def a_synchronized_layer():
     model = dense()
     model.add(keras.layers.BatchNormalization(synchronized=True))
     return fit(model, root_mean_square)
-
-
-@case()
-def a_loss_in_float64():
-    class Negatives(keras.losses.Loss):
-        def call(self, y_true, y_pred):
-            return in_batch_negatives(y_true, y_pred)
-
-    return fit(dense(), Negatives(dtype="float64"))
 
 
 @case()
@@ -341,9 +323,14 @@ def an_accumulated_gradient_that_is_clipped():
     return fit(dense(), in_batch_negatives, optimizer=optimizer)
 
 
-@case(on="workers")
+@case()
 def several_steps_per_execution():
-    return fit(dense(), root_mean_square, steps_per_execution=2)
+    return fit(
+        dense(),
+        root_mean_square,
+        steps_per_execution=2,
+        validation_data=(X[:14], Y[:14]),
+    )
 
 
 @case(on="workers")
@@ -352,20 +339,10 @@ def an_eager_step():
 
 
 @case()
-def validation_data():
-    return fit(dense(), root_mean_square, validation_data=(X[:14], Y[:14]))
-
-
-@case()
 def class_weights():
     y = np.arange(27) % 3
-
-    def loss(y_true, y_pred):
-        return keras.losses.sparse_categorical_crossentropy(
-            y_true, y_pred, from_logits=True
-        )
-
-    return fit(dense(), loss, y=y, class_weight={0: 1.0, 1: 2.0, 2: 0.5})
+    counts = {0: 1.0, 1: 2.0, 2: 0.5}
+    return fit(dense(), values_of_tokens, y=y, class_weight=counts)
 
 
 @case()

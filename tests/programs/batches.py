@@ -24,8 +24,7 @@ def even_batches():
 
 
 @program(
-    replicas=(2, 3, 4),
-    on="threads workers",
+    on="threads",
     feature="Global batch not divisible by the replicas",
     fast=True,
 )
@@ -33,9 +32,7 @@ def uneven_batches():
     return fit(dense(), samples=26, batch_size=13, metrics=["mae"])
 
 
-@program(
-    on="workers devices", feature="Last batch not divisible by the replicas"
-)
+@program(on="devices", feature="Last batch not divisible by the replicas")
 def uneven_last_batch():
     return fit(dense(), samples=37, batch_size=24, metrics=["mae"])
 
@@ -67,7 +64,7 @@ def batches_of_two():
     return fit(dense(), samples=11, batch_size=2)
 
 
-@program(on="threads workers", fast=True)
+@program(on="threads", fast=True)
 def batches_of_varying_size():
     return fit(dense(), dataset_of_batches(0, 32, 33, 40, 66))
 

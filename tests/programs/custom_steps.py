@@ -45,7 +45,6 @@ class Custom(keras.Model):
 
 
 @program(
-    replicas=(2, 3, 4),
     on="workers",
     logs_of_worker=True,
     fast=True,
@@ -56,8 +55,7 @@ def plain_mean():
 
 
 @program(
-    replicas=(2, 3, 4),
-    on="threads workers",
+    on="threads",
     logs_of_worker=True,
     fast=True,
     feature="Custom `train_step`, with a sum",
@@ -131,9 +129,7 @@ class StartsFrom(Custom):
         )
 
 
-@program(
-    fast=True,
-)
+@program(fast=True)
 def output_gradients_that_a_step_gives():
     return fit(StartsFrom(lambda model, x, y: y - model(x)))
 
@@ -157,9 +153,7 @@ class Totals(Custom):
         return {metric.name: metric.result() for metric in self.metrics}
 
 
-@program(
-    fast=True,
-)
+@program(fast=True)
 def sums_over_batches_of_a_sum_and_of_a_mean():
     return fit(Totals())
 
@@ -173,9 +167,7 @@ class Clips(Custom):
 
 
 @program(
-    on="workers",
     logs_of_worker=True,
-    fast=True,
     feature="`train_step` that clips with `tf.clip_by_global_norm`",
 )
 def clips_gradients_itself():
@@ -187,9 +179,7 @@ def optimizer_that_clips():
     return fit(Custom(), optimizer=sgd(0.3, clipnorm=0.1))
 
 
-@program(
-    fast=True,
-)
+@program
 def optimizer_that_accumulates():
     optimizer = sgd(0.3, gradient_accumulation_steps=2)
     return fit(Custom(), optimizer=optimizer)
@@ -206,10 +196,7 @@ class Scales(Custom):
         return {"own": loss}
 
 
-@program(
-    on="workers",
-    logs_of_worker=True,
-)
+@program(logs_of_worker=True)
 def optimizer_that_scales_the_loss():
     optimizer = keras.optimizers.LossScaleOptimizer(
         sgd(0.1), initial_scale=2.0**10
@@ -312,9 +299,7 @@ class Adversaries(keras.Model):
 
 
 @program(
-    on="workers",
     logs_of_worker=True,
-    fast=True,
     feature="Two optimizers in a dict, no `call`, no targets",
 )
 def adversaries():
@@ -392,7 +377,7 @@ class Counts(keras.layers.Layer):
 
 
 @program(
-    on="threads workers",
+    on="threads",
     fast=True,
     feature="Layer that counts samples, and keeps an average",
 )

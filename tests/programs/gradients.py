@@ -6,12 +6,12 @@ from programs.data import SIZE, TOKENS, X, Y, dense, fit, of_tokens, sgd
 from programs.table import program
 
 
-@program(on="workers", feature="`clipnorm`", fast=True)
+@program(on="workers", feature="`clipnorm`")
 def clipnorm():
     return fit(dense(), optimizer=sgd(0.3, clipnorm=0.05))
 
 
-@program(on="workers", feature="`global_clipnorm`")
+@program(feature="`global_clipnorm`")
 def global_clipnorm():
     return fit(dense(), optimizer=sgd(0.3, global_clipnorm=0.05))
 
@@ -32,7 +32,6 @@ def clipvalue_with_embedding():
 
 
 @program(
-    replicas=(2, 3, 4),
     on="threads workers mpi",
     feature="`gradient_accumulation_steps`",
     fast=True,
@@ -42,7 +41,7 @@ def gradient_accumulation():
     return fit(dense(), optimizer=optimizer)
 
 
-@program(fast=True)
+@program
 def gradient_accumulation_with_embedding():
     return embedding_trained_with(sgd(0.3, gradient_accumulation_steps=2))
 
@@ -81,7 +80,7 @@ def loss_scale():
     return fit(dense(), optimizer=optimizer)
 
 
-@program(on="threads workers", fast=True)
+@program(on="threads")
 def loss_scale_with_an_overflow_on_the_last_replica():
     x = X.copy()
     x[2 * SIZE.batch - 1] = 3e38  # The last sample of the second batch.
@@ -124,7 +123,7 @@ def adamw():
     return fit(dense(), optimizer=keras.optimizers.AdamW(0.01))
 
 
-@program(on="workers", tolerance=1e-5)
+@program(tolerance=1e-5)
 def adam_with_ema():
     averages = {"use_ema": True, "ema_overwrite_frequency": 2}
     return fit(dense(), optimizer=keras.optimizers.Adam(0.003, **averages))

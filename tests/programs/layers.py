@@ -20,7 +20,6 @@ from programs.table import program
 
 
 @program(
-    on="workers",
     feature="Last batch smaller than the replicas, convolution and max pooling",
 )
 def last_batch_of_one_image():
@@ -51,7 +50,7 @@ def synchronized(samples):
 
 
 @program(
-    on="threads workers devices mpi",
+    on="threads devices mpi",
     fast=True,
     feature="Last batch uneven, `BatchNormalization(synchronized=True)`",
 )

@@ -25,7 +25,6 @@ def of_probabilities():
 
 @program(
     tolerance=1e-5,
-    fast=True,
     on="workers",
     feature="`AUC`, `F1Score`, `MeanIoU`, `R2Score`",
 )

@@ -10,29 +10,46 @@ from keras_allreduce import AllReduceStrategy
 from keras_allreduce.compat import keras_jit
 from programs import PROGRAMS, on_one_device, run
 
-pytestmark = pytest.mark.slow
-
 # XLA rounds otherwise.
 TOLERANCE = 1e-5
 
-# Sums between the replicas, masks, added losses, clipping, accumulation, scaled
-# losses, state, several optimizers, no optimizer, functions in a step.
+# Steps that go on with sums between the replicas: each compiles in seconds.
 FAST = [
-    "added_losses_of_every_kind",
-    "adversaries",
     "clips_gradients_itself",
     "custom_compute_loss",
     "gradient_by_hand",
-    "layer_that_xla_compiles",
-    "masked_loss_with_weights",
-    "metrics_whose_state_is_no_sum",
+    "gradient_by_hand_that_is_a_sum",
+    "no_optimizer",
     "optimizer_that_accumulates",
     "optimizer_that_clips",
     "optimizer_that_is_a_module",
-    "optimizer_that_scales_the_loss",
+    "optimizer_that_overrides_apply_gradients",
+    "optimizer_that_overrides_apply_in_a_custom_step",
     "plain_mean",
-    "state_that_a_layer_keeps",
+    "plain_sum",
+    "step_of_an_optimizer_that_is_called_itself",
+    "weights_that_a_step_updates_by_a_sum",
     "weights_that_a_step_updates_itself",
+]
+
+# Masks, added losses, several optimizers, state.
+SLOW = [
+    "added_losses_of_every_kind",
+    "adversaries",
+    "masked_loss_with_weights",
+    "state_that_a_layer_keeps",
+]
+
+# And all other steps of custom models.
+NIGHTLY = [
+    "layer_that_xla_compiles",
+    "metrics_whose_state_is_no_sum",
+    *(
+        name
+        for name, each in PROGRAMS.items()
+        if each.train.__module__ == "programs.custom_steps"
+        and name not in (*FAST, *SLOW)
+    ),
 ]
 
 
@@ -63,12 +80,9 @@ def agree(found, wanted):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            name,
-            marks=pytest.mark.slow if name in FAST else pytest.mark.nightly,
-        )
-        for name, each in PROGRAMS.items()
-        if name in FAST or each.train.__module__ == "programs.custom_steps"
+        *FAST,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in NIGHTLY),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*of whose ops XLA compiles")
@@ -78,6 +92,7 @@ def test_a_compiled_program_trains_as_on_one_device(name, all_compiled):
     agree(found, on_one_device(name)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit_compile", ["auto", False, True])
 def test_what_the_user_has_set_is_what_the_model_says(jit_compile):
     model = trained(jit_compile=jit_compile)
@@ -86,11 +101,8 @@ def test_what_the_user_has_set_is_what_the_model_says(jit_compile):
     assert keras_jit.compiles_replicas(model) == (jit_compile is True)
 
 
+@pytest.mark.slow
 def test_eagerly_nothing_is_compiled():
     with pytest.warns(UserWarning, match="cannot also be True"):
         model = trained(jit_compile=True, run_eagerly=True)
     assert not keras_jit.compiles_replicas(model)
-
-
-def test_names_of_programs_are_known():
-    assert set(FAST) <= set(PROGRAMS)

@@ -19,7 +19,7 @@ from five_devices import DEVICES
 import keras_allreduce
 
 NUM_SAMPLES = 23
-IN_FAST_TIER = 10
+IN_FAST_TIER = 6
 AT_NIGHT = 200
 
 

@@ -22,7 +22,7 @@ from programs.data import (
 from programs.table import program
 
 
-@program(on="threads workers", feature="`steps_per_execution`", fast=True)
+@program(on="threads", feature="`steps_per_execution`", fast=True)
 def steps_per_execution():
     return fit(
         dense(),
@@ -34,7 +34,7 @@ def steps_per_execution():
     )
 
 
-@program(replicas=(2, 3, 4), on="threads workers devices mpi", fast=True)
+@program(on="threads workers devices mpi", fast=True)
 def eagerly():
     return fit(
         dense(),
@@ -44,7 +44,7 @@ def eagerly():
     )
 
 
-@program(on="workers devices", tolerance=1e-5)
+@program(on="devices", tolerance=1e-5)
 def compiled_by_xla():
     layer = keras.layers.BatchNormalization(synchronized=True)
     return fit(
@@ -88,7 +88,7 @@ def early_stopping():
 
 
 @program(
-    on="workers devices",
+    on="devices",
     feature="`evaluate` and `predict`, last batch smaller than the replicas",
 )
 def evaluate_and_predict():
