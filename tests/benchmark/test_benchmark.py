@@ -576,6 +576,7 @@ def test_two_workers_measure_together_and_the_chief_prints():
     assert "between 2 workers over gRPC" in found["rows"][0]["plan"]
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("needs_mpirun")
 def test_workers_of_mpirun_measure_grpc_mpi_and_a_plain_allreduce():
     done = subprocess.run(

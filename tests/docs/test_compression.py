@@ -141,6 +141,7 @@ class TestPowerSgd:
         assert np.abs(found[0] - 2 * pack.numpy()).max() > 0.5
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "code",
     [FEEDBACK + TRAINS + scripts_of_docs.REPORT, POWERSGD],

@@ -81,6 +81,7 @@ def test_no_link_is_dead(path):
             assert anchor in anchors_of(file), f"{target}#{anchor}"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "page",
     [path for path in DOCUMENTS if "<!-- runs -->" in text_of(path)],

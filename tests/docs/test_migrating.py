@@ -59,6 +59,7 @@ def test_both_sides_of_a_diff_are_whole_scripts(name):
     assert "hvd" not in after
 
 
+@pytest.mark.nightly
 def test_the_script_of_one_machine_trains_as_one_device():
     code = PRELUDE + side(BLOCKS["one machine"], "-")
     one_device = re.sub(r"(?m)^with .*", "if True:", code)
@@ -72,6 +73,7 @@ def test_the_script_of_one_machine_trains_as_one_device():
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_the_script_of_several_machines_also_trains_alone(
     tmp_path, monkeypatch
 ):
@@ -85,6 +87,7 @@ def test_the_script_of_several_machines_also_trains_alone(
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.nightly
 def test_the_script_from_horovod_trains_two_workers(tmp_path):
     code = side(BLOCKS["horovod"], "-")
     values = BLOCKS["values"] + (

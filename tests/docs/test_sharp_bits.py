@@ -13,7 +13,7 @@ from five_devices import DEVICES
 
 from keras_allreduce import AllReduceStrategy
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 6)).astype("float32")

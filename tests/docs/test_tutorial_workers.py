@@ -7,7 +7,7 @@ import keras
 import pytest
 import scripts_of_docs
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial_workers.md"
 TEXT = PAGE.read_text(encoding="utf-8")

@@ -77,12 +77,6 @@ def mixed():
     )
 
 
-def wide():
-    return keras.Sequential(
-        [keras.Input([6]), L.Dense(4, dtype="float64"), L.Dense(3)]
-    )
-
-
 # Model, inputs, options of the strategy, arguments of the optimizer.
 CASES = {
     "dense": (dense, VECTORS, {}, {}),
@@ -90,12 +84,6 @@ CASES = {
     "ring": (dense, VECTORS, {"algorithm": "ring"}, {}),
     "batch normalization": (
         lambda: dense(L.BatchNormalization(), L.Dropout(0.5)),
-        VECTORS,
-        {},
-        {},
-    ),
-    "recurrent": (
-        lambda: dense(L.Reshape([2, 4]), L.LSTM(3)),
         VECTORS,
         {},
         {},
@@ -108,24 +96,10 @@ CASES = {
         {},
         {"gradient_accumulation_steps": 2},
     ),
-    "embedding, regularized": (
-        lambda: keras.Sequential(
-            [
-                keras.Input([5], dtype="int32"),
-                L.Embedding(7, 4, embeddings_regularizer="l2"),
-                L.Flatten(),
-                L.Dense(3),
-            ]
-        ),
-        WORDS,
-        {},
-        {},
-    ),
     "a table that is a kernel too": (tied, WORDS, {}, {}),
     "a variable without a gradient": (unused, {"a": VECTORS}, {}, {}),
     "a layer that is not trained": (frozen, VECTORS, {}, {}),
     "mixed precision": (mixed, WORDS, {}, {}),
-    "two dtypes": (wide, VECTORS, {}, {}),
 }
 
 

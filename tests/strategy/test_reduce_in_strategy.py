@@ -12,21 +12,29 @@ pytestmark = pytest.mark.slow
 
 SUM = tf.distribute.ReduceOp.SUM
 
-STRATEGIES = {
-    "AllReduceStrategy": AllReduceStrategy,
-    "ring": lambda devices: AllReduceStrategy(devices, algorithm="ring"),
-    "stock with BatchAllReduce": lambda devices: tf.distribute.MirroredStrategy(
-        devices, cross_device_ops=BatchAllReduce("shared_memory", 16)
-    ),
-    "stock with a ring": lambda devices: tf.distribute.MirroredStrategy(
-        devices, cross_device_ops=BatchAllReduce("ring", 16)
-    ),
-}
+
+def with_a_ring(devices):
+    return AllReduceStrategy(devices, algorithm="ring")
 
 
-@pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
-@pytest.mark.parametrize("num_replicas", [1, 2, 3])
-@pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES.keys())
+def stock(devices):
+    ops = BatchAllReduce("ring", bytes_per_pack=16)
+    return tf.distribute.MirroredStrategy(devices, cross_device_ops=ops)
+
+
+# Each strategy, number of replicas and mode with each of the others.
+@pytest.mark.parametrize(
+    ("make", "num_replicas", "in_graph"),
+    [
+        pytest.param(AllReduceStrategy, 1, True, id="one device"),
+        pytest.param(AllReduceStrategy, 2, False, id="eager"),
+        pytest.param(AllReduceStrategy, 3, True, id="graph"),
+        pytest.param(with_a_ring, 3, False, id="ring, eager"),
+        pytest.param(with_a_ring, 2, True, id="ring, graph"),
+        pytest.param(stock, 2, False, id="stock, eager"),
+        pytest.param(stock, 3, True, id="stock, graph"),
+    ],
+)
 class TestInsideAStrategy:
     @pytest.fixture
     def strategy(self, make, num_replicas):

@@ -13,6 +13,7 @@ import programs
 import pytest
 import workers
 from deadlines import seconds_for
+from test_worker_failures import EITHER
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +91,10 @@ def test_workers_sum_nothing_between_steps_but_all_metrics_at_once():
 ON_A_NARROW_WIRE = ["even_batches", "embedding", "eagerly"]
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float16"])
+@pytest.fixture(
+    scope="module",
+    params=["bfloat16", pytest.param("float16", marks=pytest.mark.nightly)],
+)
 def on_a_narrow_wire(request):
     return workers.results(
         "cases_on_the_wire",
@@ -216,7 +220,7 @@ def test_a_killed_worker_ends_the_other_in_an_error(index):
     assert "its port is closed" in output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
+@EITHER
 def test_a_frozen_worker_ends_the_other_in_an_error(index):
     code, output = workers.end_of_the_other("SIGSTOP", index)
     assert code not in (0, None), output

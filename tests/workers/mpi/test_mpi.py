@@ -21,6 +21,7 @@ import test_wire
 import warm_python
 import workers
 from deadlines import DEADLINE_SECONDS, wait_until
+from test_worker_failures import EITHER
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("needs_mpirun")]
 
@@ -45,13 +46,13 @@ def test_workers_train_as_one_device_does(name, over_mpi):
 
 
 DIFFERENT = {
-    "layers_of_a_set": "`sorted(...)`",
     "other_activation": "`activation` of layer 'first'",
     "other_batch_size": "batch size: worker 0 (",
     "statistics_of_a_custom_loop": "After a custom training loop",
 }
 
 
+@pytest.mark.nightly
 def test_other_models_and_data_are_found_over_mpi_too():
     shuffled = "py_dataset_that_shuffles_itself"
     both = mpi_jobs.results("drift_cases", [*DIFFERENT, shuffled])
@@ -67,12 +68,14 @@ def test_workers_have_the_same_moving_statistics(name, over_mpi):
     test_multi_worker.agree_on_statistics(name, over_mpi)
 
 
+@pytest.mark.nightly
 def test_backprop_does_not_wait_for_the_other_workers():
     test_multi_worker.check_what_backprop_waits_for(
         mpi_jobs.results("what_backprop_waits_for")
     )
 
 
+@pytest.mark.nightly
 def test_all_workers_are_told_whom_they_wait_for():
     first, other = mpi_jobs.results("fit_with_a_late_worker")
     assert first == other
@@ -106,7 +109,7 @@ def test_the_example_runs_under_mpirun_and_says_so():
 # Sums ---------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 workers", "3 workers"])
+@pytest.fixture(scope="module", params=[3], ids=["3 workers"])
 def of_all(request):
     """The parts of all workers, and what each worker has got."""
     return test_wire.parts_and_results(mpi_jobs.results, request.param)
@@ -167,7 +170,7 @@ def test_a_killed_worker_ends_all_and_is_named_by_mpirun():
     assert "signal 9" in output
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["chief", "other"])
+@EITHER
 def test_a_frozen_worker_ends_all_in_an_error(index):
     code, output = ends("fit_and_signal", "SIGSTOP", index, 600)
     assert code != 0
@@ -179,12 +182,14 @@ def test_a_frozen_worker_ends_all_in_an_error(index):
     assert "it is frozen" in output
 
 
+@pytest.mark.nightly
 def test_a_worker_that_raises_ends_all():
     code, output = ends("fit_and_raise", 1)
     assert code != 0
     assert "KeyError: 'of the script'" in output
 
 
+@pytest.mark.nightly
 def test_a_worker_that_falls_behind_ends_all_after_the_timeout():
     code, output = ends("fit_and_fall_behind", 5)
     assert code != 0
@@ -198,6 +203,7 @@ def test_a_worker_that_leaves_before_the_others_is_named():
     assert "has ended its script" in output
 
 
+@pytest.mark.nightly
 def test_workers_that_differ_all_say_in_what():
     with mpi_jobs.running(
         "fit_what_differs", "shape", python=warm_python.executable()
@@ -209,14 +215,16 @@ def test_workers_that_differ_all_say_in_what():
             assert ") has float32 [8, 7]" in rank.output
 
 
-@pytest.mark.parametrize("absent", [0, 1], ids=["chief", "other"])
-def test_a_worker_that_never_makes_a_strategy_is_named(absent):
-    code, output = ends("start_without", absent, 3)
+@EITHER
+def test_a_worker_that_never_makes_a_strategy_is_named(index):
+    code, output = ends("start_without", index, 3)
     assert code != 0
-    assert f"Never reached: rank {absent}" in output
+    assert f"Never reached: rank {index}" in output
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.nightly)]
+)
 def test_a_signal_to_mpirun_ends_all(name):
     python = PYTHON if name == "SIGINT" else warm_python.executable()
     with mpi_jobs.running("fit_until_ended", 600, python=python) as job:
