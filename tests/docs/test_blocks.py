@@ -2,7 +2,8 @@
 
 - `python` blocks run here, with the names that a reader would have. Blocks
   under `<!-- runs -->` are whole scripts: test_docs.py, test_migrating.py,
-  test_tutorial_workers.py and test_compression.py run them.
+  test_tutorial_workers.py and test_compression.py run them. The script of the
+  README is an example.
 - Blocks under `<!-- cluster -->` need several machines or Ray. They are
   compiled, and all names and arguments of Keras, TensorFlow and ours in them
   exist.
@@ -58,7 +59,11 @@ def blocks(language):
             if found["language"] == language:
                 line = text[: found.start("text")].count("\n")
                 yield pytest.param(
-                    found["mark"], found["text"], id=f"{page.name}:{line}"
+                    found["mark"],
+                    found["text"],
+                    id=f"{page.name}:{line}",
+                    # It compiles for half a minute.
+                    marks=[pytest.mark.nightly] * (page.name == "xla.md"),
                 )
 
 
@@ -171,6 +176,7 @@ class Reader(dict):
         block
         for block in blocks("python")
         if block.values[0] not in ("runs", "cluster")
+        and not block.id.startswith("README.md")
     ],
 )
 def test_a_block_of_python_runs(mark, text, tmp_path, monkeypatch, request):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import measures
 import pytest
 import tensorflow as tf
 import warm_python
@@ -95,6 +96,10 @@ def test_an_example_in_a_page_runs(page):
     for block in blocks:
         done = warm_python.run(["-c", block])
         assert done.returncode == 0, done.stderr
+
+
+def test_pages_name_things_instead_of_clauses():
+    assert measures.noun_clauses_of_pages()[""] < 0.7
 
 
 @pytest.mark.nightly
