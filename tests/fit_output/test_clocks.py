@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from five_devices import DEVICES
 from graph_walk import ancestors, ops_of_type
+from small_model import custom_step
 
 from keras_allreduce import AllReduceStrategy
 from keras_allreduce.fit_output.clocks import ROWS, EagerClocks, GraphClocks
@@ -183,31 +184,11 @@ class TestEagerClocks:
         assert EagerClocks(num_packs=3).read().ready.shape == (0, 3)
 
 
-def training_step(strategy):
-    """A custom training step of a net with three kernels."""
-    with strategy.scope():
-        kernels = [tf.Variable(tf.ones([4, 4])) for _ in range(3)]
-
-    def step():
-        with tf.GradientTape() as tape:
-            y = tf.ones([1, 4])
-            for kernel in kernels:
-                y = tf.tanh(tf.matmul(y, kernel))
-        gradients = tape.gradient(y, kernels)
-        context = tf.distribute.get_replica_context()
-        for kernel, gradient in zip(
-            kernels, context.all_reduce(SUM, gradients), strict=True
-        ):
-            kernel.assign_sub(gradient)
-
-    return lambda: strategy.run(step)
-
-
 @pytest.fixture(scope="module")
 def graph():
     """Of a training step in which every gradient is a pack of its own."""
     strategy = AllReduceStrategy(DEVICES[:2], bytes_per_pack=1)
-    run = tf.function(training_step(strategy))
+    run = tf.function(custom_step(strategy))
     return run.get_concrete_function().graph
 
 
@@ -247,7 +228,7 @@ class TestInTheTrainingStep:
 @pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
 class TestAllReduceStats:
     def run(self, strategy, in_graph):
-        run = training_step(strategy)
+        run = custom_step(strategy)
         return tf.function(run) if in_graph else run
 
     def test_every_step_is_reported_once(self, in_graph):
@@ -297,7 +278,7 @@ class TestAllReduceStats:
 
 def test_nothing_overlaps_with_backprop_in_eager_mode():
     strategy = AllReduceStrategy(DEVICES[:2])
-    run = training_step(strategy)
+    run = custom_step(strategy)
     for _ in range(3):
         run()
     stats = strategy.all_reduce_stats()

@@ -9,13 +9,11 @@ import pytest
 import tensorflow as tf
 from five_devices import DEVICES
 from graph_walk import ancestors, ops_of_type
-from small_model import X, Y, make_model, stock
+from small_model import X, Y, custom_step, make_model, stock
 
 from keras_allreduce import AllReduceStrategy, AllReduceTimeline
 
 pytestmark = pytest.mark.slow
-
-SUM = tf.distribute.ReduceOp.SUM
 
 
 def read(path):
@@ -151,21 +149,7 @@ class TestInFit:
 
 
 def custom_loop(strategy):
-    with strategy.scope():
-        kernels = [tf.Variable(tf.ones([4, 4])) for _ in range(2)]
-
-    def step():
-        with tf.GradientTape() as tape:
-            y = tf.ones([1, 4])
-            for kernel in kernels:
-                y = tf.tanh(tf.matmul(y, kernel))
-        gradients = tape.gradient(y, kernels)
-        context = tf.distribute.get_replica_context()
-        summed = context.all_reduce(SUM, gradients)
-        for kernel, gradient in zip(kernels, summed, strict=True):
-            kernel.assign_sub(gradient)
-
-    return tf.function(lambda: strategy.run(step))
+    return tf.function(custom_step(strategy, num_kernels=2))
 
 
 class TestInACustomLoop:

@@ -68,6 +68,20 @@ def mpirun():
     return str(own) if own.exists() else shutil.which("mpirun")
 
 
+def run(*words):
+    """The lines of two processes of Python, which have to end well."""
+    done = subprocess.run(
+        [mpirun(), "-n", "2", warm_python.executable(), *words],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
 @dataclass(frozen=True)
 class Rank:
     """One process of a job.

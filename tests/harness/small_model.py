@@ -37,3 +37,22 @@ def stock():
     return tf.distribute.MirroredStrategy(
         DEVICES[:2], tf.distribute.ReductionToOneDevice()
     )
+
+
+def custom_step(strategy, num_kernels=3):
+    """A step of a custom loop; backprop finishes one kernel after another."""
+    with strategy.scope():
+        kernels = [tf.Variable(tf.ones([4, 4])) for _ in range(num_kernels)]
+
+    def step():
+        with tf.GradientTape() as tape:
+            y = tf.ones([1, 4])
+            for kernel in kernels:
+                y = tf.tanh(tf.matmul(y, kernel))
+        gradients = tape.gradient(y, kernels)
+        context = tf.distribute.get_replica_context()
+        summed = context.all_reduce("SUM", gradients)
+        for kernel, gradient in zip(kernels, summed, strict=True):
+            kernel.assign_sub(gradient)
+
+    return lambda: strategy.run(step)

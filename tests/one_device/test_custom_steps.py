@@ -79,19 +79,6 @@ class TokenMean(Model):
 
 
 @step
-class TokenMeanAndRegularizer(Model):
-    def train_step(self, data):
-        x, y = data
-        mask = tf.cast(x[:, :1] > 0.3, "float32")
-        with tf.GradientTape() as tape:
-            losses = (self.net(x) - y) ** 2 * mask
-            loss = 2.0 * tf.reduce_sum(losses) / tf.reduce_sum(mask)
-            loss += 0.1 * tf.nn.l2_loss(self.net.layers[0].kernel)
-        self.apply(loss, tape)
-        return {"own": loss}
-
-
-@step
 class SharpnessAware(Model):
     """The weights are moved along a first gradient, for a second."""
 
@@ -255,16 +242,13 @@ class Keeps(Model):
 
 
 @step
-class AverageOfSums(Keeps):
-    """VQ-VAE: how many samples a code has, a moving average from 0."""
+class AverageOfSumsFromOne(Keeps):
+    """VQ-VAE: how many samples a code has, a moving average from 1."""
+
+    start = "ones"
 
     def kept(self, before, x):
         return 0.9 * before + 0.1 * tf.reduce_sum(tf.cast(x > 0, x.dtype), 0)
-
-
-@step
-class AverageOfSumsFromOne(AverageOfSums):
-    start = "ones"
 
 
 @step

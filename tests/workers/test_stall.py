@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import tensorflow as tf
-from deadlines import DEADLINE_SECONDS
+from deadlines import DEADLINE_SECONDS, wait_until
 
 from keras_allreduce.workers import stall as stall_module
 from keras_allreduce.workers import store as store_module
@@ -162,8 +162,7 @@ def test_one_that_ends_stays_while_the_other_receives_what_it_has(pair):
         target=of_other.say_goodbye, args=[DEADLINE_SECONDS]
     )
     leaving.start()
-    while not of_chief.has_ended(1):
-        pass
+    wait_until(lambda: of_chief.has_ended(1))
     find_nothing(of_chief)
     assert leaving.is_alive()
     chief.work()
@@ -286,10 +285,7 @@ def test_a_chief_that_fails_lingers_until_all_know_why(pair, has_published):
         args=[WorkerLostError("worker 0 (a:1) has failed"), DEADLINE_SECONDS],
     )
     telling.start()
-    while "progress" not in str(of_chief._store.get("progress", 0)) and (
-        of_chief._store.get("progress", 0) is None
-    ):
-        pass
+    wait_until(lambda: of_chief._store.get("progress", 0) is not None)
     assert telling.is_alive()
     of_other.check()
     telling.join(DEADLINE_SECONDS)
