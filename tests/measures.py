@@ -30,7 +30,7 @@ MAX_LINES = {ast.Module: 400, ast.ClassDef: 200, ast.FunctionDef: 50}
 
 FRAMES = re.compile(
     r"_getframe|currentframe|f_back|f_locals|inspect\.stack|caller_frames"
-    r"|calling_frames|frames\.\w+\("
+    r"|caller_communicates\("
 )
 
 TIME_LIMIT = re.compile(r"^_?[A-Z_]*SECONDS\b[^=\n]*=", re.MULTILINE)

@@ -4,7 +4,9 @@ Everything else in the package uses public API. A name moves out of this file
 as soon as there is a public way.
 """
 
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import tensorflow as tf
@@ -114,3 +116,29 @@ def count_collectives(
         return int(next_number(group_key, device))
 
     keys.get_instance_key = counted
+
+
+_COMMUNICATES = {"all_reduce", "all_gather", "merge_call"}
+# Between a function that asks a strategy, and the strategy.
+_BETWEEN = (
+    "keras_allreduce.",
+    "tensorflow.python.autograph.",
+    "tensorflow.python.distribute.distribute_lib",
+)
+
+
+def caller_communicates() -> bool:
+    """Whether the function that asks a strategy sums over replicas itself.
+
+    A layer for `tf.distribute` divides a sum over all replicas by their
+    number, or gathers if there are several. A function that only scales its
+    loss calls none of `_COMMUNICATES`. Both ask one attribute, which gets no
+    argument, so the code of the caller is all that tells them apart.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if not module.startswith(_BETWEEN):
+            return not _COMMUNICATES.isdisjoint(frame.f_code.co_names)
+        frame = frame.f_back
+    return False

@@ -1,12 +1,13 @@
 """Assumptions about Keras's `fit`, `evaluate` and `predict` and their data.
 
-One value per thread says which call runs. `keras_door.py` sets it where Keras
-enters; the epochs of a data set are those of its adapter, whose
-`on_epoch_begin` Keras calls.
+One value per thread says which call runs, which step of a model, and which
+variable is made. `keras_door.py` sets it where Keras enters; the epochs of a
+data set are those of its adapter, whose `on_epoch_begin` Keras calls.
 """
 
 import contextlib
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -32,10 +33,9 @@ from keras.src.trainers.data_adapters.py_dataset_adapter import (
 )
 
 from keras_allreduce.compat import distribute
-from keras_allreduce.compat.frames import calling_frames
 
-# From the creator of a variable up to Keras's: 9 in Keras 3.15.
-_FRAMES = 40
+# On an error that has ended `fit`.
+_IN_CALLBACK = "_keras_allreduce_in_callback"
 
 # One of them makes the batches of each pass.
 _GENERATORS_OF_PY_DATASETS = (
@@ -91,6 +91,8 @@ class KerasCall:
 class _Thread(threading.local):
     call: KerasCall | None = None
     metrics_read: Any = None
+    step: tuple[keras.Model, str] | None = None
+    variable: keras.Variable | None = None
 
 
 _thread = _Thread()
@@ -120,8 +122,66 @@ def during(kind: str, model: keras.Model) -> Iterator[list[str]]:
     _thread.call = made
     try:
         yield made.seen
+    except Exception as error:
+        if kind == "fit":
+            _tag(error)
+        raise
     finally:
         _thread.call = outer
+
+
+def _tag(error: Exception) -> None:
+    """Notes on an error that has ended `fit` whether the script raised it.
+
+    Data is read in other threads, so an error that has passed through no code
+    of the script comes from a callback.
+    """
+    modules = {
+        frame.f_globals.get("__name__")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    }
+    with contextlib.suppress(AttributeError):  # A class may have slots.
+        setattr(error, _IN_CALLBACK, "__main__" not in modules)
+
+
+def is_raised_in_callback(error: BaseException) -> bool:
+    """Whether an error has ended `fit`, and is not of the script's own code.
+
+    Only the `fit` of models under our strategies is known.
+    """
+    return bool(getattr(error, _IN_CALLBACK, False))
+
+
+@contextlib.contextmanager
+def running_step(model: keras.Model, name: str) -> Iterator[None]:
+    """Keras runs a step of a model in the block."""
+    outer = _thread.step
+    _thread.step = (model, name)
+    try:
+        yield
+    finally:
+        _thread.step = outer
+
+
+def current_step() -> tuple[keras.Model, str] | None:
+    """The model whose step Keras runs in this thread, and its name."""
+    return _thread.step
+
+
+@contextlib.contextmanager
+def making_variable(variable: keras.Variable) -> Iterator[None]:
+    """Keras makes the value of a variable in the block."""
+    outer = _thread.variable
+    _thread.variable = variable
+    try:
+        yield
+    finally:
+        _thread.variable = outer
+
+
+def path_of_new_variable() -> str | None:
+    """Path of the variable that Keras is making; `None` if it makes none."""
+    return None if _thread.variable is None else str(_thread.variable.path)
 
 
 def begin_epoch(callbacks: Any, epoch: int) -> None:
@@ -345,12 +405,3 @@ def shuffles_in_python(epoch_iterator: Any) -> bool:
         getattr(adapter, "shuffle", False)
         and not isinstance(adapter, _ArrayDataAdapter)
     )
-
-
-def path_of_new_variable() -> str | None:
-    """Path of the variable that Keras is making; `None` if it is not Keras."""
-    for frame in calling_frames(_FRAMES):
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, keras.Variable):
-            return str(owner.path)
-    return None

@@ -1,15 +1,18 @@
 """The door through which Keras tells this package about its calls.
 
 Keras tells a strategy neither which call distributes a data set, nor when an
-epoch begins, nor what it reads a batch or its metrics for. So a few methods of
-Keras are wrapped, once, when the first strategy is made. For models that are
-not under a strategy of ours they do what they did.
+epoch begins, nor whose step it runs, nor what it reads a batch or its metrics
+for. So a few methods of Keras are wrapped, once, when the first strategy is
+made. For models that are not under a strategy of ours they do what they did.
 
     fit, evaluate, predict               a `KerasCall` begins and ends
     CallbackList.on_epoch_begin          it has an epoch
     TFEpochIterator.__init__             it has an iterator over its epochs
     get_metrics_result                   the metrics are read together
     _maybe_symbolic_build                see `keras_build.py`
+    make_train_function, and of test     the function that it makes says, while
+      and predict                          it runs, whose step it runs
+    Variable._initialize                 a variable is made
 
 `KERAS_ALLREDUCE_DOOR=0` leaves Keras as it is. Without the door, or where Keras
 is not as it is known, a warning says what is given up.
@@ -24,8 +27,12 @@ from typing import Any
 
 import keras
 
-from keras_allreduce.compat import keras_build, keras_calls
+from keras_allreduce.compat import keras_build, keras_calls, keras_steps
 from keras_allreduce.environment import DOOR
+
+_CUSTOM_LOOP = (
+    "a step that is no method of its model is taken for a custom loop"
+)
 
 _state = {"installed": False}
 _warned: set[str] = set()
@@ -41,8 +48,10 @@ def install() -> None:
             f"{DOOR} is not 0",
             f"{DOOR}=0",
             "the first batch of a Python generator may be lost, a first batch "
-            "that is not as large on all replicas fails, and workers do not "
-            "compare their calls of Keras",
+            "that is not as large on all replicas fails, as does `predict` of "
+            "fewer samples than replicas, a step that is no method of its "
+            "model is taken for a custom loop, and workers do not compare "
+            "their calls of Keras",
             f"Unset {DOOR}.",
         )
         return
@@ -67,6 +76,14 @@ def _doors() -> Iterator[tuple[Any, str, Callable[..., Any], str]]:
     yield keras.Model, "get_metrics_result", _metrics_read, slow
     lost = "the first batch of a Python generator may be lost"
     yield keras.Model, keras_build.NAME, _build, lost
+    for step, loss in (
+        *((each, _CUSTOM_LOOP) for each in keras_steps.STEPS),
+        (keras_steps.PREDICT, "fewer samples than replicas fail in `predict`"),
+    ):
+        maker = functools.partial(_function_made, step, loss)
+        yield keras.Model, keras_steps.maker_of(step), maker, loss
+    nameless = "errors about variables do not name them"
+    yield keras.Variable, "_initialize", _variable_made, nameless
 
 
 def _has_arguments(stock: Any, wrap: Callable[..., Any]) -> bool:
@@ -139,6 +156,44 @@ def _build(stock: Any) -> Any:
         return keras_build.build(model, strategy, iterator, data_batch)
 
     return build
+
+
+def _function_made(step: str, consequence: str, stock: Any) -> Any:
+    name = keras_steps.function_of(step)
+
+    @functools.wraps(stock)
+    def make(model: Any, *args: Any, **kwargs: Any) -> Any:
+        before = getattr(model, name, None)
+        result = stock(model, *args, **kwargs)
+        function = getattr(model, name, None)
+        if not _is_ours(model) or function is before:
+            return result
+        if callable(function):
+            setattr(model, name, _saying(model, step, function))
+        else:
+            _warn_of_keras(f"`{name}` of a model", consequence)
+        return result
+
+    return make
+
+
+def _saying(model: Any, step: str, function: Any) -> Any:
+    """`function`, which says whose step it runs."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with keras_calls.running_step(model, step):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _variable_made(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def initialize(variable: Any, *args: Any, **kwargs: Any) -> Any:
+        with keras_calls.making_variable(variable):
+            return stock(variable, *args, **kwargs)
+
+    return initialize
 
 
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {

@@ -8,44 +8,33 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce.compat.frames import calling_frames
+from keras_allreduce.compat import keras_calls
 
 STEPS = ("train_step", "test_step")
 PREDICT = "predict_step"
 
-# The functions of Keras that call `strategy.run`, and the steps they run.
-_RUNS_A_STEP = "one_step_on_data"
-_RUNS_PREDICT = "one_step_on_data_distributed"
+
+def function_of(step: str) -> str:
+    """The attribute in which a model keeps the function that runs a step."""
+    return step.replace("_step", "_function")
+
+
+def maker_of(step: str) -> str:
+    """The method of a model that makes that function."""
+    return f"make_{function_of(step)}"
 
 
 def step_of(fn: Callable[..., Any]) -> tuple[keras.Model | None, str]:
     """The model whose step `strategy.run` is given, and the name of the step.
 
-    Keras passes the bound method, which may be decorated or a `tf.function`.
-    What it is called from tells then. To be called within `strategy.run`.
+    The function that runs steps has said so (`keras_door.py`), whatever wraps
+    the step. Without it, a method of a model that is its step is known.
 
     Returns:
         The model and one of `STEPS` or `PREDICT`, or `None` and an empty
         string.
     """
-    for frame in calling_frames():
-        model = frame.f_locals.get("self")
-        if not isinstance(model, keras.Model):
-            continue
-        if frame.f_code.co_name == _RUNS_PREDICT:
-            return model, PREDICT
-        if frame.f_code.co_name == _RUNS_A_STEP:
-            step = frame.f_locals.get("step_function")
-            for name in STEPS:
-                if step == getattr(model, name):
-                    return model, name
-            raise RuntimeError(
-                "A model must be trained by its `train_step`. Received: "
-                f"{step} of {model}, which is none of {', '.join(STEPS)}, so "
-                "that its gradients cannot be summed as on one device. Use a "
-                "version of Keras that keras_allreduce was tested with."
-            )
-    return _bound_step(fn)
+    return keras_calls.current_step() or _bound_step(fn)
 
 
 def _bound_step(fn: Any) -> tuple[keras.Model | None, str]:
@@ -54,9 +43,12 @@ def _bound_step(fn: Any) -> tuple[keras.Model | None, str]:
         model = getattr(fn, "__self__", None)
         # TensorFlow binds its functions to an object that refers to it.
         model = getattr(model, "target", model)
-        name = getattr(fn, "__name__", "")
-        if isinstance(model, keras.Model) and name in STEPS:
-            return model, name
+        if isinstance(model, keras.Model):
+            for name in STEPS:
+                if name == getattr(fn, "__name__", "") or fn == getattr(
+                    model, name
+                ):
+                    return model, name
         fn = getattr(fn, "__wrapped__", None)
     return None, ""
 
@@ -67,7 +59,7 @@ def what_a_step_depends_on(model: keras.Model, step: str) -> list[Any]:
     They are the function that runs it, which `make_train_function(force=True)`
     makes too, and the arguments of `compile`.
     """
-    function = getattr(model, step.replace("_step", "_function"), None)
+    function = getattr(model, function_of(step), None)
     optimizer = getattr(model, "optimizer", None)
     return [each for each in (function, optimizer) if each is not None]
 

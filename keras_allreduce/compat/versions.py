@@ -29,6 +29,10 @@ WHY = {
 
 INSTALL = "pip install 'tensorflow>=2.16' 'keras>=3.10'"
 
+# From `check_versions` up to the line that makes a strategy: its `__init__`,
+# wrapped by `explained`, calls `_init_options`, and that `check_backend`.
+_SCRIPT = 6
+
 _warned: set[str] = set()
 
 
@@ -74,7 +78,7 @@ def check_versions(tensorflow: str, keras: str) -> None:
                 f"with ({name} {_dotted(NEWEST_TESTED[name])}). Compare a "
                 "short run with one on one device, or upgrade "
                 "keras_allreduce.",
-                stacklevel=_frames_up_to_the_caller(),
+                stacklevel=_SCRIPT,
             )
 
 
@@ -159,15 +163,3 @@ def _release(version: str) -> tuple[int, int]:
 
 def _dotted(release: tuple[int, int]) -> str:
     return ".".join(map(str, release))
-
-
-def _frames_up_to_the_caller() -> int:
-    """`stacklevel`, in the calling function, of the package's caller."""
-    frame, level = sys._getframe(1), 1
-    while (
-        frame.f_back is not None
-        and frame.f_globals.get("__name__", "").partition(".")[0]
-        == "keras_allreduce"
-    ):
-        frame, level = frame.f_back, level + 1
-    return level

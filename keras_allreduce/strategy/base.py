@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_allreduce import debug
 from keras_allreduce.compat import (
-    frames,
+    distribute,
     keras_door,
     keras_jit,
     keras_threads,
@@ -67,7 +67,7 @@ class StrategyBase(tf.distribute.Strategy):
         over the replicas itself.
         """
         if replica.sees_one_device() and (
-            replica.is_measured() or not frames.caller_communicates()
+            replica.is_measured() or not distribute.caller_communicates()
         ):
             return 1
         return int(super().num_replicas_in_sync)

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
-from keras_allreduce.workers import exit_code, own_paths
+from keras_allreduce.compat import exit_code
+from keras_allreduce.workers import own_paths
 from keras_allreduce.workers.errors import (
     WorkerError,
     WorkerLostError,

@@ -7,7 +7,7 @@ another.
 
 import tensorflow as tf
 
-from keras_allreduce.compat.frames import is_raised_in_callback
+from keras_allreduce.compat import keras_calls
 
 _REMEDY = (
     "All workers must write to files of their own. Received: {what}. Pass one "
@@ -29,9 +29,7 @@ def remedy(error: BaseException) -> str | None:
     if isinstance(error, tf.errors.AlreadyExistsError):
         what = "AlreadyExistsError, as of a `cache` file that another writes"
         return _REMEDY.format(what=what)
-    if isinstance(error, OSError) and is_raised_in_callback(
-        error.__traceback__
-    ):
+    if isinstance(error, OSError) and keras_calls.is_raised_in_callback(error):
         what = f"{type(error).__name__} in a callback of `fit`"
         return _REMEDY.format(what=what)
     return None

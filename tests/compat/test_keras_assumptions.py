@@ -16,6 +16,7 @@ from five_devices import DEVICES
 
 from keras_allreduce.compat import (
     gradient_tape,
+    keras_door,
     keras_losses,
     keras_optimizers,
     keras_steps,
@@ -33,11 +34,7 @@ class SpyStrategy(tf.distribute.MirroredStrategy):
 
     def __init__(self):
         super().__init__(DEVICES[:2], tf.distribute.ReductionToOneDevice())
-        self.steps, self.reductions = [], []
-
-    def run(self, fn, args=(), kwargs=None, options=None):
-        self.steps.append(keras_steps.step_of(fn))
-        return super().run(fn, args, kwargs, options)
+        self.reductions = []
 
     def reduce(self, reduce_op, value, axis):
         if keras_compat.are_scalar_logs(reduce_op, value, axis):
@@ -47,6 +44,22 @@ class SpyStrategy(tf.distribute.MirroredStrategy):
                 lambda leaf: self.experimental_local_results(leaf)[0], value
             )
         return super().reduce(reduce_op, value, axis)
+
+
+class StrategyBehindDoor(SpyStrategy):
+    """The same, whose models the door knows; notes their steps."""
+
+    def __init__(self):
+        keras_door.install()
+        self.steps = []
+        super().__init__()
+
+    def prepare_model(self, model, batch):
+        """As the door asks of a strategy of ours."""
+
+    def run(self, fn, args=(), kwargs=None, options=None):
+        self.steps.append(keras_steps.step_of(fn))
+        return super().run(fn, args, kwargs, options)
 
 
 class SpyLoss(keras.losses.Loss):
@@ -88,8 +101,8 @@ def fit(model, x=X, y=Y, batch_size=4, **fit_args):
     )
 
 
-def under_spy(**compile_args):
-    strategy = SpyStrategy()
+def under_spy(strategy=SpyStrategy, **compile_args):
+    strategy = strategy()
     with strategy.scope():
         model = compiled(**compile_args)
     return strategy, model
@@ -112,14 +125,29 @@ def spy(owner, name):
 # Trainer: steps and logs -----------------------------------------------------
 
 
-def test_keras_passes_its_bound_step_to_strategy_run():
-    strategy, model = under_spy()
+def test_keras_runs_a_step_in_the_function_that_it_makes():
+    strategy, model = under_spy(StrategyBehindDoor)
     fit(model)
     model.evaluate(X, Y, batch_size=4, verbose=0)
-    steps = [step for step in strategy.steps if step[0] is not None]
     model.predict(X, batch_size=4, verbose=0)
-    assert set(steps) == {(model, "train_step"), (model, "test_step")}
-    assert strategy.steps[-1] == (model, "predict_step")
+    model.train_on_batch(X, Y)
+    model.test_on_batch(X, Y)
+    model.predict_on_batch(X)
+    names = [step for owner, step in strategy.steps if owner is model]
+    assert list(dict.fromkeys(names)) == [
+        "train_step",
+        "test_step",
+        "predict_step",
+    ]
+    assert len(names) == len(strategy.steps)
+
+
+def test_keras_passes_its_bound_step_to_strategy_run(monkeypatch):
+    strategy, model = under_spy(StrategyBehindDoor)
+    monkeypatch.setattr(keras_steps.keras_calls, "current_step", lambda: None)
+    fit(model)
+    model.evaluate(X, Y, batch_size=4, verbose=0)
+    assert set(strategy.steps) == {(model, "train_step"), (model, "test_step")}
 
 
 def test_a_function_that_is_no_step_of_keras_is_not_taken_for_one():
@@ -203,7 +231,7 @@ def test_a_step_is_recognised_whatever_wraps_it(wrap):
     class Wrapped(keras.Sequential):
         train_step = wrap(keras.Sequential.train_step)
 
-    strategy = SpyStrategy()
+    strategy = StrategyBehindDoor()
     with strategy.scope():
         model = compiled(linear(kind=Wrapped), run_eagerly=True)
     seen = []
@@ -214,7 +242,10 @@ def test_a_step_is_recognised_whatever_wraps_it(wrap):
 
     strategy.run = run
     fit(model)
-    assert seen == [(model, "train_step")]
+    model.train_step = lambda data: {"loss": tf.constant(0.0)}
+    model.make_train_function(force=True)
+    fit(model)
+    assert seen == 2 * [(model, "train_step")]
 
 
 def test_a_function_of_the_model_is_inlined():

@@ -282,9 +282,13 @@ def test_the_path_of_a_variable_is_known_while_it_is_made():
         paths.append(keras_calls.path_of_new_variable())
         return next_creator(**kwargs)
 
+    keras_door.install()
     with tf.variable_creator_scope(make):
         keras.layers.Dense(3, name="named").build([None, 2])
-    assert paths == ["named/kernel", "named/bias"]
+        with keras.StatelessScope():  # Its value is made after the block.
+            keras.layers.Dense(1, name="lazy", use_bias=False).build([None, 2])
+        tf.Variable(1.0)
+    assert paths == ["named/kernel", "named/bias", "lazy/kernel", None]
     assert keras_calls.path_of_new_variable() is None
 
 

@@ -57,6 +57,9 @@ def test_a_closed_door_leaves_keras_as_it_is(not_installed, monkeypatch):
     [
         ("_maybe_symbolic_build", "first batch of a Python generator"),
         ("get_metrics_result", "metrics one by one"),
+        ("make_train_function", "taken for a custom loop"),
+        ("make_test_function", "taken for a custom loop"),
+        ("make_predict_function", "fewer samples than replicas"),
     ],
 )
 def test_a_keras_without_a_method_is_warned_about(
@@ -70,6 +73,32 @@ def test_a_keras_without_a_method_is_warned_about(
         keras_door.install()
     (warning,) = found
     assert lost in str(warning.message)
+
+
+def test_a_variable_that_is_made_another_way_is_warned_about(
+    not_installed, monkeypatch
+):
+    class Variable:
+        """As a Keras to come may have it."""
+
+    monkeypatch.setattr(keras, "Variable", Variable)
+    with pytest.warns(UserWarning, match="about variables do not name them"):
+        keras_door.install()
+
+
+def test_a_step_that_runs_in_another_function_is_warned_about(
+    not_installed, monkeypatch
+):
+    monkeypatch.setattr(
+        keras.Model,
+        "make_train_function",
+        lambda model: setattr(model, "train_function", "a graph"),
+    )
+    monkeypatch.setattr(keras_door, "_is_ours", lambda model: True)
+    keras_door.install()
+    model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+    with pytest.warns(UserWarning, match="expects `train_function` of a model"):
+        model.make_train_function()
 
 
 def test_a_method_with_other_arguments_is_left_alone(

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_allreduce import AllReduceStrategy
 from keras_allreduce.workers.own_paths import remedy
 
 
@@ -23,9 +24,10 @@ def cached(path):
 
 
 def save_into(folder):
+    with AllReduceStrategy(["CPU:0"]).scope():
+        model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
     backup = keras.callbacks.BackupAndRestore(folder)
-    model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
     model.fit(np.ones([1, 1]), np.ones([1, 1]), verbose=0, callbacks=[backup])
 
 
@@ -50,6 +52,20 @@ def test_a_callback_that_cannot_save_needs_a_path_of_its_own(filters, tmp_path):
         keras.config.disable_traceback_filtering()
     assert "in a callback of `fit`" in said
     assert "one path per worker" in said
+
+
+def test_a_callback_of_the_script_is_left_alone(monkeypatch, tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_text("a file where the folder should be")
+    code = "def on_train_begin(backup, logs=None): open(backup.backup_dir)"
+    script = {"__name__": "__main__"}
+    exec(code, script)
+    monkeypatch.setattr(
+        keras.callbacks.BackupAndRestore,
+        "on_train_begin",
+        script["on_train_begin"],
+    )
+    assert remedy(raised(OSError, lambda: save_into(str(taken / "b")))) is None
 
 
 def test_a_file_of_the_script_is_left_alone(tmp_path):

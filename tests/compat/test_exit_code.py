@@ -7,7 +7,7 @@ import pytest
 
 PROCESS = """
 import atexit, sys, threading
-from keras_allreduce.workers import exit_code
+from keras_allreduce.compat import exit_code
 
 exit_code.install()
 atexit.register(lambda: print("known:", exit_code.code(), flush=True))

@@ -5,11 +5,10 @@ are called without a code. But the exception dies in one of two places: within
 the Python code that has caught it, or below all Python code.
 """
 
+import inspect
 import sys
 import threading
 from typing import Any, NoReturn
-
-from keras_allreduce.compat import frames
 
 _state: dict[str, Any] = {"code": None}
 
@@ -18,7 +17,9 @@ class _Exit(SystemExit):
     """Notes its code if it ends the process."""
 
     def __del__(self) -> None:
-        if not frames.has_caller():  # Nobody has caught it.
+        # Python code that has caught it, and lets it go, would be the caller.
+        frame = inspect.currentframe()
+        if frame is not None and frame.f_back is None:
             _state["code"] = self.code
 
 
