@@ -59,6 +59,7 @@ SAME = {
         "NoStore": r"^class NoStore",
         "ProcessGroup": r"^class ProcessGroup",
         "OneProcess": r"^class OneProcess",
+        "WorkerGroup": r"^class WorkerGroup",
     },
 }
 

@@ -24,28 +24,6 @@ def is_custom_step(model: Any, name: str) -> bool:
     )
 
 
-def loss_tracker(model: Any) -> keras.metrics.Mean | None:
-    """The metric that shows the loss of a model: a mean called "loss".
-
-    Keras adds each loss with the number of its samples as the weight, so that
-    `count` is the number of samples seen since the last reset. `None` if the
-    model does not show its loss.
-    """
-    for metric in model.metrics:
-        if metric.name == "loss" and isinstance(metric, keras.metrics.Mean):
-            return metric
-    return None
-
-
-def loss_metrics(model: Any) -> list[Any]:
-    """Metrics of the losses of a model's outputs, if it has several.
-
-    In `model.metrics` nothing tells them from other metrics.
-    """
-    compiled = getattr(model, "_compile_loss", None)
-    return list(compiled.metrics) if compiled is not None else []
-
-
 def custom_metrics(model: Any) -> list[Any]:
     """Metrics of a model that gather their state in code that is not Keras's.
 
@@ -136,18 +114,6 @@ def has_custom_forward_pass(model: Any) -> bool:
         for layer in every
         for operation in getattr(layer, "operations", ())
     )
-
-
-def seed_generators(model: Any) -> list[Any]:
-    """All `keras.random.SeedGenerator` objects in the layers of a model.
-
-    Keras tracks them for each layer but lists only their variables.
-    """
-    found: dict[int, Any] = {}
-    for layer in layers(model):
-        for generator in getattr(layer, "_seed_generators", ()):
-            found[id(generator)] = generator
-    return list(found.values())
 
 
 def is_synchronized(layer: Any) -> bool:

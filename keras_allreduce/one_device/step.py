@@ -70,7 +70,7 @@ from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.one_device.view import CurrentStep
 from keras_allreduce.reduce.observe import BatchRecord
 from keras_allreduce.reduce.plan import GatheredLoss
-from keras_allreduce.reduce.process_group import OneProcess, ProcessGroup
+from keras_allreduce.reduce.process_group import ProcessGroup
 
 _do_not_convert = tf.autograph.experimental.do_not_convert
 
@@ -218,7 +218,7 @@ class Step:
         group = self._replicas.group
         if not self._trains and self._returns_metrics:
             # Keras takes those of an epoch from the metrics; no step waits.
-            return OneProcess(group.gradient_ops)
+            return ProcessGroup(group.gradient_ops)
         return group
 
     @cached_property

@@ -42,13 +42,13 @@ def sum_when_applied(
         On a step that applies, the sums of all that was accumulated on all
         replicas; on others the gradients as they were.
     """
-    gradients = largest_of_assigned(replicas, gradients, variables)
     moving = _moving(gradients, variables)
     accumulators = variables and keras_optimizers.gradient_accumulators(
         optimizer, [variables[index] for index in moving]
     )
     if not accumulators:
-        return _sums(replicas, gradients, (), variables)
+        return sum_over_replicas(replicas, gradients, (), variables)
+    gradients = largest_of_assigned(replicas, gradients, variables)
     steps = optimizer.gradient_accumulation_steps
     local_values = replicas.local_values
 
@@ -95,8 +95,18 @@ def sum_over_replicas(
         variables: Those that the gradients are of, if known. Of gradients
             that Keras assigns as they are the largest is taken.
     """
-    gradients = largest_of_assigned(replicas, gradients, variables)
-    return _sums(replicas, gradients, weights, variables)
+    reduced = largest_of_assigned(replicas, gradients, variables)
+    moving = _moving(reduced, variables)
+    if not moving:
+        return reduced
+
+    def merge(_strategy: Any, moved: Sequence[Any]) -> list[Any]:
+        return replicas.sum_gradients(moved, weights)
+
+    sums = _merge(merge, [reduced[index] for index in moving])
+    for index, total in zip(moving, sums, strict=True):
+        reduced[index] = total
+    return reduced
 
 
 def largest_of_assigned(
@@ -137,26 +147,6 @@ def largest_of_assigned(
     for index, value in zip(assigned, merged, strict=True):
         found[index] = value
     return found
-
-
-def _sums(
-    replicas: Replicas,
-    gradients: Sequence[Any],
-    weights: Sequence[tf.Tensor],
-    variables: Sequence[Any] | None,
-) -> list[Any]:
-    moving = _moving(gradients, variables)
-    if not moving:
-        return list(gradients)
-
-    def merge(_strategy: Any, moved: Sequence[Any]) -> list[Any]:
-        return replicas.sum_gradients(moved, weights)
-
-    sums = _merge(merge, [gradients[index] for index in moving])
-    reduced = list(gradients)
-    for index, total in zip(moving, sums, strict=True):
-        reduced[index] = total
-    return reduced
 
 
 def _moving(

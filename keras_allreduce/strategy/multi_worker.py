@@ -180,7 +180,7 @@ class MultiWorkerAllReduceStrategy(
             longest. Means over the steps since the last call; all `nan` if a
             worker has counted none.
         """
-        return lateness_ms(self.extended.group.waits())
+        return lateness_ms(self.extended.waits())
 
     def broadcast(self, model: keras.Model) -> None:
         """Gives all workers the chief's weights and optimizer state.
@@ -194,18 +194,10 @@ class MultiWorkerAllReduceStrategy(
         self.extended.group.broadcast(model)
 
     def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
-        """Reduces `value` across replicas, as `tf.distribute.Strategy` does.
+        """See `tf.distribute.Strategy.reduce`.
 
         The logs of a step stay on this worker. Those of training are means
         over the samples of all workers already.
-
-        Args:
-            reduce_op: `"SUM"`, `"MEAN"` or a `tf.distribute.ReduceOp`.
-            value: Distributed value, or a nested structure of such.
-            axis: Axis to reduce along within each replica too, or `None`.
-
-        Returns:
-            A tensor, or a structure of tensors like `value`.
         """
         if keras_compat.are_scalar_logs(reduce_op, value, axis):
             parts = self.experimental_local_results(value)

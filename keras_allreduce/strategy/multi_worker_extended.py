@@ -16,13 +16,15 @@ from keras_allreduce.devices import (
 )
 from keras_allreduce.one_device import shares
 from keras_allreduce.reduce import scaling
+from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
+from keras_allreduce.reduce.process_group import ProcessGroup
 from keras_allreduce.strategy.datasets import share_steps, shuffled_alike
 from keras_allreduce.strategy.extended import ExtendedBase
 from keras_allreduce.strategy.metric_sums import MetricSums
 from keras_allreduce.workers import connect
-from keras_allreduce.workers.group import SingleWorker, WorkerOptions, Workers
+from keras_allreduce.workers.group import WorkerGroup, WorkerOptions
 from keras_allreduce.workers.in_flight import InFlight, nothing_is_read
-from keras_allreduce.workers.lateness import TimedInFlight
+from keras_allreduce.workers.lateness import TimedInFlight, complete
 from keras_allreduce.workers.resolvers import resolver_for
 
 _SUM = tf.distribute.ReduceOp.SUM
@@ -40,8 +42,6 @@ class MultiWorkerAllReduceExtended(
         options: Options of the strategy.
     """
 
-    _workers: Workers | SingleWorker
-
     # The health monitor does this, and names the worker.
     _enable_check_health = False
 
@@ -56,7 +56,13 @@ class MultiWorkerAllReduceExtended(
             TimedInFlight() if options.measure_lateness else InFlight()
         )
         # For the variables that TensorFlow makes while it connects.
-        self._workers = SingleWorker(options, self._in_flight)
+        self._workers = ProcessGroup(
+            BatchAllReduce(
+                "auto",
+                options.bytes_per_pack,
+                sparse_as_dense=options.sparse_as_dense,
+            )
+        )
         self.metric_sums = MetricSums(
             lambda value, name: self._workers.all_reduce(value, name)
         )
@@ -74,7 +80,7 @@ class MultiWorkerAllReduceExtended(
                 )
         if cluster is not None:
             distribute.count_collectives(self, self._in_flight.count_eager)
-            self._workers = Workers.connect(
+            self._workers = WorkerGroup.connect(
                 cluster,
                 self,
                 self.worker_devices,
@@ -99,6 +105,16 @@ class MultiWorkerAllReduceExtended(
     def is_chief(self) -> bool:
         """Whether this is the worker that reports and saves."""
         return bool(self._is_chief)
+
+    def waits(self) -> list[float]:
+        """Mean seconds per step in a collective, by worker; see `lateness`."""
+        own = tf.constant([self._in_flight.read_waits()], tf.float64)
+        return complete(
+            [
+                float(wait[0])
+                for (wait,) in self._workers.all_gather_tensors([own], "waits")
+            ]
+        )
 
     def shares_of(self, amounts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Share of each replica of this worker in the whole batch."""

@@ -9,7 +9,7 @@ from keras_allreduce import malloc
 from keras_allreduce.devices import check_devices, names_of, on_gpus
 from keras_allreduce.input.dataset import split
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
-from keras_allreduce.reduce.process_group import OneProcess
+from keras_allreduce.reduce.process_group import ProcessGroup
 from keras_allreduce.strategy.base import StrategyBase
 from keras_allreduce.strategy.datasets import distribute
 from keras_allreduce.strategy.extended import ExtendedBase
@@ -105,9 +105,9 @@ class AllReduceExtended(ExtendedBase):
     """MirroredStrategy's, with another path for gradients."""
 
     @property
-    def group(self) -> OneProcess:
+    def group(self) -> ProcessGroup:
         """This process alone."""
-        return OneProcess(self._cross_device_ops)
+        return ProcessGroup(self._cross_device_ops)
 
     def _experimental_distribute_dataset(
         self, dataset: Any, options: Any

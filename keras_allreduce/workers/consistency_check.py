@@ -26,7 +26,7 @@ from keras_allreduce.workers.fingerprint import (
     without_numbers,
 )
 from keras_allreduce.workers.progress import Progress
-from keras_allreduce.workers.store import KeyValueStore, NoStore
+from keras_allreduce.workers.store import KeyValueStore
 
 ORDER = (
     "Make layers in the same order on all workers: a Python `set` has another "
@@ -50,7 +50,8 @@ class ConsistencyCheck:
 
     Args:
         cluster: The workers.
-        store: The texts that they publish.
+        store: The texts that they publish; `None` without TensorFlow's
+            coordination service: then nothing is compared.
         progress: Numbers the points at which this worker compares.
         paths_of_gradients: Returns the paths of as many gradients, or nothing.
 
@@ -61,7 +62,7 @@ class ConsistencyCheck:
     def __init__(
         self,
         cluster: Cluster,
-        store: KeyValueStore | NoStore,
+        store: KeyValueStore | None,
         progress: Progress,
         paths_of_gradients: Callable[[int], Sequence[str]] = lambda count: (),
     ):
@@ -74,7 +75,7 @@ class ConsistencyCheck:
         self._point = 0
         self.rank = cluster.rank
 
-    def meet(self) -> tuple[float, float]:
+    def barrier(self) -> tuple[float, float]:
         """Waits until all workers have called this.
 
         Returns:
@@ -82,11 +83,10 @@ class ConsistencyCheck:
             since the epoch.
         """
         entered = time.time()
-        with self._progress.point() as number:
-            self._store.all_gather(number, "a barrier", "")
+        self._all_gather("a barrier", "")
         return entered, time.time()
 
-    def exchange(self, name: str, text: str) -> list[str]:
+    def all_gather_text(self, name: str, text: str) -> list[str]:
         """Sends a text to all workers, and returns those of all, by rank.
 
         To be called on all workers, in the same order.
@@ -98,10 +98,21 @@ class ConsistencyCheck:
         Raises:
             RuntimeError: See `compare`.
         """
-        with self._progress.point() as number:
-            texts = self._store.all_gather(number, f"a gather ({name})", text)
-        self._store.linger(number)
+        texts = self._all_gather(f"a gather ({name})", text)
+        self._linger()
         return texts
+
+    def _all_gather(self, kind: str, text: str) -> list[str]:
+        """The texts of all workers, at the next point of each script."""
+        if self._store is None:
+            return [text] * len(self._cluster.tasks)
+        with self._progress.point() as self._point:
+            return self._store.all_gather(self._point, kind, text)
+
+    def _linger(self) -> None:
+        """Keeps the chief until the others have read the last point."""
+        if self._store is not None:
+            self._store.linger(self._point)
 
     def name(self, rank: int) -> str:
         """A worker, as messages name it."""
@@ -110,7 +121,7 @@ class ConsistencyCheck:
     @property
     def is_shared(self) -> bool:
         """Whether the workers read each other's fingerprints at all."""
-        return self._store.is_shared
+        return self._store is not None
 
     def compare(
         self, name: str, fingerprint: Fingerprint, remedy: str = REMEDY
@@ -140,10 +151,7 @@ class ConsistencyCheck:
         """The fingerprints of all workers, by rank, compared by nobody."""
         # All are counted together: where one worker makes a variable and
         # another goes on to its step, these two meet.
-        with self._progress.point() as self._point:
-            texts = self._store.all_gather(
-                self._point, "a comparison", fingerprint.to_json()
-            )
+        texts = self._all_gather("a comparison", fingerprint.to_json())
         return [Fingerprint.from_json(text) for text in texts]
 
     def raise_differences(
@@ -160,7 +168,7 @@ class ConsistencyCheck:
         ]
         if not differences:
             return
-        self._store.linger(self._point)
+        self._linger()
         raise WorkersDifferError(
             f"All workers must have the same {name}. Received: "
             f"{'; '.join(differences)}. {remedy}"
@@ -215,7 +223,7 @@ class ConsistencyCheck:
 
         return compared
 
-    def text_of_chief(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """Returns the text of the chief on every worker.
 
         Args:

@@ -1,6 +1,6 @@
-"""The other workers of one strategy, or none: two classes of one interface.
+"""The group of several workers.
 
-Workers.connect
+WorkerGroup.connect
     [1] monitor         asks the others, from now on
     [2] check           same versions, devices and options?
     [3] collectives     between logical CPU devices (gRPC or MPI), between GPUs
@@ -17,9 +17,7 @@ import tensorflow as tf
 
 from keras_allreduce.compat.keras_calls import KerasCall
 from keras_allreduce.devices import on_gpus
-from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
-from keras_allreduce.reduce.process_group import OneProcess, ProcessGroup
-from keras_allreduce.workers import lateness
+from keras_allreduce.reduce.process_group import ProcessGroup
 from keras_allreduce.workers.between_workers import (
     BetweenWorkers,
     WorkerAllReduce,
@@ -71,59 +69,7 @@ class WorkerOptions:
         return {**vars(self), "wire_format": self.wire_format.name}
 
 
-class SingleWorker(OneProcess):
-    """The group of a worker that trains alone.
-
-    Args:
-        options: Options of the strategy.
-        in_flight: Tracks eager collectives.
-    """
-
-    def __init__(self, options: WorkerOptions, in_flight: InFlight):
-        self._in_flight = in_flight
-        super().__init__(
-            BatchAllReduce(
-                "auto",
-                options.bytes_per_pack,
-                sparse_as_dense=options.sparse_as_dense,
-            )
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SingleWorker":
-        """A copy of the strategy has the same threads and counters."""
-        return self
-
-    def compare_initial_value(self, initial_value: Any) -> Any:
-        """Returns the initial value of a variable."""
-        return initial_value
-
-    def begin_call(
-        self,
-        call: KerasCall,
-        dataset: Any,
-        steps: tuple[int | None, int | None],
-    ) -> int | None:
-        """Accepts any call, with a seed of its own."""
-        return None
-
-    def broadcast(self, model: keras.Model) -> None:
-        """Leaves the model as it is."""
-
-    @property
-    def sums_now(self) -> bool:
-        """Whether a graph is traced: TensorFlow's strategy sums eagerly."""
-        return not tf.executing_eagerly()
-
-    def sum_dtype(self, dtype: tf.DType) -> tf.DType:
-        """Returns `dtype`: nothing crosses."""
-        return dtype
-
-    def waits(self) -> list[float]:
-        """Mean seconds per step in a collective, of the one worker."""
-        return [self._in_flight.read_waits()]
-
-
-class Workers(ProcessGroup):
+class WorkerGroup(ProcessGroup):
     """The workers of one strategy, seen from one of them.
 
     Args:
@@ -133,10 +79,6 @@ class Workers(ProcessGroup):
         collectives: The collectives between their logical CPU devices.
         gpus: The collectives between all of their devices.
         options: Options of the strategy.
-        in_flight: Tracks the collectives.
-
-    Attributes:
-        gradient_ops: Sums gradients over the devices of all workers.
     """
 
     def __init__(
@@ -147,24 +89,24 @@ class Workers(ProcessGroup):
         collectives: HostCollectives,
         gpus: Collectives,
         options: WorkerOptions,
-        in_flight: InFlight,
     ):
         self.rank, self.size = check.rank, num_workers
         self._check = check
         self._collectives = collectives
-        self._in_flight = in_flight
         # On GPUs NCCL sums, which TensorFlow's strategy numbers there.
         self._sums_eagerly = options.transport == MPI and not on_gpus()
         self._exact = Wire(collectives, num_workers)  # [4]
         self._calls = calls
         self._wire = Wire(collectives, num_workers, options.wire_format)
-        self.gradient_ops = WorkerAllReduce(  # [5]
-            BetweenWorkers(
-                self._wire, gpus, num_workers, check.compare_gradients
-            ),
-            num_workers,
-            options.bytes_per_pack,
-            sparse_as_dense=options.sparse_as_dense,
+        super().__init__(
+            WorkerAllReduce(  # [5]
+                BetweenWorkers(
+                    self._wire, gpus, num_workers, check.compare_gradients
+                ),
+                num_workers,
+                options.bytes_per_pack,
+                sparse_as_dense=options.sparse_as_dense,
+            )
         )
 
     @classmethod
@@ -177,7 +119,7 @@ class Workers(ProcessGroup):
         options: WorkerOptions,
         in_flight: InFlight,
         paths: Callable[[int], Sequence[str]],
-    ) -> "Workers":
+    ) -> "WorkerGroup":
         """Starts the monitor and compares the workers, as drawn at the top.
 
         Args:
@@ -208,11 +150,7 @@ class Workers(ProcessGroup):
         nccl = Collectives(gpus, in_flight)
         weights = WeightCheck(check, Wire(between, workers).all_reduce, cluster)
         calls = Calls(check, progress, weights)
-        return cls(workers, check, calls, between, nccl, options, in_flight)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Workers":
-        """A copy of the strategy has the same monitor and collectives."""
-        return self
+        return cls(workers, check, calls, between, nccl, options)
 
     def compare_initial_value(self, initial_value: Any) -> Any:
         """See `ConsistencyCheck`."""
@@ -220,11 +158,11 @@ class Workers(ProcessGroup):
 
     def barrier(self) -> tuple[float, float]:
         """See `ConsistencyCheck`."""
-        return self._check.meet()
+        return self._check.barrier()
 
     def all_gather_text(self, name: str, text: str) -> list[str]:
         """See `ConsistencyCheck`."""
-        return self._check.exchange(name, text)
+        return self._check.all_gather_text(name, text)
 
     def begin_call(
         self,
@@ -249,7 +187,7 @@ class Workers(ProcessGroup):
 
     def broadcast_text(self, text: str) -> str:
         """See `ConsistencyCheck`."""
-        return self._check.text_of_chief(text)
+        return self._check.broadcast_text(text)
 
     def all_reduce(self, value: tf.Tensor, name: str) -> tf.Tensor:
         """The sum of a tensor that each worker has, in its own dtype."""
@@ -264,15 +202,6 @@ class Workers(ProcessGroup):
     def sum_dtype(self, dtype: tf.DType) -> tf.DType:
         """The dtype in which TensorFlow may sum gradients of `dtype`."""
         return self._wire.format_of(dtype).sum_dtype(dtype) or dtype
-
-    def waits(self) -> list[float]:
-        """Mean seconds per step in a collective, by worker.
-
-        To be called on all workers. All `nan` if one has counted no step.
-        """
-        wait = tf.constant([self._in_flight.read_waits()], tf.float64)
-        gathered = self._collectives.all_gather(wait, "waits")
-        return lateness.complete([float(each) for each in gathered.numpy()])
 
 
 def _over_mpi(

@@ -8,6 +8,7 @@ was closed, if that. One thread per strategy asks three detectors:
     StallInspector       workers wait for each other in vain
 """
 
+import functools
 import math
 import os
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import tensorflow as tf
+from absl import logging
 
 from keras_allreduce.compat import runtime
 from keras_allreduce.workers import excepthook
@@ -32,7 +34,7 @@ from keras_allreduce.workers.heartbeats import REFUSALS, Heartbeats, lost_error
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.progress import Progress
 from keras_allreduce.workers.stall import StallInspector
-from keras_allreduce.workers.store import KeyValueStore, NoStore
+from keras_allreduce.workers.store import KeyValueStore
 from keras_allreduce.workers.timing import TIMING
 
 
@@ -249,7 +251,7 @@ def watch(
     timeout_seconds: float,
     in_flight: InFlight,
     progress: Progress,
-) -> tuple[HealthMonitor, KeyValueStore | NoStore]:
+) -> tuple[HealthMonitor, KeyValueStore | None]:
     """Watches the other workers for as long as `owner` is there.
 
     Args:
@@ -260,12 +262,12 @@ def watch(
         progress: How far this worker is.
 
     Returns:
-        The monitor, and the store, whose readers fail when it gives up.
+        The monitor, and the store, whose readers fail when it gives up;
+        `None` without TensorFlow's coordination service.
     """
     clock = in_flight.clock = AwakeClock()
     heartbeats = Heartbeats(cluster, min(timeout_seconds, TIMING.silent), clock)
-    store: KeyValueStore | NoStore
-    inspector = None
+    store = inspector = None
     if runtime.has_store():
         store = KeyValueStore(
             cluster,
@@ -279,7 +281,7 @@ def watch(
         heartbeats.last_words = inspector
         heartbeats.waits = lambda: inspector.waits
     else:
-        store = NoStore(cluster)
+        _say_once()
     timeout = CollectiveTimeout(
         in_flight, timeout_seconds, heartbeats.heard_all
     )
@@ -287,6 +289,16 @@ def watch(
     excepthook.install(monitor)
     monitor.start(owner)
     return monitor, store
+
+
+@functools.cache
+def _say_once() -> None:
+    logging.warning(
+        "keras_allreduce: TensorFlow's coordination service is switched off. "
+        "Workers train without checks that their models, steps and options "
+        "are the same, and one that has ended counts as failed. Leave "
+        "`service_type` alone to have them."
+    )
 
 
 def _repeat_sigterm(cluster: Cluster) -> bool:

@@ -14,7 +14,6 @@ All keys are made here: `keras_allreduce/<strategy>/<name>/<worker>`.
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import time
@@ -22,7 +21,6 @@ from collections.abc import Callable
 from concurrent import futures
 
 import tensorflow as tf
-from absl import logging
 
 from keras_allreduce.compat import runtime
 from keras_allreduce.workers import errors
@@ -55,9 +53,6 @@ class KeyValueStore:
     Attributes:
         answers: The same.
     """
-
-    is_shared = True
-    """Whether others read what a worker publishes."""
 
     def __init__(
         self,
@@ -283,35 +278,3 @@ def _unpacked(packed: str) -> list[str]:
     if "error" in said:
         raise errors.from_name(said["error"], said["message"])
     return [said["texts"][number] for number in said["of workers"]]
-
-
-class NoStore:
-    """The store without TensorFlow's coordination service: no checks.
-
-    Args:
-        cluster: The workers.
-    """
-
-    is_shared = False
-    """Whether others read what a worker publishes."""
-
-    def __init__(self, cluster: Cluster):
-        self._num_workers = len(cluster.tasks)
-        _say_once()
-
-    def all_gather(self, point: int, kind: str, text: str) -> list[str]:
-        """Returns the text of this worker for all of them."""
-        return [text] * self._num_workers
-
-    def linger(self, what: int | str) -> None:
-        """Returns at once: there is nothing to read."""
-
-
-@functools.cache
-def _say_once() -> None:
-    logging.warning(
-        "keras_allreduce: TensorFlow's coordination service is switched off. "
-        "Workers train without checks that their models, steps and options "
-        "are the same, and one that has ended counts as failed. Leave "
-        "`service_type` alone to have them."
-    )

@@ -174,27 +174,6 @@ def test_a_custom_step_is_not_keras_own():
     assert not keras_compat.is_custom_step(model, "test_step")
 
 
-def test_keras_counts_the_samples_of_the_loss_it_shows():
-    model = compiled()
-    fit(model, X[:3], Y[:3], batch_size=2)
-    tracker = keras_compat.loss_tracker(model)
-    assert float(tracker.count) == 3
-    shown = model.get_metrics_result()["loss"]
-    np.testing.assert_allclose(shown, tracker.total / tracker.count)
-
-
-def test_keras_keeps_the_loss_of_each_output_in_a_metric_of_its_own():
-    inputs = keras.Input([2])
-    outputs = [keras.layers.Dense(1, name=name)(inputs) for name in "ab"]
-    model = keras.Model(inputs, outputs)
-    model.compile("sgd", ["mse", "mae"])
-    model.build([None, 2])
-    model.evaluate(X, [Y, Y], verbose=0)
-    names = [metric.name for metric in keras_compat.loss_metrics(model)]
-    assert names == ["a_loss", "b_loss"]
-    assert keras_compat.loss_metrics(linear()) == []
-
-
 def test_keras_shows_the_results_of_the_metrics_after_a_step():
     model = compiled(metrics=["mae"])
     logs = model.train_on_batch(X, Y, return_dict=True)
@@ -311,12 +290,6 @@ def test_keras_lists_the_layers_of_layers():
     assert inner not in model.layers
     assert any(layer is inner for layer in keras_compat.layers(model))
     assert any(layer is model for layer in keras_compat.layers(model))
-
-
-def test_keras_tracks_the_seed_generators_of_layers():
-    dropout = keras.layers.Dropout(0.5)
-    (generator,) = keras_compat.seed_generators(linear(dropout))
-    assert generator is dropout.seed_generator
 
 
 def test_keras_says_of_a_layer_that_it_is_synchronized():
@@ -618,23 +591,6 @@ def test_keras_computes_the_loss_of_a_step_in_compute_loss(model):
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "traced"])
-def test_keras_updates_the_loss_metric_of_each_output_in_a_step(eager):
-    inputs = keras.Input([2])
-    outputs = [keras.layers.Dense(1, name=name)(inputs) for name in "ab"]
-    model = keras.Model(inputs, outputs)
-    model.compile("sgd", ["mse", "mae"], run_eagerly=eager)
-    model.evaluate(X, [Y, Y], verbose=0)
-    model.test_function = None
-    metrics = keras_compat.loss_metrics(model)
-    calls = [spy(metric, "update_state") for metric in metrics]
-    model.evaluate(X, [Y, Y], verbose=0)
-    for each in calls:
-        ((value,), kwargs) = each[0]
-        assert value.shape == ()
-        assert set(kwargs) == {"sample_weight"}
-
-
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "traced"])
 def test_keras_scales_the_loss_inside_the_tape(eager):
     model = compiled(run_eagerly=eager)
     vars(model.optimizer)["scale_loss"] = lambda loss: loss * 3
@@ -691,7 +647,11 @@ def test_keras_assigns_the_scales_of_float8_their_gradients():
 
 
 def test_keras_draws_the_seeds_of_layers_with_next(model):
-    (generator,) = keras_compat.seed_generators(model)
+    (generator,) = (
+        layer.seed_generator
+        for layer in model.layers
+        if isinstance(layer, keras.layers.Dropout)
+    )
     calls = spy(generator, "next")
     fit(model)
     assert calls

@@ -3,9 +3,9 @@
     thread 0    Worker 0    CPU:0, CPU:1 ─┐
     thread 1    Worker 1    CPU:2, CPU:3 ─┴─ TensorFlow's collectives
 
-`Workers`, the wire, the collectives and all that a step does are real. What is
-not there: the connection, the watchdog, and what compares workers, which need
-processes. A program is built by one worker after the other, since seeds belong
+`WorkerGroup`, the wire, the collectives and all that a step does are real. What
+is not there: the connection, the watchdog, and what compares workers, which
+need processes. A program is built by one worker after the other, since seeds belong
 to the process, and trained by all at once.
 """
 
@@ -26,7 +26,7 @@ from keras_allreduce.strategy.multi_worker_extended import (
 )
 from keras_allreduce.strategy.one_machine import AllReduceExtended
 from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
-from keras_allreduce.workers.group import WorkerOptions, Workers
+from keras_allreduce.workers.group import WorkerGroup, WorkerOptions
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.wire_formats import EXACT
 
@@ -75,16 +75,15 @@ class ExtendedOfWorker(AllReduceExtended):
         check = SimpleNamespace(
             rank=rank,
             compare_gradients=lambda gradients: None,
-            text_of_chief=lambda text: text,
+            broadcast_text=lambda text: text,
         )
-        self._workers = Workers(
+        self._workers = WorkerGroup(
             size,
             check,
             calls=None,
             collectives=Collectives(group, self._in_flight),
             gpus=None,
             options=OPTIONS,
-            in_flight=self._in_flight,
         )
         super().__init__(strategy, list(devices), BatchAllReduce())
 

@@ -756,16 +756,16 @@ def end_one_after_the_other(last):
 
 def sums_between_steps():
     """What the workers sum while a model trains, by what it is for."""
-    from keras_allreduce.workers.group import Workers
+    from keras_allreduce.workers.group import WorkerGroup
 
     purposes = []
-    stock = Workers.all_reduce
+    stock = WorkerGroup.all_reduce
 
     def noted(self, value, name):
         purposes.append(name)
         return stock(self, value, name)
 
-    Workers.all_reduce = noted
+    WorkerGroup.all_reduce = noted
     strategy = made()
     with strategy.scope():
         model = programs.dense()

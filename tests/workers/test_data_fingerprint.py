@@ -73,8 +73,6 @@ CLUSTER = Cluster(
 class Published:
     """A store in which the other worker has published its fingerprint."""
 
-    is_shared = True
-
     def __init__(self, other):
         self.other = other
         self.read_by_all = []

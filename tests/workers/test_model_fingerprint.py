@@ -33,8 +33,6 @@ CLUSTER = Cluster(
 class Published:
     """A store in which the other worker has published the same as before."""
 
-    is_shared = True
-
     def __init__(self):
         self.other = None
 
