@@ -19,8 +19,8 @@ import tensorflow as tf
 
 import keras_allreduce
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
-from keras_allreduce.reduce.in_process import InProcess
 from keras_allreduce.reduce.pack_sizes import PackSize
+from keras_allreduce.reduce.transport import InProcess
 
 KIB, MIB = 2**10, 2**20
 

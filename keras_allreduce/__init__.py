@@ -8,9 +8,11 @@ from keras_allreduce.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from keras_allreduce.devices import host_devices
-    from keras_allreduce.fit_output.logger import AllReduceLogger
+    from keras_allreduce.fit_output.callbacks import (
+        AllReduceLogger,
+        AllReduceTensorBoard,
+    )
     from keras_allreduce.fit_output.stats import ReduceStats
-    from keras_allreduce.fit_output.tensorboard import AllReduceTensorBoard
     from keras_allreduce.fit_output.timeline import AllReduceTimeline
     from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
     from keras_allreduce.reduce.cost_model import Link
@@ -50,9 +52,9 @@ __all__ = [
 # Public names are imported on first use (PEP 562), so that the launcher, a
 # module of this package, does not load TensorFlow.
 _HOMES = {
-    "AllReduceLogger": "fit_output.logger",
+    "AllReduceLogger": "fit_output.callbacks",
     "AllReduceStrategy": "strategy.one_machine",
-    "AllReduceTensorBoard": "fit_output.tensorboard",
+    "AllReduceTensorBoard": "fit_output.callbacks",
     "AllReduceTimeline": "fit_output.timeline",
     "BatchAllReduce": "reduce.batch_all_reduce",
     "LauncherClusterResolver": "workers.resolvers",

@@ -55,7 +55,7 @@ SAME = {
         "Peers": r"^class Peers",
         "Alone": r"^class Alone",
         "SingleWorker": r"^class SingleWorker",
-        "Workers": r"^class Workers",
+        "Workers": r"^class Workers\b",
         "NoStore": r"^class NoStore",
         "ProcessGroup": r"^class ProcessGroup",
         "OneProcess": r"^class OneProcess",

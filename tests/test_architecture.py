@@ -44,7 +44,7 @@ PURE = [
     "fit_output.recording",
     "fit_output.stats",
     "workers.address_exchange",
-    "workers.checksum",
+    "workers.fingerprint",
     "workers.cluster",
     "workers.probe",
     "workers.ranks",

@@ -1,13 +1,19 @@
-"""Assumptions about the graphs that TensorFlow traces functions into."""
+"""Assumptions about tapes and the graphs of traced functions."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
 
+# Whether a thread records for any tape has no public name.
+from tensorflow.python import pywrap_tfe as _pywrap_tfe
+
 # Whether an op has an effect beside its outputs is known of its kind; there
 # is no public way to ask for a kind by name.
 from tensorflow.python.framework import op_def_registry as _op_defs
+
+# The handle data of a captured variable has no public name.
+from tensorflow.python.ops import handle_data_util as _handle_data_util
 
 # Ops that have state, but none outside of the variables, random generators
 # and values of the graph. Beginnings of their names.
@@ -323,3 +329,31 @@ def _with_ancestors(definition: Any, wanted: set[str], lost: set[str]) -> Any:
 def _node_of(name: str) -> str:
     """Name of the node of a tensor or of a control input."""
     return name.lstrip("^").split(":")[0]
+
+
+def is_recorded_by_another(tape: tf.GradientTape) -> bool:
+    """Whether other tapes record what happens in this thread.
+
+    They do where gradients are themselves differentiated.
+    """
+    if not tape._recording:
+        return not _pywrap_tfe.TFE_Py_TapeSetIsEmpty()
+    with tape.stop_recording():
+        return not _pywrap_tfe.TFE_Py_TapeSetIsEmpty()
+
+
+def captured_variables(
+    concrete: Any,
+) -> Iterator[tuple[tf.Tensor, tf.DType]]:
+    """Handle and dtype of all variables that a concrete function uses.
+
+    `concrete.variables` leaves out those that it only assigns.
+    """
+    for captured in concrete.captured_inputs:
+        if captured.dtype != tf.resource:
+            continue
+        data = _handle_data_util.get_handle_data(captured)
+        if data is not None and data.is_set and data.shape_and_type:
+            dtype = tf.as_dtype(data.shape_and_type[0].dtype)
+            if dtype not in (tf.variant, tf.resource):
+                yield captured, dtype

@@ -1,15 +1,22 @@
-"""Assumptions about Keras's trainer, layers and losses, one function each.
+"""Assumptions about Keras's trainer, layers and optimizers, one function each.
 
-`keras_optimizers.py` has those about optimizers. Each has a test of its name in
-`tests/compat/test_keras_assumptions.py`.
+Each has a test of its name in `tests/compat/test_keras_assumptions.py`.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_allreduce.compat import keras_calls
+
 # Trainer: steps and logs -----------------------------------------------------
+
+STEPS = ("train_step", "test_step")
+PREDICT = "predict_step"
 
 
 def is_keras_method(model: Any, name: str) -> bool:
@@ -36,6 +43,80 @@ def custom_metrics(model: Any) -> list[Any]:
         for metric in metrics
         if not type(metric).update_state.__module__.startswith("keras.")
     ]
+
+
+def function_of(step: str) -> str:
+    """The attribute in which a model keeps the function that runs a step."""
+    return step.replace("_step", "_function")
+
+
+def maker_of(step: str) -> str:
+    """The method of a model that makes that function."""
+    return f"make_{function_of(step)}"
+
+
+def step_of(fn: Callable[..., Any]) -> tuple[keras.Model | None, str]:
+    """The model whose step `strategy.run` is given, and the name of the step.
+
+    The function that runs steps has said so (`keras_door.py`), whatever wraps
+    the step. Without it, a method of a model that is its step is known.
+
+    Returns:
+        The model and one of `STEPS` or `PREDICT`, or `None` and an empty
+        string.
+    """
+    return keras_calls.current_step() or _bound_step(fn)
+
+
+def _bound_step(fn: Any) -> tuple[keras.Model | None, str]:
+    """The model and the step of a bound method, maybe wrapped."""
+    while fn is not None:
+        model = getattr(fn, "__self__", None)
+        # TensorFlow binds its functions to an object that refers to it.
+        model = getattr(model, "target", model)
+        if isinstance(model, keras.Model):
+            for name in STEPS:
+                if name == getattr(fn, "__name__", "") or fn == getattr(
+                    model, name
+                ):
+                    return model, name
+        fn = getattr(fn, "__wrapped__", None)
+    return None, ""
+
+
+def what_a_step_depends_on(model: keras.Model, step: str) -> list[Any]:
+    """The objects that Keras makes anew when a step may have changed.
+
+    They are the function that runs it, which `make_train_function(force=True)`
+    makes too, and the arguments of `compile`.
+    """
+    function = getattr(model, function_of(step), None)
+    optimizer = getattr(model, "optimizer", None)
+    return [each for each in (function, optimizer) if each is not None]
+
+
+def plain(fn: Any, model: keras.Model, name: str) -> Any:
+    """A step of a model, or the plain method that replaces a `tf.function`."""
+    step = getattr(type(model), name, None)
+    if isinstance(step, tf.types.experimental.PolymorphicFunction):
+        return getattr(model, name)
+    return fn
+
+
+def inlined_functions(model: keras.Model) -> Iterator[tuple[str, Any]]:
+    """The methods of a model that are `tf.function`s, as plain methods.
+
+    A step runs in a `tf.function` of Keras anyway, and replicas cannot sum
+    anything inside another one.
+    """
+    for owner in reversed(type(model).__mro__):
+        for name, method in vars(owner).items():
+            if isinstance(method, tf.types.experimental.PolymorphicFunction):
+                plain = method.python_function
+                # Without source code as it is, without autograph.
+                with contextlib.suppress(OSError, ValueError, TypeError):
+                    plain = tf.autograph.to_graph(plain)
+                yield name, partial(plain, model)
 
 
 # Trainer: its questions to a strategy -----------------------------------------
@@ -181,3 +262,79 @@ def computes_in_half_precision(model: Any) -> bool:
         str(getattr(layer, "compute_dtype", "")) in ("float16", "bfloat16")
         for layer in layers(model)
     )
+
+
+# Optimizers ------------------------------------------------------------------
+
+
+def optimizers_of(model: keras.Model) -> list[Any]:
+    """All optimizers that a step of the model may use.
+
+    Keras's own step uses `model.optimizer`; a custom one finds the others in
+    attributes of the model.
+    """
+    candidates = [getattr(model, "optimizer", None), *vars(model).values()]
+    found: list[Any] = []
+    for candidate in candidates:
+        if isinstance(candidate, keras.optimizers.Optimizer) and not any(
+            candidate is other for other in found
+        ):
+            found.append(candidate)
+    return found
+
+
+def inner_optimizer(optimizer: Any) -> Any | None:
+    """The optimizer that a `LossScaleOptimizer` applies, `None` for others.
+
+    The outer one checks that all gradients are finite, and only then calls
+    `apply` of the inner one.
+    """
+    return getattr(optimizer, "inner_optimizer", None)
+
+
+def accumulates(optimizer: Any) -> bool:
+    """Whether an optimizer adds up the gradients of several steps."""
+    inner = inner_optimizer(optimizer) or optimizer
+    return bool(getattr(inner, "gradient_accumulation_steps", None))
+
+
+def gradient_accumulators(
+    optimizer: Any, variables: Sequence[Any]
+) -> list[Any] | None:
+    """The variables in which `optimizer` adds up gradients of `variables`.
+
+    Keras has no public name for them. `None` if it does not accumulate, or
+    has not made them yet.
+    """
+    if not getattr(optimizer, "gradient_accumulation_steps", None):
+        return None
+    if not optimizer.built:
+        return None
+    accumulators = [
+        optimizer._accumulated_gradients[optimizer._get_variable_index(v)]
+        for v in variables
+    ]
+    return None if any(a is None for a in accumulators) else accumulators
+
+
+def all_accumulators(optimizer: Any) -> list[Any]:
+    """All variables in which `optimizer` adds up gradients, if it does."""
+    inner = inner_optimizer(optimizer) or optimizer
+    found = getattr(inner, "_accumulated_gradients", None) or ()
+    return [each for each in found if each is not None]
+
+
+def iterations(optimizer: Any) -> Any:
+    """Variable that counts the gradients `optimizer` was given.
+
+    The public `iterations` counts updates, which are fewer if it accumulates.
+    """
+    return optimizer._iterations.value
+
+
+def takes_gradient_as_value(variable: Any) -> bool:
+    """Whether Keras assigns a variable its gradient (scales of float8).
+
+    Keras takes those out of the update, so nothing is summed over replicas.
+    """
+    return bool(getattr(variable, "overwrite_with_gradient", False))

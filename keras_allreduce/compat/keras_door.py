@@ -9,25 +9,41 @@ made. For models that are not under a strategy of ours they do what they did.
     CallbackList.on_epoch_begin          it has an epoch
     TFEpochIterator.__init__             it has an iterator over its epochs
     get_metrics_result                   the metrics are read together
-    _maybe_symbolic_build                see `keras_build.py`
+    _maybe_symbolic_build                a model is built: see below
     make_train_function, and of test     the function that it makes says, while
       and predict                          it runs, whose step it runs
     Variable._initialize                 a variable is made
+
+Only under a strategy does Keras take a first batch before the first step, and
+call the model, its metrics and its losses on its shapes, to make all
+variables. On one device the first step makes them. A custom `train_step` need
+not call the model, nor take the batch apart as Keras does, and on one device it
+trains. So what Keras does there is done here: data is read only if nothing else
+tells its shapes, and a failure is left to the first step.
+
+Keras puts `jit_compile` on the function around `strategy.run`, so that one XLA
+program would have the devices of all replicas, which XLA refuses. Under a
+strategy that compiles each replica (`strategy.compiles_replicas`), Keras's
+functions are made as with `jit_compile=False`, and `model.jit_compile` keeps
+the user's value.
 
 `KERAS_ALLREDUCE_DOOR=0` leaves Keras as it is. Without the door, or where Keras
 is not as it is known, a warning says what is given up.
 """
 
+import contextlib
 import functools
 import inspect
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
-from keras_allreduce.compat import keras_build, keras_calls, keras_steps
+from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.compat import keras_calls
 from keras_allreduce.environment import DOOR
 
 _CUSTOM_LOOP = (
@@ -35,6 +51,7 @@ _CUSTOM_LOOP = (
 )
 
 _state = {"installed": False}
+_wrapped: set[str] = set()
 _warned: set[str] = set()
 
 
@@ -50,8 +67,8 @@ def install() -> None:
             "the first batch of a Python generator may be lost, a first batch "
             "that is not as large on all replicas fails, as does `predict` of "
             "fewer samples than replicas, a step that is no method of its "
-            "model is taken for a custom loop, and workers do not compare "
-            "their calls of Keras",
+            "model is taken for a custom loop, `jit_compile=True` is refused, "
+            "and workers do not compare their calls of Keras",
             f"Unset {DOOR}.",
         )
         return
@@ -59,6 +76,7 @@ def install() -> None:
         stock = None if owner is None else getattr(owner, name, None)
         if _has_arguments(stock, wrap):
             setattr(owner, name, wrap(stock))
+            _wrapped.add(name)
         else:
             _warn_of_keras(f"`{name}`", consequence)
 
@@ -75,13 +93,13 @@ def _doors() -> Iterator[tuple[Any, str, Callable[..., Any], str]]:
     slow = "workers sum their metrics one by one"
     yield keras.Model, "get_metrics_result", _metrics_read, slow
     lost = "the first batch of a Python generator may be lost"
-    yield keras.Model, keras_build.NAME, _build, lost
+    yield keras.Model, "_maybe_symbolic_build", _build, lost
     for step, loss in (
-        *((each, _CUSTOM_LOOP) for each in keras_steps.STEPS),
-        (keras_steps.PREDICT, "fewer samples than replicas fail in `predict`"),
+        *((each, _CUSTOM_LOOP) for each in keras_compat.STEPS),
+        (keras_compat.PREDICT, "fewer samples than replicas fail in `predict`"),
     ):
         maker = functools.partial(_function_made, step, loss)
-        yield keras.Model, keras_steps.maker_of(step), maker, loss
+        yield keras.Model, keras_compat.maker_of(step), maker, loss
     nameless = "errors about variables do not name them"
     yield keras.Variable, "_initialize", _variable_made, nameless
 
@@ -153,18 +171,76 @@ def _build(stock: Any) -> Any:
         strategy = getattr(model, "_distribute_strategy", None)
         if not hasattr(strategy, "prepare_model"):
             return stock(model, iterator=iterator, data_batch=data_batch)
-        return keras_build.build(model, strategy, iterator, data_batch)
+        return _symbolic_build(model, strategy, iterator, data_batch)
 
     return build
 
 
+def _symbolic_build(
+    model: keras.Model, strategy: Any, epoch_iterator: Any, batch: Any
+) -> None:
+    """Makes the variables of a model that its first step needs.
+
+    Args:
+        model: The model.
+        strategy: Its strategy, one of ours.
+        epoch_iterator: Keras's iterator over the data; `None` where it has a
+            batch.
+        batch: The batch then.
+    """
+    if epoch_iterator is not None:
+        dataset = epoch_iterator._get_iterator()
+        iteration = getattr(dataset, "iteration", None)
+        if iteration is None:  # TensorFlow's own; see `input/dataset.py`.
+            batch = next(iter(dataset), ())
+        else:
+            batch = iteration.first_batch(shapes_only=_is_built(model))
+        batch = keras.tree.map_structure(
+            lambda leaf: strategy.experimental_local_results(leaf)[0], batch
+        )
+    with strategy.scope():
+        strategy.prepare_model(model, batch)
+        try:
+            model._symbolic_build(data_batch=batch)
+        except Exception as error:
+            # It fails on one device too if it is the program's fault.
+            if _is_our_own(error):
+                raise
+
+
+def _is_built(model: Any) -> bool:
+    try:
+        return all(
+            part is None or part.built
+            for part in (
+                *model._flatten_layers(),
+                model._compile_metrics,
+                model._compile_loss,
+            )
+        )
+    except AttributeError:
+        return False
+
+
+def _is_our_own(error: BaseException | None) -> bool:
+    """Whether this package has raised an error, or one that it follows."""
+    while error is not None:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+        if module.startswith("keras_allreduce.") and module != __name__:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _function_made(step: str, consequence: str, stock: Any) -> Any:
-    name = keras_steps.function_of(step)
+    name = keras_compat.function_of(step)
 
     @functools.wraps(stock)
     def make(model: Any, *args: Any, **kwargs: Any) -> Any:
         before = getattr(model, name, None)
-        result = stock(model, *args, **kwargs)
+        with _not_compiled_around(model):
+            result = stock(model, *args, **kwargs)
         function = getattr(model, name, None)
         if not _is_ours(model) or function is before:
             return result
@@ -175,6 +251,36 @@ def _function_made(step: str, consequence: str, stock: Any) -> Any:
         return result
 
     return make
+
+
+@contextlib.contextmanager
+def _not_compiled_around(model: Any) -> Iterator[None]:
+    """Keras compiles nothing around the replicas in the block."""
+    if not compiles_replicas(model):
+        yield
+        return
+    model.jit_compile = False
+    try:
+        yield
+    finally:
+        model.jit_compile = True
+
+
+def compiles_replicas(model: Any) -> bool:
+    """Whether XLA is to compile the replicas of a model."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return (
+        getattr(strategy, "compiles_replicas", False)
+        and makes_functions()
+        and getattr(model, "jit_compile", False) is True
+        and not model.run_eagerly
+    )
+
+
+def makes_functions() -> bool:
+    """Whether the functions of all steps are made behind the door."""
+    steps = (*keras_compat.STEPS, keras_compat.PREDICT)
+    return all(keras_compat.maker_of(step) in _wrapped for step in steps)
 
 
 def _saying(model: Any, step: str, function: Any) -> Any:

@@ -5,13 +5,12 @@ progress bar, hints, the logs of `AllReduceLogger`, TensorBoard's scalars,
 timelines and `ReduceStats`.
 
     step --> clocks.py --> stats.py --> meter.py --+--> progress_bar.py
-             (times)       (costs)      (epochs)   +--> logger.py
-               |                                   +--> tensorboard.py
+             (times)       (costs)      (epochs)   +--> callbacks.py
                +--> advisor.py --> hints.py
                +--> timeline.py --> recording.py --> chrome_trace.py
                     (steps)         (of a worker)
 
     model --> gradients.py --> a plan of `reduce` --> explain.py
 
-`keras_hook.py` is the one change that the package makes to Keras.
+`progress_bar.py` makes the one change to the output of Keras.
 """

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce.compat.keras_optimizers import takes_gradient_as_value
+from keras_allreduce.compat.keras import takes_gradient_as_value
 from keras_allreduce.reduce.sparse import RowsSpec
 
 

@@ -1,10 +1,20 @@
-"""The fit output: the plan, the live cost, and a hint after an epoch."""
+"""The fit output: the plan, the live cost, and a hint after an epoch.
 
+`fit` shows it without being asked. `model.fit` builds a
+`keras.callbacks.CallbackList` and offers no way for a strategy to take part, so
+`install` wraps its constructor, once, when the first strategy with
+`fit_log=True` is made. The wrapper exchanges the default progress bar for
+`FitProgbar` if the model is under such a strategy, and does nothing else.
+`AllReduceStrategy(fit_log=False)` leaves Keras as it is.
+"""
+
+import functools
 import os
 import shutil
 import sys
 import textwrap
 import time
+import warnings
 from typing import Any
 
 import keras
@@ -152,3 +162,53 @@ def _columns() -> int | None:
     if not sys.stdout.isatty():
         return None
     return shutil.get_terminal_size((0, 0)).columns or None
+
+
+_state = {"installed": False, "warned": False}
+
+
+def install() -> None:
+    """Wraps the constructor of `keras.callbacks.CallbackList`, once."""
+    if _state["installed"]:
+        return
+    try:
+        constructor = keras.callbacks.CallbackList.__init__
+    except AttributeError as error:
+        _warn(error)
+        return
+
+    @functools.wraps(constructor)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        constructor(self, *args, **kwargs)
+        try:
+            _exchange_progress_bar(self)
+        except AttributeError as error:
+            _warn(error)
+
+    keras.callbacks.CallbackList.__init__ = construct
+    _state["installed"] = True
+
+
+def _exchange_progress_bar(callbacks: Any) -> None:
+    model = callbacks.model
+    strategy = getattr(model, "distribute_strategy", None)
+    steps = getattr(strategy, "shown_steps", None)
+    if steps is None:
+        return
+    for index, callback in enumerate(callbacks.callbacks):
+        if type(callback) is keras.callbacks.ProgbarLogger:
+            ours = FitProgbar(steps)
+            ours.set_params(callbacks.params)
+            ours.set_model(model)
+            callbacks.callbacks[index] = ours
+
+
+def _warn(error: AttributeError) -> None:
+    if not _state["warned"]:
+        _state["warned"] = True
+        warnings.warn(
+            "The fit output cannot show the all-reduce with this version of "
+            f"Keras ({keras.__version__}): {error}. Training goes on; "
+            "keras_allreduce.AllReduceLogger() still reports per epoch.",
+            stacklevel=3,
+        )

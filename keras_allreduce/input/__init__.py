@@ -5,7 +5,7 @@ that are created lazily, in milliseconds, and freed in a background thread.
 Elements, their order and their split over replicas are TensorFlow's.
 
     dataset.py         iter(dataset), in the order of the calls
-    |-- in_turn.py     logical CPU devices: one iterator, read in turn
+    |                  logical CPU devices: one iterator, read in turn
     |-- to_devices.py  GPUs: prefetched to each, functions traced once
     `-- release.py     frees iterators in the background
 

@@ -23,8 +23,9 @@ from keras_allreduce.compat import (
     iterators,
     split_datasets,
 )
+from keras_allreduce.compat.datasets import Source
 from keras_allreduce.devices import on_gpus
-from keras_allreduce.input import in_turn, to_devices
+from keras_allreduce.input import to_devices
 from keras_allreduce.input.release import RELEASER, Handles
 
 _warned = False
@@ -216,7 +217,22 @@ def _maker(source: datasets.Source, one_by_one: bool) -> Callable[[], Any]:
         # As far ahead as TensorFlow reads: it has a buffer on the host and
         # one on the devices.
         dataset = dataset.prefetch(2 * size * len(source.devices))
-    return partial(in_turn.make, dataset, source)
+    return partial(_read_in_turn, dataset, source)
+
+
+def _read_in_turn(dataset: Any, source: Source) -> iterators.InTurn:
+    """Logical CPU devices read one iterator in turn.
+
+    TensorFlow hands the parts to an iterator per device, each with threads
+    that copy them there; on the host there is nothing to copy.
+
+        parts of the batches     0  1  2  0  1  2 ...
+        read by replica          0  1  2  0  1  2 ...
+
+    A graph runs the reads of one iterator in program order.
+    """
+    with tf.device(source.worker):
+        return iterators.InTurn(iter(dataset), source.devices)
 
 
 def _read_by_devices(num_devices: int, buffer_size: int) -> tf.data.Options:

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from keras_allreduce.compat import keras_steps
+from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device.reduction import Reductions
 
 
@@ -40,7 +40,7 @@ class ModelFacts:
         other shapes, which may happen on one worker alone.
         """
         references, reductions = self._steps.get(step, ([], None))
-        current = keras_steps.what_a_step_depends_on(model, step)
+        current = keras_compat.what_a_step_depends_on(model, step)
         if len(references) != len(current) or any(
             reference() is not each
             for reference, each in zip(references, current, strict=True)
@@ -55,7 +55,7 @@ class ModelFacts:
         # Only weak references: they refer to the model.
         references = [
             weakref.ref(each)
-            for each in keras_steps.what_a_step_depends_on(model, step)
+            for each in keras_compat.what_a_step_depends_on(model, step)
         ]
         self._steps[step] = references, reductions
 

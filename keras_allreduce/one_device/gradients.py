@@ -22,7 +22,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce.compat import keras_optimizers
+from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import ratio, reduction, replica
 from keras_allreduce.one_device.reduction import (
     RATIO,
@@ -38,7 +38,7 @@ from keras_allreduce.one_device.update import (
     update,
 )
 from keras_allreduce.reduce.observe import BatchRecord
-from keras_allreduce.reduce.scaling import scale
+from keras_allreduce.reduce.packing import scale
 
 
 class GradientsOfTheBatch:
@@ -161,7 +161,7 @@ class GradientsOfTheBatch:
             if part is not None:
                 return part, ()
         scales_gradients = self._may_scale_gradients and not any(
-            map(keras_optimizers.takes_gradient_as_value, variables)
+            map(keras_compat.takes_gradient_as_value, variables)
         )
         if scales_gradients and not self._sums.used:
             return 1 / this.num_replicas, self._shares_on_host
@@ -187,7 +187,7 @@ class GradientsOfTheBatch:
         grads = list(grads)
         variables = trainable_variables and list(trainable_variables)
         grads = self._reduced(optimizer, grads, variables)  # [4]
-        if keras_optimizers.inner_optimizer(optimizer) is not None:
+        if keras_compat.inner_optimizer(optimizer) is not None:
             # Checks all replicas' gradients at once, in a merge_call.
             return apply(grads, variables)
         return update(apply, grads, variables)  # [5]

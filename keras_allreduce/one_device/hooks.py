@@ -3,7 +3,8 @@
 A step finds its optimizers, metrics and random generators wherever it likes,
 so they cannot be replaced one by one. While any step runs, a few methods of
 public classes ask whether the calling thread runs a replica of one; in all
-other threads, and once no step runs, they are unchanged.
+other threads, and once no step runs, they are unchanged. Methods of one object
+are replaced by `shadowed`.
 """
 
 import contextlib
@@ -112,3 +113,22 @@ def _hook(method: Any, part: str) -> Any:
 
     # Plain Python, also inside a tf.function of the user's.
     return tf.autograph.experimental.do_not_convert(hooked)
+
+
+_do_not_convert = tf.autograph.experimental.do_not_convert
+
+
+@contextlib.contextmanager
+def shadowed(owner: Any, methods: dict[str, Any]) -> Iterator[None]:
+    """Replaces methods of one object inside the block."""
+    # Past __setattr__, in which Keras tracks assignments.
+    own = vars(owner)
+    before = {name: own[name] for name in methods if name in own}
+    # Plain Python, also inside a tf.function of the user's.
+    own.update({name: _do_not_convert(methods[name]) for name in methods})
+    try:
+        yield
+    finally:
+        for name in methods:
+            del own[name]
+        own.update(before)

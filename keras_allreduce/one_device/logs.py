@@ -26,8 +26,8 @@ from keras_allreduce.one_device.metric_results import (
 from keras_allreduce.one_device.reduction import Reductions, log_key
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.reduce import packing
+from keras_allreduce.reduce.packing import scale
 from keras_allreduce.reduce.process_group import ProcessGroup
-from keras_allreduce.reduce.scaling import scale
 
 
 def are_metric_results(model: keras.Model, step: str) -> bool:

@@ -27,8 +27,8 @@ from keras_allreduce.one_device import mixing, replica, warn, whole_batch
 from keras_allreduce.one_device.reduction import Reductions
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shares import part_of_sum
+from keras_allreduce.reduce.packing import scale
 from keras_allreduce.reduce.plan import GatheredLoss
-from keras_allreduce.reduce.scaling import scale
 
 
 class LossOfTheReplica:

@@ -28,8 +28,8 @@ from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import facts, first_batch, replica, warn
 from keras_allreduce.one_device.probe import Failure, probe
 from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.reduce.packing import scale
 from keras_allreduce.reduce.process_group import all_reduce_max
-from keras_allreduce.reduce.scaling import scale
 
 SUM, SAME, MAXIMUM, MINIMUM, MEAN, OTHER = (
     "sum",

@@ -16,7 +16,7 @@ from keras_allreduce.one_device import replica
 from keras_allreduce.one_device.reduction import RATIO, Reductions
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shares import part_of_sum
-from keras_allreduce.reduce.scaling import scale
+from keras_allreduce.reduce.packing import scale
 
 
 def part_of_batch(value: Any, replicas: Replicas) -> tf.Tensor | None:

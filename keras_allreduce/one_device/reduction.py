@@ -22,7 +22,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_allreduce.compat import gradient_tape, graphs
+from keras_allreduce.compat import graphs
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import replica
 
@@ -162,7 +162,7 @@ def gradient_key(tape: tf.GradientTape, sources: Any) -> Key | None:
 
 def is_differentiated(tape: tf.GradientTape) -> bool:
     """Whether a gradient that a tape is asked for is differentiated too."""
-    return gradient_tape.is_recorded_by_another(tape)
+    return graphs.is_recorded_by_another(tape)
 
 
 def denominator_key(key: Key) -> Key:

@@ -21,14 +21,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce.compat import keras_jit
+from keras_allreduce.compat import keras_door
 from keras_allreduce.one_device import reduction, replica
 from keras_allreduce.one_device.moving_statistics import (
     synchronized_variables,
 )
 from keras_allreduce.one_device.reduction import FIRST, SUM, Reductions
 from keras_allreduce.one_device.replicas import Replicas
-from keras_allreduce.reduce import packing, scaling
+from keras_allreduce.reduce import packing
 
 
 class SharedState:
@@ -48,7 +48,7 @@ class SharedState:
         # XLA may fuse the same ops in other ways on each replica, so that even
         # statistics of one batch differ in the last bit.
         self._alike: frozenset[int] = frozenset()
-        if not keras_jit.compiles_replicas(model):
+        if not keras_door.compiles_replicas(model):
             self._alike = synchronized_variables(model)
         # Its reduction, and the kept share of the value before, for sums.
         self._assigned: dict[int, tuple[Any, str, Any]] = {}
@@ -161,12 +161,12 @@ class SharedState:
     def _mean_of(self, packs: list[Any], weights: Sequence[Any]) -> Any:
         """The weighted mean over the replicas of all workers."""
         if self._replicas.group.size > 1:
-            total = tf.add_n(list(map(scaling.scale, packs, weights)))
+            total = tf.add_n(list(map(packing.scale, packs, weights)))
             return self._replicas.group.all_reduce(total, "statistics")
         # Equal values, such as those of a counter, stay exact.
         first, *others = packs
         gaps = [
-            scaling.scale(pack - first, weight)
+            packing.scale(pack - first, weight)
             for pack, weight in zip(others, weights[1:], strict=True)
         ]
         return tf.add_n([first, *gaps])

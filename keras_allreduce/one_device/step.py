@@ -7,7 +7,7 @@ sums. Keras's own step says which it is; of a custom one, it is measured.
 
 A step holds its objects anywhere, so methods of classes ask the
 current step first (`hooks.py`). Methods of a model alone are replaced in the
-model (`shadowing.py`). Afterwards all is as it was.
+model (`hooks.py`). Afterwards all is as it was.
 
     the current step takes part in
     tape.gradient                gradients.py  scaled, summed
@@ -36,12 +36,7 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.compat import (
-    keras_losses,
-    keras_optimizers,
-    keras_steps,
-    keras_threads,
-)
+from keras_allreduce.compat import keras_losses, keras_threads
 from keras_allreduce.one_device import (
     empty_replica,
     hooks,
@@ -51,6 +46,7 @@ from keras_allreduce.one_device import (
     warn,
 )
 from keras_allreduce.one_device.gradients import GradientsOfTheBatch
+from keras_allreduce.one_device.hooks import shadowed
 from keras_allreduce.one_device.logs import Logs, are_metric_results
 from keras_allreduce.one_device.loss import LossOfTheReplica
 from keras_allreduce.one_device.metric_results import MetricResult, Path
@@ -58,7 +54,6 @@ from keras_allreduce.one_device.metric_state import SharedMetricState
 from keras_allreduce.one_device.reduction import Reductions
 from keras_allreduce.one_device.replica import Replica
 from keras_allreduce.one_device.replicas import Replicas
-from keras_allreduce.one_device.shadowing import shadowed
 from keras_allreduce.one_device.shared_state import SharedState
 from keras_allreduce.one_device.shares import (
     BatchShares,
@@ -142,7 +137,7 @@ class Step:
         with contextlib.ExitStack() as stack:
             for block in self._replaced():  # [2]
                 stack.enter_context(block)
-            fn = keras_steps.plain(fn, self._model, self._name)
+            fn = keras_compat.plain(fn, self._model, self._name)
             self._measure = partial(self._measured, fn, data)
             known = self._known if self._is_measured else Reductions()  # [3]
             reductions = known if self._is_custom else Reductions()
@@ -253,7 +248,7 @@ class Step:
                 shares.on_host,
                 is_custom=self._is_custom,
                 accumulates=not self._is_custom
-                and keras_optimizers.accumulates(optimizer),
+                and keras_compat.accumulates(optimizer),
                 note=self._note,
             )
         return CurrentStep(
@@ -279,7 +274,7 @@ class Step:
             self._model, losses.compiled
         )
         yield keras_losses.added_losses_of_each_thread(self._model)
-        for name, method in keras_steps.inlined_functions(self._model):
+        for name, method in keras_compat.inlined_functions(self._model):
             yield shadowed(self._model, {name: method})
         for owner, methods in (*losses.shadows(), *self._metrics.shadows()):
             yield shadowed(owner, methods)

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_allreduce.compat import distribute
 from keras_allreduce.one_device.replicas import Replicas
-from keras_allreduce.reduce import scaling
+from keras_allreduce.reduce import packing
 
 
 class SynchronizedSums:
@@ -73,5 +73,5 @@ class SynchronizedSums:
             strict=True,
         ):
             with tf.device(has_samples.device):
-                parts.append(scaling.scale(part, has_samples))
+                parts.append(packing.scale(part, has_samples))
         return distribute.PerReplica(tuple(parts))

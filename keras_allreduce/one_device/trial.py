@@ -18,17 +18,16 @@ import numpy as np
 import tensorflow as tf
 
 from keras_allreduce.compat import (
-    gradient_tape,
     graphs,
     keras_losses,
     keras_threads,
 )
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import hooks
+from keras_allreduce.one_device.hooks import shadowed
 from keras_allreduce.one_device.recorder import ValueRecorder
 from keras_allreduce.one_device.reduction import Key
 from keras_allreduce.one_device.replica import Replica
-from keras_allreduce.one_device.shadowing import shadowed
 
 # Elements of all gradients of a call that are looked at.
 _ELEMENTS = 2**15
@@ -133,7 +132,7 @@ class Trial:
                 tf.TensorSpec([]),
                 tf.TensorSpec([], tf.int32),
             )
-        for handle, dtype in gradient_tape.captured_variables(traced):
+        for handle, dtype in graphs.captured_variables(traced):
             if not self._batch.owns(handle):
                 self._state.add(handle, dtype)
         self.is_random = graphs.is_random(traced)

@@ -13,7 +13,8 @@ from typing import Any
 import tensorflow as tf
 
 from keras_allreduce import xla_clusters
-from keras_allreduce.compat import distribute, keras_optimizers
+from keras_allreduce.compat import distribute
+from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.devices import on_each
 from keras_allreduce.one_device import compiled_update, replica
 from keras_allreduce.one_device.replicas import Replicas
@@ -43,7 +44,7 @@ def sum_when_applied(
         replicas; on others the gradients as they were.
     """
     moving = _moving(gradients, variables)
-    accumulators = variables and keras_optimizers.gradient_accumulators(
+    accumulators = variables and keras_compat.gradient_accumulators(
         optimizer, [variables[index] for index in moving]
     )
     if not accumulators:
@@ -69,7 +70,7 @@ def sum_when_applied(
         def keep() -> list[tuple[Any, ...]]:
             return [tuple(each) for each in parts]
 
-        count = keras_optimizers.iterations(optimizer) + 1
+        count = keras_compat.iterations(optimizer) + 1
         kept = tf.cond(tf.equal(count % steps, 0), communicate, keep)
         return [distribute.PerReplica(tuple(each)) for each in kept]
 
@@ -159,7 +160,7 @@ def _moving(
         if gradient is not None
         and not (
             variables is not None
-            and keras_optimizers.takes_gradient_as_value(variables[index])
+            and keras_compat.takes_gradient_as_value(variables[index])
         )
     ]
 

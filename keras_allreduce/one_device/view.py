@@ -13,7 +13,7 @@ from keras_allreduce.one_device.reduction import RATIO, SUM, Reductions
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shared_state import SharedState
 from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
-from keras_allreduce.reduce.scaling import scale
+from keras_allreduce.reduce.packing import scale
 
 
 class CurrentStep:

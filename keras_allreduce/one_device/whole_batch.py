@@ -27,7 +27,7 @@ from keras_allreduce.compat import distribute, keras_losses
 from keras_allreduce.one_device import empty_replica, replica
 from keras_allreduce.one_device.replica import Replica
 from keras_allreduce.one_device.replicas import Replicas
-from keras_allreduce.reduce.scaling import scale
+from keras_allreduce.reduce.packing import scale
 
 MOST_BYTES_OF_A_SAMPLE = 2**20
 """Largest sample of targets and outputs that is sent to other workers.

@@ -2,9 +2,9 @@
 
     gradients[variable][replica]
         |   buckets.py, pack_sizes.py   which gradients travel together
-        v   packing.py, scaling.py
+        v   packing.py
     packs[pack][replica]
-        |   transport.py                in_process.py, or between workers
+        |   transport.py                in this process, or between workers
         |   algorithms.py               ring.py, shared_memory.py, nccl.py
         v   sparse.py                   rows are gathered instead
     sums[pack][replica]

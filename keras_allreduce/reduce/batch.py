@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_allreduce.devices import on_each
-from keras_allreduce.reduce import packing, scaling
+from keras_allreduce.reduce import packing
 from keras_allreduce.reduce.algorithm import Algorithm
 from keras_allreduce.reduce.buckets import Bucket, GradientSpec, plan_buckets
 from keras_allreduce.reduce.observe import PackTensors
@@ -112,7 +112,7 @@ class Batch:
         ]
         packs = [  # [3]
             self._scaled(
-                scaling.scale_unless_one,
+                packing.scale_unless_one,
                 on_each(self.devices, packing.pack, parts),
             )
             for parts in gradients
@@ -132,7 +132,7 @@ class Batch:
             replicas = self.rows[index]
             owner = self.devices[number % len(self.devices)]
             totals = self.transport.sum_rows(
-                self._scaled(scaling.scale, replicas), self.devices, owner
+                self._scaled(packing.scale, replicas), self.devices, owner
             )
             results = [divide(total, self.mean_over) for total in totals]
             tensors = PackTensors([[each] for each in replicas], totals)

@@ -34,12 +34,13 @@ from keras_allreduce.reduce.observe import BatchRecord, report
 from keras_allreduce.reduce.pack_sizes import algorithm_names
 from keras_allreduce.reduce.packing import densify
 from keras_allreduce.reduce.plan import ReducePlan
-from keras_allreduce.reduce.planner import Planner
+from keras_allreduce.reduce.sparse import RowsSpec
+from keras_allreduce.reduce.transport import InProcess, Transport
 
 _SUM = tf.distribute.ReduceOp.SUM
 
 
-class BatchAllReduce(Planner, tf.distribute.CrossDeviceOps):
+class BatchAllReduce(tf.distribute.CrossDeviceOps):
     """All-reduces gradients in packs while backprop continues.
 
     Also works inside a stock strategy:
@@ -64,6 +65,8 @@ class BatchAllReduce(Planner, tf.distribute.CrossDeviceOps):
         ValueError: If an argument is not one of the above.
     """
 
+    _transport: Transport = InProcess()
+
     def __init__(
         self,
         algorithm: str = "auto",
@@ -76,6 +79,38 @@ class BatchAllReduce(Planner, tf.distribute.CrossDeviceOps):
         self.algorithm = algorithm
         self.bytes_per_pack = bytes_per_pack
         self.sparse_as_dense = bool(sparse_as_dense)
+
+    def choose(self, devices: Sequence[str]) -> tuple[str, str]:
+        """The algorithm for these devices, and why if it was not asked for.
+
+        Raises:
+            ValueError: If the algorithm asked for cannot run on `devices`.
+        """
+        algorithm, reason = algorithms.choose(self.algorithm, devices)
+        return algorithm.name, reason
+
+    def plan(
+        self,
+        gradients: Sequence[tf.TensorSpec | RowsSpec],
+        devices: Sequence[str],
+    ) -> ReducePlan:
+        """The plan of gradients that are not there yet, as `sum` makes it.
+
+        Args:
+            gradients: A `tf.TensorSpec` for each dense gradient and a
+                `RowsSpec` for each sparse one.
+            devices: Device of each replica of this process.
+        """
+        algorithm, reason = algorithms.choose(self.algorithm, devices)
+        if self.sparse_as_dense:
+            gradients = [tf.TensorSpec(g.shape, g.dtype) for g in gradients]
+        batch = Batch(
+            *dense_and_sparse([[spec] * len(devices) for spec in gradients]),
+            tuple(devices),
+            algorithm,
+            self._transport,
+        )
+        return batch.plan(batch.buckets(self.bytes_per_pack), reason)
 
     def sum(
         self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()

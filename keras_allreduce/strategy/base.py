@@ -13,10 +13,9 @@ from keras_allreduce import debug
 from keras_allreduce.compat import (
     distribute,
     keras_door,
-    keras_jit,
     keras_threads,
 )
-from keras_allreduce.fit_output import explain, keras_hook, prediction
+from keras_allreduce.fit_output import explain, prediction, progress_bar
 from keras_allreduce.fit_output.gradients import ModelGradients, gradients_of
 from keras_allreduce.fit_output.hints import Options
 from keras_allreduce.fit_output.meter import Meter
@@ -39,13 +38,12 @@ class StrategyBase(tf.distribute.Strategy):
 
     def _init_options(self, weigh_samples: bool | None, fit_log: bool) -> None:
         check_backend()
-        keras_jit.open_()
         self.weigh_samples = weigh_samples
         self.step_log = StepLog()
         self._meter = Meter(self.step_log)
         self._fit_log = bool(fit_log)
         if fit_log:
-            keras_hook.install()
+            progress_bar.install()
         keras_door.install()
 
     def _log_start(self, *details: str) -> None:
@@ -176,7 +174,7 @@ class StrategyBase(tf.distribute.Strategy):
         gradients = gradients_of(model, self, x)
         plan = ops.plan(gradients.specs, self.extended.worker_devices)
         parts = 0
-        if keras_jit.compiles_replicas(model):
+        if keras_door.compiles_replicas(model):
             parts = len(parts_of(plan.packs))
         return replace(plan, every=gradients.every, parts=parts), gradients
 

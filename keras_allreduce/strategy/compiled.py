@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce import xla_clusters
-from keras_allreduce.compat import keras_jit
+from keras_allreduce.compat import keras_door
 
 LEAST_SHARE = 0.5
 """Share of the ops of a step that XLA compiles, below which it is said."""
@@ -26,7 +26,7 @@ def compiled_by_xla(
         model: The model whose step it is, if it is one.
         run: Runs a function on every replica.
     """
-    if model is None or not keras_jit.compiles_replicas(model):
+    if model is None or not keras_door.compiles_replicas(model):
         return run
     return partial(_run, model, run)
 

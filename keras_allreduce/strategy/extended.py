@@ -8,12 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce.compat import (
-    distribute,
-    keras_steps,
-    variables,
-    versions,
-)
+from keras_allreduce.compat import distribute, variables, versions
+from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.input.dataset import own
 from keras_allreduce.one_device import (
     predict,
@@ -195,11 +191,11 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         if replica.current_step() is not None:
             # Called in a merge_call of the current step.
             return run(_in_current_step(fn), args, kwargs)
-        model, step_name = keras_steps.step_of(fn)
+        model, step_name = keras_compat.step_of(fn)
         run = compiled_by_xla(model, run)
         if model is None:
             return self._run_custom(run, fn, args, kwargs)
-        if step_name == keras_steps.PREDICT:
+        if step_name == keras_compat.PREDICT:
             return predict.run(model, self, run, fn, args, kwargs)
         return self._run_step(model, step_name, run, fn, args, kwargs)
 

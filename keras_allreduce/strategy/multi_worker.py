@@ -14,12 +14,12 @@ from keras_allreduce.environment import HOST_DEVICES
 from keras_allreduce.fit_output.step_log import StepLog
 from keras_allreduce.reduce.cost_model import Link
 from keras_allreduce.strategy.base import StrategyBase
-from keras_allreduce.strategy.foreign_arguments import explained
+from keras_allreduce.strategy.checks import explained
 from keras_allreduce.strategy.multi_worker_extended import (
     MultiWorkerAllReduceExtended,
 )
 from keras_allreduce.workers.group import WorkerOptions
-from keras_allreduce.workers.lateness import lateness_ms
+from keras_allreduce.workers.in_flight import lateness_ms
 from keras_allreduce.workers.mpi.start import TRANSPORTS, choose_transport
 from keras_allreduce.workers.timing import TIMING
 from keras_allreduce.workers.wire_formats import (

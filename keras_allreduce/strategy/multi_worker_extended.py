@@ -15,7 +15,7 @@ from keras_allreduce.devices import (
     on_gpus,
 )
 from keras_allreduce.one_device import shares
-from keras_allreduce.reduce import scaling
+from keras_allreduce.reduce import packing
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.reduce.process_group import ProcessGroup
 from keras_allreduce.strategy.datasets import share_steps, shuffled_alike
@@ -23,8 +23,13 @@ from keras_allreduce.strategy.extended import ExtendedBase
 from keras_allreduce.strategy.metric_sums import MetricSums
 from keras_allreduce.workers import connect
 from keras_allreduce.workers.group import WorkerGroup, WorkerOptions
-from keras_allreduce.workers.in_flight import InFlight, nothing_is_read
-from keras_allreduce.workers.lateness import TimedInFlight, complete
+from keras_allreduce.workers.in_flight import (
+    Counters,
+    InFlight,
+    TimedCounters,
+    complete,
+    nothing_is_read,
+)
 from keras_allreduce.workers.resolvers import resolver_for
 
 _SUM = tf.distribute.ReduceOp.SUM
@@ -52,8 +57,8 @@ class MultiWorkerAllReduceExtended(
         communication_options: Any,
         options: WorkerOptions,
     ):
-        self._in_flight: InFlight = (
-            TimedInFlight() if options.measure_lateness else InFlight()
+        self._in_flight = InFlight(
+            TimedCounters if options.measure_lateness else Counters
         )
         # For the variables that TensorFlow makes while it connects.
         self._workers = ProcessGroup(
@@ -107,7 +112,7 @@ class MultiWorkerAllReduceExtended(
         return bool(self._is_chief)
 
     def waits(self) -> list[float]:
-        """Mean seconds per step in a collective, by worker; see `lateness`."""
+        """Mean seconds per step in a collective, by worker."""
         own = tf.constant([self._in_flight.read_waits()], tf.float64)
         return complete(
             [
@@ -222,7 +227,7 @@ def _scaled(
     scaled = []
     for value in values:
         parts = distribute.per_replica(value).values
-        parts = on_each(devices, scaling.scale, parts, weights)
+        parts = on_each(devices, packing.scale, parts, weights)
         scaled.append(distribute.PerReplica(tuple(parts)))
     return scaled
 

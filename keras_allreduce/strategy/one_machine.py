@@ -11,9 +11,9 @@ from keras_allreduce.input.dataset import split
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.reduce.process_group import ProcessGroup
 from keras_allreduce.strategy.base import StrategyBase
+from keras_allreduce.strategy.checks import explained
 from keras_allreduce.strategy.datasets import distribute
 from keras_allreduce.strategy.extended import ExtendedBase
-from keras_allreduce.strategy.foreign_arguments import explained
 
 
 class AllReduceStrategy(StrategyBase, tf.distribute.MirroredStrategy):

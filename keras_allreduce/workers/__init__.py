@@ -12,5 +12,5 @@ error that names the failed worker.
               wire_formats.py: how a tensor crosses
     failure   probe.py --> heartbeats.py --> health.py --> excepthook.py
     stall     in_flight.py --> progress.py --> stall.py --> health.py
-    straggler lateness.py
+    straggler in_flight.py
 """

@@ -16,8 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_allreduce.compat import datasets, keras_calls
-from keras_allreduce.workers.checksum import checksum, combined
-from keras_allreduce.workers.fingerprint import Fingerprint
+from keras_allreduce.workers.fingerprint import Fingerprint, checksum, combined
 
 REMEDY = (
     "Every worker reads the same data in the same order, and takes its part "

@@ -2,6 +2,10 @@
 
 Where a worker dies in the middle of a collective, TensorFlow's own error of a
 closed connection is raised before the health monitor has asked.
+
+Where workers write to the same files, the remedy is printed too: callbacks of
+Keras that save, and `Dataset.cache(path)`, take one file or folder for their
+own; on a shared file system, and on one machine, each worker needs another.
 """
 
 import atexit
@@ -18,8 +22,7 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
-from keras_allreduce.compat import exit_code
-from keras_allreduce.workers import own_paths
+from keras_allreduce.compat import exit_code, keras_calls
 from keras_allreduce.workers.errors import (
     WorkerError,
     WorkerLostError,
@@ -71,9 +74,9 @@ def install(monitor: Monitor) -> None:
         _state["failed"] = True
         show(kind, error, traceback)
         with contextlib.suppress(Exception, KeyboardInterrupt):
-            remedy = own_paths.remedy(error)
-            if remedy is not None:
-                print(f"keras_allreduce: {remedy}", file=sys.stderr)
+            advice = remedy(error)
+            if advice is not None:
+                print(f"keras_allreduce: {advice}", file=sys.stderr)
             explanation = explain(error)
             if explanation is not None:
                 print(f"keras_allreduce: {explanation}", file=sys.stderr)
@@ -158,4 +161,30 @@ def explain(error: BaseException | None) -> str | None:
         lost = monitor.ask_until_sure()
         if lost is not None:
             return lost
+    return None
+
+
+_REMEDY = (
+    "All workers must write to files of their own. Received: {what}. Pass one "
+    'path per worker, such as `f"{{folder}}/{{strategy.cluster_resolver.'
+    'task_id}}"`, or, where a file is only written, pass the callback on the '
+    "chief alone."
+)
+
+
+def remedy(error: BaseException) -> str | None:
+    """The remedy for an error that a path shared by workers may have caused.
+
+    Args:
+        error: The error that ended the script.
+
+    Returns:
+        The remedy; `None` if the error is about something else.
+    """
+    if isinstance(error, tf.errors.AlreadyExistsError):
+        what = "AlreadyExistsError, as of a `cache` file that another writes"
+        return _REMEDY.format(what=what)
+    if isinstance(error, OSError) and keras_calls.is_raised_in_callback(error):
+        what = f"{type(error).__name__} in a callback of `fit`"
+        return _REMEDY.format(what=what)
     return None

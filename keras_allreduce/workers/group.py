@@ -31,12 +31,14 @@ from keras_allreduce.workers.consistency_check import (
 )
 from keras_allreduce.workers.fingerprint import Fingerprint
 from keras_allreduce.workers.health import HealthMonitor, watch
-from keras_allreduce.workers.host_collectives import HostCollectives
+from keras_allreduce.workers.host_collectives import (
+    HostCollectives,
+    all_gather_tensors,
+)
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.mpi.collectives import MpiCollectives
 from keras_allreduce.workers.mpi.start import MPI, engine_of
 from keras_allreduce.workers.progress import Progress
-from keras_allreduce.workers.tensors import all_gather_tensors
 from keras_allreduce.workers.weight_fingerprint import WeightCheck
 from keras_allreduce.workers.wire import Wire
 from keras_allreduce.workers.wire_formats import WireFormat
@@ -196,7 +198,7 @@ class WorkerGroup(ProcessGroup):
     def all_gather_tensors(
         self, tensors: Sequence[tf.Tensor], name: str
     ) -> list[list[tf.Tensor]]:
-        """The tensors of each worker; see `workers/tensors.py`."""
+        """The tensors of each worker; see `workers/host_collectives.py`."""
         return all_gather_tensors(tensors, name, self._collectives, self.size)
 
     def sum_dtype(self, dtype: tf.DType) -> tf.DType:

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import tensorflow as tf
 from absl import logging
@@ -64,13 +64,6 @@ class AwakeClock:
         self._most = math.inf
 
 
-class Detector(Protocol):
-    """Finds one kind of failure."""
-
-    def check(self) -> WorkerError | None:
-        """To be called again and again; returns an error once it is sure."""
-
-
 class CollectiveTimeout:
     """Finds a collective that takes longer than a worker may wait.
 
@@ -92,7 +85,7 @@ class CollectiveTimeout:
         self._ended = 0
 
     def check(self) -> WorkerError | None:
-        """See `Detector`."""
+        """Returns the error once one takes longer."""
         found = self._in_flight.read()
         if found.ended > self._ended:
             self._ended = found.ended
@@ -120,7 +113,8 @@ class HealthMonitor:
         heartbeats: Asks the others whether they are there.
         inspector: Finds workers that wait in vain; `None` where workers cannot
             publish.
-        others: More detectors.
+        others: Further detectors: each is called again and again, and
+            returns an error once it is sure.
 
     Attributes:
         lost: Which worker failed and how, or `None`.
@@ -133,15 +127,15 @@ class HealthMonitor:
         clock: AwakeClock,
         heartbeats: Heartbeats,
         inspector: StallInspector | None,
-        others: Sequence[Detector] = (),
+        others: Sequence[Callable[[], WorkerError | None]] = (),
     ):
         self._cluster = cluster
         self._clock = clock
         self._heartbeats = heartbeats
         self._inspector = inspector
-        self._detectors: list[Detector] = [heartbeats, *others]
+        self._detectors = [heartbeats.check, *others]
         if inspector is not None:
-            self._detectors.append(inspector)
+            self._detectors.append(inspector.check)
         self._stopped = threading.Event()
         self._giving_up = threading.Lock()
         self._error: WorkerError | None = None
@@ -227,7 +221,7 @@ class HealthMonitor:
         ):
             self._clock.look()
             for detector in self._detectors:
-                self._give_up(detector.check())
+                self._give_up(detector())
                 if self.lost is not None:
                     return
             if time.monotonic() < hear_until and _repeat_sigterm(self._cluster):
@@ -285,7 +279,9 @@ def watch(
     timeout = CollectiveTimeout(
         in_flight, timeout_seconds, heartbeats.heard_all
     )
-    monitor = HealthMonitor(cluster, clock, heartbeats, inspector, [timeout])
+    monitor = HealthMonitor(
+        cluster, clock, heartbeats, inspector, [timeout.check]
+    )
     excepthook.install(monitor)
     monitor.start(owner)
     return monitor, store

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import tensorflow as tf
 
@@ -26,6 +25,7 @@ from keras_allreduce.workers.probe import (
     HeartbeatProbe,
     resolve,
 )
+from keras_allreduce.workers.stall import StallInspector
 from keras_allreduce.workers.timing import TIMING
 
 REFUSALS = 3
@@ -35,16 +35,6 @@ _REMEDY = (
     "Look at its log, then start all workers again; "
     "keras.callbacks.BackupAndRestore goes on where they were."
 )
-
-
-class LastWords(Protocol):
-    """What workers say before they go; `stall.StallInspector` reads it."""
-
-    def has_ended(self, rank: int) -> bool:
-        """Whether the script of a worker has ended, as it should."""
-
-    def failure_of(self, rank: int) -> WorkerError | None:
-        """The error in which a worker has failed, if it said so."""
 
 
 @dataclass
@@ -93,7 +83,7 @@ class Heartbeats:
         now = clock()
         self._peers = {rank: _Peer(now, now) for rank in cluster.others}
         self._lock = threading.Lock()
-        self.last_words: LastWords | None = None
+        self.last_words: StallInspector | None = None
         self.waits: Callable[[], bool] = lambda: False
         self.needs_all = False
 

@@ -7,18 +7,29 @@ ended, in two variables of its own, so that none waits for another; the health
 monitor reads them once in a while. The variables belong to the name of the
 collective, which a graph that is traced again uses again: so the counts of all
 workers are of the same collectives, however often each of them traces.
+
+With `measure_lateness=True` the time in flight is added up too, which tells the
+straggler: it waits least, as all others are in a collective before it comes. So
+no clocks of different hosts are compared.
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from keras_allreduce.graph_order import keep_with_graph, new_counter
+from keras_allreduce.compat.distribute import ResourceVariable
+from keras_allreduce.graph_order import (
+    free_running_clock,
+    keep_with_graph,
+    new_counter,
+)
 
 
 class _Reads:
@@ -70,6 +81,51 @@ class Counters:
         with tf.control_dependencies(results):
             self.ended.assign_add(1, read_value=False)
 
+    def waited(self) -> tuple[float, int]:
+        """Seconds in flight, and runs that they are the sum of: none here."""
+        return 0.0, 0
+
+
+class TimedCounters(Counters):
+    """Also how long the collective was in flight, but for the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with tf.init_scope():
+            self.seconds = ResourceVariable(np.float64(0), trainable=False)
+            self._now_begun = free_running_clock(self.begun)
+            self._now_ended = free_running_clock(self.ended)
+        self.timed = new_counter()
+
+    def begin(self, ready: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Counts, and then takes the time."""
+        # The clock pretends to read the variable that this has counted in.
+        return [*super().begin(ready), self._now_begun()]
+
+    def end(
+        self, began: Sequence[tf.Tensor], results: Sequence[tf.Tensor]
+    ) -> None:
+        """Counts, and adds up the time since `begin`."""
+        super().end(began, results)
+        times, start = began
+        first = self._first_of_this_graph()
+        with tf.control_dependencies(results):
+            seconds = self._now_ended() - start
+        counts = times > first
+        self.seconds.assign_add(
+            tf.where(counts, seconds, 0.0), read_value=False
+        )
+        self.timed.assign_add(tf.cast(counts, tf.int64), read_value=False)
+
+    def waited(self) -> tuple[float, int]:
+        """See `Counters`."""
+        return float(self.seconds.numpy()), int(self.timed.numpy())
+
+    def _first_of_this_graph(self) -> int:
+        """The count of the first run of the graph that is traced now."""
+        with tf.init_scope():
+            return int(self.begun.numpy()) + 1
+
 
 class Flight:
     """One collective, while it is traced or run.
@@ -105,16 +161,18 @@ class Reading:
 class InFlight:
     """The collectives of one strategy that are in flight.
 
+    Args:
+        new_counters: Makes the counters of each; with `TimedCounters`
+            `read_waits` tells how long they take.
+
     Attributes:
         clock: Tells the seconds; see `health.AwakeClock`.
         eager: How many collectives outside of graphs have begun.
         on_eager: Called before each of them.
     """
 
-    timed = False
-    """Whether `read_waits` measures."""
-
-    def __init__(self) -> None:
+    def __init__(self, new_counters: Callable[[], Counters] = Counters):
+        self._new_counters = new_counters
         self.clock: Callable[[], float] = time.monotonic
         self.eager = 0
         self.on_eager: Callable[[], None] = lambda: None
@@ -123,6 +181,7 @@ class InFlight:
         self._seen: dict[str, tuple[int, float]] = {}
         self._calls: dict[object, float] = {}
         self._last_reading = Reading(0, 0, 0.0)
+        self._waits: dict[str, tuple[float, int]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InFlight":
         """A copy of the strategy has the same monitor, which reads this."""
@@ -156,9 +215,6 @@ class InFlight:
         with tf.control_dependencies(began[-1:]):
             yield flight
         counters.end(began, flight.results)
-
-    def _new_counters(self) -> Counters:
-        return Counters()
 
     def count_eager(self) -> None:
         """Counts a collective outside of a graph, which is about to begin."""
@@ -217,10 +273,22 @@ class InFlight:
         return self.read().waiting_seconds
 
     def read_waits(self) -> float:
-        """Mean seconds per step in the slowest collective; `nan`, untimed."""
-        return float("nan")
+        """Mean seconds per step in the collective that takes longest.
 
-    def _all_counters(self) -> list[tuple[str, Any]]:
+        Of those in graphs, since the last call. Several are in flight at the
+        same time, and all of them wait for a straggler. `nan` if there was no
+        step that was timed.
+        """
+        longest = float("nan")
+        for name, each in self._all_counters():
+            now, before = each.waited(), self._waits.get(name, (0.0, 0))
+            self._waits[name] = now
+            seconds, steps = now[0] - before[0], now[1] - before[1]
+            if steps:
+                longest = np.fmax(longest, seconds / steps)
+        return float(longest)
+
+    def _all_counters(self) -> list[tuple[str, Counters]]:
         with self._lock:
             return list(self._counters.items())
 
@@ -230,3 +298,15 @@ class InFlight:
             since = now
             self._seen[name] = (begun, now)
         return since
+
+
+def complete(waits: Sequence[float]) -> list[float]:
+    """The waits of all workers; all `nan` if a worker has counted no step."""
+    if any(math.isnan(each) for each in waits):
+        return [math.nan] * len(waits)
+    return list(waits)
+
+
+def lateness_ms(waits: Sequence[float]) -> list[float]:
+    """How much later than the first each worker came, in ms, from its wait."""
+    return [(max(waits) - each) * 1e3 for each in waits]

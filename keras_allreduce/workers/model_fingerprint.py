@@ -18,8 +18,8 @@ from typing import Any
 
 import keras
 
-from keras_allreduce.compat import keras_config, keras_optimizers
-from keras_allreduce.workers.checksum import combined
+from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.compat import keras_config
 from keras_allreduce.workers.consistency_check import (
     ORDER,
     REMEDY,
@@ -28,6 +28,7 @@ from keras_allreduce.workers.consistency_check import (
 from keras_allreduce.workers.described import Described, described
 from keras_allreduce.workers.fingerprint import (
     Fingerprint,
+    combined,
     in_another_order,
 )
 
@@ -81,7 +82,7 @@ def facts_of(model: keras.Model) -> Facts:
     for name in _COMPILED:
         if name in options:
             facts.add(name, described(options[name]))
-    for number, each in enumerate(keras_optimizers.optimizers_of(model)):
+    for number, each in enumerate(keras_compat.optimizers_of(model)):
         which = f"optimizer {number}" if number else "optimizer"
         _add_config(facts, which, each, which)
     facts.paths += paths_of(model)

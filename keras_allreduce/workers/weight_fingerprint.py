@@ -24,19 +24,15 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from keras_allreduce.compat import (
-    distribute,
-    keras_config,
-    keras_optimizers,
-)
-from keras_allreduce.workers.checksum import checksum, combined
+from keras_allreduce.compat import distribute, keras_config
+from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.consistency_check import (
     CALLS,
     CALLS_REMEDY,
     ConsistencyCheck,
 )
-from keras_allreduce.workers.fingerprint import Fingerprint
+from keras_allreduce.workers.fingerprint import Fingerprint, checksum, combined
 from keras_allreduce.workers.model_fingerprint import MODEL, ModelCheck
 
 _ALL = "weights and optimizer"
@@ -211,12 +207,12 @@ def trained(model: keras.Model) -> list[Any]:
 
 
 def _same_everywhere(model: keras.Model, weights: Sequence[Any]) -> list[Any]:
-    optimizers = keras_optimizers.optimizers_of(model)
+    optimizers = keras_compat.optimizers_of(model)
     # Each replica adds up its own gradients.
     own = {
         id(variable)
         for optimizer in optimizers
-        for variable in keras_optimizers.all_accumulators(optimizer)
+        for variable in keras_compat.all_accumulators(optimizer)
     }
     candidates = [
         *weights,
@@ -226,8 +222,7 @@ def _same_everywhere(model: keras.Model, weights: Sequence[Any]) -> list[Any]:
     return [
         variable
         for key, variable in unique.items()
-        if key not in own
-        and not keras_optimizers.takes_gradient_as_value(variable)
+        if key not in own and not keras_compat.takes_gradient_as_value(variable)
     ]
 
 

@@ -40,7 +40,7 @@ from keras_allreduce.benchmark.timed_loop import (
 )
 from keras_allreduce.reduce import algorithms
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
-from keras_allreduce.reduce.in_process import InProcess
+from keras_allreduce.reduce.transport import InProcess
 
 pytestmark = pytest.mark.slow
 

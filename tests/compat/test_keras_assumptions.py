@@ -1,9 +1,8 @@
 """What Keras must do for the package to work, one test for each assumption.
 
-Each function of `compat/keras.py` and `compat/keras_optimizers.py` and each
-method that a step shadows has a test here. It runs Keras without any strategy
-of ours, so that a test that fails after an upgrade names the assumption that
-broke, not what came of it.
+Each function of `compat/keras.py` and each method that a step shadows has a
+test here. It runs Keras without a strategy of ours, so that a test that fails
+after an upgrade names the assumption that broke, not its consequences.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +14,9 @@ import tensorflow as tf
 from five_devices import DEVICES
 
 from keras_allreduce.compat import (
-    gradient_tape,
+    graphs,
     keras_door,
     keras_losses,
-    keras_optimizers,
-    keras_steps,
 )
 from keras_allreduce.compat import keras as keras_compat
 
@@ -58,7 +55,7 @@ class StrategyBehindDoor(SpyStrategy):
         """As the door asks of a strategy of ours."""
 
     def run(self, fn, args=(), kwargs=None, options=None):
-        self.steps.append(keras_steps.step_of(fn))
+        self.steps.append(keras_compat.step_of(fn))
         return super().run(fn, args, kwargs, options)
 
 
@@ -144,7 +141,7 @@ def test_keras_runs_a_step_in_the_function_that_it_makes():
 
 def test_keras_passes_its_bound_step_to_strategy_run(monkeypatch):
     strategy, model = under_spy(StrategyBehindDoor)
-    monkeypatch.setattr(keras_steps.keras_calls, "current_step", lambda: None)
+    monkeypatch.setattr(keras_compat.keras_calls, "current_step", lambda: None)
     fit(model)
     model.evaluate(X, Y, batch_size=4, verbose=0)
     assert set(strategy.steps) == {(model, "train_step"), (model, "test_step")}
@@ -152,10 +149,10 @@ def test_keras_passes_its_bound_step_to_strategy_run(monkeypatch):
 
 def test_a_function_that_is_no_step_of_keras_is_not_taken_for_one():
     model = compiled()
-    assert keras_steps.step_of(lambda data: data) == (None, "")
-    assert keras_steps.step_of(model.predict_step) == (None, "")
+    assert keras_compat.step_of(lambda data: data) == (None, "")
+    assert keras_compat.step_of(model.predict_step) == (None, "")
     bound = tf.autograph.experimental.do_not_convert(model.test_step)
-    assert keras_steps.step_of(bound) == (model, "test_step")
+    assert keras_compat.step_of(bound) == (model, "test_step")
 
 
 @pytest.mark.parametrize("name", ["train_step", "test_step", "compute_loss"])
@@ -216,7 +213,7 @@ def test_a_step_is_recognised_whatever_wraps_it(wrap):
     seen = []
 
     def run(fn, args):
-        seen.append(keras_steps.step_of(fn))
+        seen.append(keras_compat.step_of(fn))
         return {"loss": tf.constant(0.0)}
 
     strategy.run = run
@@ -234,7 +231,7 @@ def test_a_function_of_the_model_is_inlined():
             return tf.constant(1)
 
     model = linear(kind=Functions)
-    (name, plain), *others = keras_steps.inlined_functions(model)
+    (name, plain), *others = keras_compat.inlined_functions(model)
     assert not others
     assert name == "train_step"
     with tf.Graph().as_default() as graph:
@@ -482,11 +479,11 @@ def test_a_tape_knows_whether_another_records_it():
     with tf.GradientTape() as outer:
         with tf.GradientTape() as inner:
             y = x * x
-        assert gradient_tape.is_recorded_by_another(inner)
-    assert not gradient_tape.is_recorded_by_another(outer)
+        assert graphs.is_recorded_by_another(inner)
+    assert not graphs.is_recorded_by_another(outer)
     with tf.GradientTape(persistent=True) as tape:
         y = x * x
-        assert not gradient_tape.is_recorded_by_another(tape)
+        assert not graphs.is_recorded_by_another(tape)
     assert tape.gradient(y, x) == 4
 
 
@@ -498,7 +495,7 @@ def test_a_function_tells_all_variables_that_it_uses():
         assigned.assign([3])
         return read + 1
 
-    found = gradient_tape.captured_variables(use.get_concrete_function())
+    found = graphs.captured_variables(use.get_concrete_function())
     assert {dtype for _, dtype in found} == {tf.float32, tf.int64}
 
 
@@ -508,7 +505,7 @@ def test_a_function_tells_all_variables_that_it_uses():
 def test_keras_holds_optimizers_in_attributes_of_the_model():
     model = compiled()
     model.second = keras.optimizers.Adam()
-    found = keras_optimizers.optimizers_of(model)
+    found = keras_compat.optimizers_of(model)
     assert len(found) == 2
     assert found[0] is model.optimizer
     assert found[1] is model.second
@@ -517,25 +514,25 @@ def test_keras_holds_optimizers_in_attributes_of_the_model():
 def test_keras_puts_an_optimizer_inside_a_loss_scale_optimizer():
     sgd = keras.optimizers.SGD()
     outer = keras.optimizers.LossScaleOptimizer(sgd)
-    assert keras_optimizers.inner_optimizer(outer) is sgd
-    assert keras_optimizers.inner_optimizer(sgd) is None
+    assert keras_compat.inner_optimizer(outer) is sgd
+    assert keras_compat.inner_optimizer(sgd) is None
 
 
 def test_keras_says_of_an_optimizer_that_it_accumulates():
     sgd = keras.optimizers.SGD(gradient_accumulation_steps=2)
     outer = keras.optimizers.LossScaleOptimizer(sgd)
-    assert keras_optimizers.accumulates(sgd)
-    assert keras_optimizers.accumulates(outer)
-    assert not keras_optimizers.accumulates(keras.optimizers.SGD())
+    assert keras_compat.accumulates(sgd)
+    assert keras_compat.accumulates(outer)
+    assert not keras_compat.accumulates(keras.optimizers.SGD())
 
 
 def test_keras_adds_gradients_up_in_one_accumulator_per_variable():
     sgd = keras.optimizers.SGD(gradient_accumulation_steps=3)
     variables = [keras.Variable([0.0]), keras.Variable([0.0])]
-    assert keras_optimizers.gradient_accumulators(sgd, variables) is None
+    assert keras_compat.gradient_accumulators(sgd, variables) is None
     for _ in range(2):
         sgd.apply([tf.constant([1.0]), tf.constant([2.0])], variables)
-    found = keras_optimizers.gradient_accumulators(sgd, variables[::-1])
+    found = keras_compat.gradient_accumulators(sgd, variables[::-1])
     assert [float(each[0]) for each in found] == [4, 2]
 
 
@@ -543,7 +540,7 @@ def test_keras_starts_again_from_accumulators_that_are_zero():
     sgd = keras.optimizers.SGD(1.0, gradient_accumulation_steps=2)
     variable = keras.Variable([0.0])
     sgd.apply([tf.constant([8.0])], [variable])
-    (found,) = keras_optimizers.gradient_accumulators(sgd, [variable])
+    (found,) = keras_compat.gradient_accumulators(sgd, [variable])
     found.assign([0.0])
     sgd.apply([tf.constant([2.0])], [variable])
     assert float(variable[0]) == -1
@@ -554,15 +551,15 @@ def test_keras_counts_gradients_and_shows_updates():
     variable = keras.Variable([0.0])
     for _ in range(4):
         sgd.apply([tf.constant([1.0])], [variable])
-    assert int(keras_optimizers.iterations(sgd)) == 4
+    assert int(keras_compat.iterations(sgd)) == 4
     assert int(sgd.iterations) == 2
 
 
 def test_keras_assigns_some_variables_their_gradient():
     variable = keras.Variable([0.0])
-    assert not keras_optimizers.takes_gradient_as_value(variable)
+    assert not keras_compat.takes_gradient_as_value(variable)
     variable.overwrite_with_gradient = True
-    assert keras_optimizers.takes_gradient_as_value(variable)
+    assert keras_compat.takes_gradient_as_value(variable)
     other = keras.Variable([0.0])
     sgd = keras.optimizers.SGD(0.5)
     sgd.apply([tf.constant([4.0]), tf.constant([4.0])], [variable, other])
@@ -636,7 +633,7 @@ def test_keras_assigns_the_scales_of_float8_their_gradients():
     assigned = [
         variable
         for variable in model.trainable_variables
-        if keras_optimizers.takes_gradient_as_value(variable)
+        if keras_compat.takes_gradient_as_value(variable)
     ]
     before = [variable.numpy() for variable in assigned]
     fit(model)

@@ -15,6 +15,7 @@ def not_installed(monkeypatch):
         monkeypatch.setattr(owner, name, stock)
     monkeypatch.setattr(keras_door, "_state", {"installed": False})
     monkeypatch.setattr(keras_door, "_warned", set())
+    monkeypatch.setattr(keras_door, "_wrapped", set())
 
 
 def wrapped():
@@ -50,6 +51,7 @@ def test_a_closed_door_leaves_keras_as_it_is(not_installed, monkeypatch):
     with pytest.warns(UserWarning, match="Unset KERAS_ALLREDUCE_DOOR"):
         keras_door.install()
     assert methods() == before
+    assert not keras_door.makes_functions()
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ from five_devices import DEVICES
 from small_model import fit, make_model
 
 from keras_allreduce import AllReduceLogger, AllReduceStrategy
-from keras_allreduce.fit_output import keras_hook
+from keras_allreduce.fit_output import progress_bar
 
 
 @pytest.fixture
 def uninstalled(monkeypatch):
     """Keras as it is before the first strategy."""
     state = {"installed": False, "warned": False}
-    monkeypatch.setattr(keras_hook, "_state", state)
+    monkeypatch.setattr(progress_bar, "_state", state)
     callbacks = keras.callbacks.CallbackList
     constructor = inspect.unwrap(callbacks.__init__)
     monkeypatch.setattr(callbacks, "__init__", constructor)

@@ -5,8 +5,8 @@
 
 `WorkerGroup`, the wire, the collectives and all that a step does are real. What
 is not there: the connection, the watchdog, and what compares workers, which
-need processes. A program is built by one worker after the other, since seeds belong
-to the process, and trained by all at once.
+need processes. A program is built by one worker after the other, since seeds
+belong to the process, and trained by all at once.
 """
 
 import threading

@@ -7,7 +7,7 @@ from clusters import trained
 from five_devices import DEVICES
 
 from keras_allreduce import AllReduceStrategy
-from keras_allreduce.compat import keras_jit
+from keras_allreduce.compat import keras_door
 from programs import PROGRAMS, on_one_device, run
 
 # XLA rounds otherwise.
@@ -98,11 +98,11 @@ def test_what_the_user_has_set_is_what_the_model_says(jit_compile):
     model = trained(jit_compile=jit_compile)
     # Keras decides, which compiles nothing under a strategy.
     assert model.jit_compile == (jit_compile is True)
-    assert keras_jit.compiles_replicas(model) == (jit_compile is True)
+    assert keras_door.compiles_replicas(model) == (jit_compile is True)
 
 
 @pytest.mark.slow
 def test_eagerly_nothing_is_compiled():
     with pytest.warns(UserWarning, match="cannot also be True"):
         model = trained(jit_compile=True, run_eagerly=True)
-    assert not keras_jit.compiles_replicas(model)
+    assert not keras_door.compiles_replicas(model)

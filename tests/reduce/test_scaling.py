@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_allreduce.reduce import scaling
+from keras_allreduce.reduce import packing
 
 
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32])
@@ -15,7 +15,7 @@ def test_weighing_a_pack_is_a_product_rounded_once(dtype, weight):
 
     @tf.function
     def weigh(value, weight):
-        return scaling.scale_unless_one(value, weight)
+        return packing.scale_unless_one(value, weight)
 
     got = weigh(value, tf.constant(weight))
     assert got.dtype == dtype
@@ -27,7 +27,7 @@ def test_a_pack_that_weighs_nothing_is_0_whatever_is_in_it():
     @tf.function
     def weigh(weight):
         value = tf.constant([[np.nan, np.inf], [1.0, 2.0]])
-        return scaling.scale_unless_one(value, weight)
+        return packing.scale_unless_one(value, weight)
 
     assert not np.any(weigh(tf.constant(0.0)))
     assert np.isnan(weigh(tf.constant(1.0))[0, 0])
@@ -37,7 +37,7 @@ def test_a_pack_that_weighs_nothing_is_0_whatever_is_in_it():
 def test_a_pack_may_have_a_shape_that_is_not_known_while_tracing():
     @tf.function(input_signature=[tf.TensorSpec([None, 2])])
     def weigh(value):
-        weighed = scaling.scale_unless_one(value, tf.constant(0.5))
+        weighed = packing.scale_unless_one(value, tf.constant(0.5))
         assert weighed.shape.as_list() == [None, 2]
         return weighed
 

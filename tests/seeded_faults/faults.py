@@ -68,7 +68,7 @@ FAULTS = [
     Fault(
         "nan_weight",
         "an empty replica's NaN is not silenced",
-        "reduce/scaling.py",
+        "reduce/packing.py",
         "return tf.math.multiply_no_nan(value, tf.cast(weight, value.dtype))",
         "return value * tf.cast(weight, value.dtype)",
         (

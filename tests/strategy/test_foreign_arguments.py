@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from keras_allreduce import AllReduceStrategy, MultiWorkerAllReduceStrategy
-from keras_allreduce.strategy.foreign_arguments import OURS
+from keras_allreduce.strategy.checks import OURS
 
 STRATEGIES = (AllReduceStrategy, MultiWorkerAllReduceStrategy)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from keras_allreduce.workers.checksum import checksum, combined
+from keras_allreduce.workers.fingerprint import checksum, combined
 
 
 @pytest.mark.parametrize("size", [1, 7, 512, 4096, 5000])

@@ -131,7 +131,7 @@ class Finds:
 def test_the_first_failure_counts_and_ends_all_that_waits(runtime):
     why = WorkersDifferError("why")
     monitor = HealthMonitor(
-        CLUSTER, AwakeClock(), FakeHeartbeats(), None, [Finds(why)]
+        CLUSTER, AwakeClock(), FakeHeartbeats(), None, [Finds(why).check]
     )
     ended = []
     monitor.on_loss.append(lambda: ended.append(1))

@@ -6,8 +6,11 @@ import pytest
 import tensorflow as tf
 from graph_walk import ancestors, ops_of_type
 
-from keras_allreduce.workers.in_flight import InFlight, nothing_is_read
-from keras_allreduce.workers.lateness import TimedInFlight
+from keras_allreduce.workers.in_flight import (
+    InFlight,
+    TimedInFlight,
+    nothing_is_read,
+)
 
 
 @pytest.fixture

@@ -5,23 +5,23 @@ import math
 import pytest
 import tensorflow as tf
 
-from keras_allreduce.workers import lateness
-from keras_allreduce.workers.lateness import TimedInFlight
+from keras_allreduce.workers import in_flight
+from keras_allreduce.workers.in_flight import InFlight, TimedCounters
 
 
 @pytest.fixture
 def step(monkeypatch):
-    """A step with two collectives in flight at once, and their `TimedInFlight`.
+    """A step with two collectives in flight at once, and their `InFlight`.
 
     They begin at 1 and 2 and end at 4 and 9 seconds.
     """
     times = iter([1.0, 4.0, 2.0, 9.0])
     monkeypatch.setattr(
-        lateness,
+        in_flight,
         "free_running_clock",
         lambda variable: lambda: tf.constant(next(times), tf.float64),
     )
-    found = TimedInFlight()
+    found = InFlight(TimedCounters)
 
     @tf.function
     def run():
@@ -52,9 +52,9 @@ def test_waits_are_those_since_the_last_call(step):
 
 def test_the_straggler_is_the_one_that_waits_least():
     waits = [0.5, 0.125, 0.25]
-    assert lateness.lateness_ms(waits) == [0, 375, 250]
+    assert in_flight.lateness_ms(waits) == [0, 375, 250]
 
 
 def test_waits_are_told_only_if_every_worker_has_counted_a_step():
-    assert lateness.complete([0.5, 0.25]) == [0.5, 0.25]
-    assert all(map(math.isnan, lateness.complete([0.5, math.nan])))
+    assert in_flight.complete([0.5, 0.25]) == [0.5, 0.25]
+    assert all(map(math.isnan, in_flight.complete([0.5, math.nan])))

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_allreduce import AllReduceStrategy
-from keras_allreduce.workers.own_paths import remedy
+from keras_allreduce.workers.excepthook import remedy
 
 
 def raised(kind, function):

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from deadlines import DEADLINE_SECONDS
 
-from keras_allreduce.workers.tensors import all_gather_tensors
+from keras_allreduce.workers.host_collectives import all_gather_tensors
 
 
 class Threads:
