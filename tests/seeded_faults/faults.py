@@ -152,8 +152,8 @@ FAULTS = [
         "accumulate_when",
         "accumulated gradients are reduced one step off",
         "one_device/update.py",
-        "count = keras_optimizers.iterations(optimizer) + 1",
-        "count = keras_optimizers.iterations(optimizer)",
+        "count = keras_compat.iterations(optimizer) + 1",
+        "count = keras_compat.iterations(optimizer)",
         ("test_update.py", "test_programs.py -k gradient_accumulation-3"),
     ),
     Fault(

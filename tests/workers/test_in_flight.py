@@ -7,8 +7,9 @@ import tensorflow as tf
 from graph_walk import ancestors, ops_of_type
 
 from keras_allreduce.workers.in_flight import (
+    Counters,
     InFlight,
-    TimedInFlight,
+    TimedCounters,
     nothing_is_read,
 )
 
@@ -82,9 +83,9 @@ def test_collectives_that_are_independent_do_not_wait_for_each_other(found):
     assert other not in ancestors(one)
 
 
-@pytest.mark.parametrize("kind", [InFlight, TimedInFlight])
-def test_nothing_is_read_while_tensorflow_connects(kind):
-    found = kind()
+@pytest.mark.parametrize("counters", [Counters, TimedCounters])
+def test_nothing_is_read_while_tensorflow_connects(counters):
+    found = InFlight(counters)
 
     @tf.function
     def run(tensor):
