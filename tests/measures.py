@@ -30,7 +30,7 @@ MAX_LINES = {ast.Module: 400, ast.ClassDef: 200, ast.FunctionDef: 50}
 
 FRAMES = re.compile(
     r"_getframe|currentframe|f_back|f_locals|inspect\.stack|caller_frames"
-    r"|caller_communicates\("
+    r"|calling_frames|frames\.\w+\(|caller_communicates\("
 )
 
 TIME_LIMIT = re.compile(r"^_?[A-Z_]*SECONDS\b[^=\n]*=", re.MULTILINE)
@@ -96,6 +96,13 @@ class Source:
                 value = ast.unparse(node.value)
                 if any(call in value for call in calls):
                     yield f"{self.name}:{name.strip()}"
+
+    def classes_of(self, base: str) -> Iterator[str]:
+        for node in self.definitions():
+            if isinstance(node, ast.ClassDef) and base in map(
+                ast.unparse, node.bases
+            ):
+                yield f"{self.name}:{node.name}"
 
     def words(self) -> str:
         """All docstrings and comments."""
@@ -190,7 +197,10 @@ def table(files: list[Source]) -> Iterator[tuple[str, str]]:
         _listed(
             name
             for file in files
-            for name in file.globals_made_with("threading.local", "ContextVar")
+            for name in (
+                *file.globals_made_with("threading.local", "ContextVar"),
+                *file.classes_of("threading.local"),
+            )
         ),
     )
     yield (
