@@ -214,6 +214,7 @@ def test_an_optimizer_built_outside_the_scope():
             model.fit(X, Y, verbose=0)
 
 
+@pytest.mark.slow
 def test_a_model_made_inside_the_scope_can_be_fitted_anywhere():
     strategy = AllReduceStrategy(DEVICES[:2])
     with strategy.scope():

@@ -200,6 +200,7 @@ def run_without(module, code):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["tensorflow", "keras"])
 def test_without_tensorflow_the_error_names_what_to_install(module):
     done = run_without(

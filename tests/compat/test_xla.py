@@ -127,6 +127,7 @@ class TestDoor:
         assert not keras_door.compiles_replicas(model)
         model.fit(np.ones([4, 2]), np.ones([4, 1]), verbose=0)
 
+    @pytest.mark.slow
     def test_keras_compiles_nothing_around_the_replicas(self, monkeypatch):
         made = []
         stock = tf.function
@@ -147,6 +148,7 @@ class TestDoor:
         assert not any(made)
         assert model.jit_compile is True
 
+    @pytest.mark.slow
     def test_a_keras_that_no_longer_fits_is_refused(self, monkeypatch):
         model = trained(jit_compile=True, replicas=2)
         monkeypatch.setattr(keras_door, "makes_functions", lambda: False)

@@ -197,6 +197,7 @@ def test_results_of_metrics_are_those_of_all_samples(kind, replicas):
     assert_as_on_one_device(kind, metrics_of_every_kind, replicas)
 
 
+@pytest.mark.slow
 def test_a_step_may_return_some_of_the_metrics():
     assert_as_on_one_device(Subset, replicas=3)
 

@@ -78,7 +78,7 @@ class Normalized(keras.layers.Layer):
 LOSSES = {
     "root_mean_square": (root_mean_square, 1.0),
     "mse": ("mse", 0.5),
-    "sum": (total, 0.2),
+    "sum": (total, 0.02),
     "negatives": (in_batch_negatives, 2.0),
     "not_reduced": (Negatives(reduction=None), 0.1),
     "in_float64": (Negatives(dtype="float64"), 1.0),
@@ -274,7 +274,7 @@ def a_custom_step_that_asks_for_the_loss():
         {"square": root_mean_square, "total": total},
         {"square": Y, "total": Y},
         kind=CustomStep,
-        loss_weights={"square": 1.0, "total": 0.2},
+        loss_weights={"square": 1.0, "total": 0.02},
     )
 
 
