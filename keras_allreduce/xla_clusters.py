@@ -121,17 +121,20 @@ def left_out() -> Iterator[None]:
         yield
 
 
-def can_compile(graph: tf.Graph, device: str) -> bool:
-    """Whether XLA has a kernel for all ops of the graph of a function.
+def is_worth_a_program(graph: tf.Graph, device: str, parts: int) -> bool:
+    """Whether XLA can compile the graph of a function, and saves time by it.
 
     Args:
         graph: The graph, with the functions that its ops call.
         device: Name of the device that is to run it.
+        parts: Number of parts of it that have nothing to do with each other.
+            On a CPU each must have `SMALLEST` ops; on a GPU a program saves
+            the launches of all.
     """
     kind = _kind_of(device)
-    return all(
-        op.type in _TRIVIAL or xla.has_kernel(op, kind)
-        for op in _all_ops(graph)
+    ops = list(_all_ops(graph))
+    return (kind != "CPU" or len(_computing(ops)) >= SMALLEST * parts) and all(
+        op.type in _TRIVIAL or xla.has_kernel(op, kind) for op in ops
     )
 
 

@@ -1,5 +1,6 @@
 """What XLA compiles of a step, and where its programs end."""
 
+import pytest
 import tensorflow as tf
 from five_devices import DEVICES
 
@@ -201,25 +202,41 @@ class TestCut:
         traced(outer, *FLOATS)
 
 
-class TestCanCompile:
+class TestIsWorthAProgram:
+    """Of a function."""
+
     def graph(self, function, *specs):
         return tf.function(function).get_concrete_function(*specs).graph
 
-    def test_a_function_of_ops_with_kernels(self):
-        graph = self.graph(lambda x: tf.nn.relu(tf.matmul(x, x)), FLOATS[0])
-        assert xla_clusters.can_compile(graph, "/cpu:0")
+    def adam(self, x):
+        return x - 0.1 * x / (tf.sqrt(tf.square(x) + 1.0) + 1e-7)
 
-    def test_not_with_strings(self):
-        graph = self.graph(tf.strings.as_string, FLOATS[0])
-        assert not xla_clusters.can_compile(graph, "/cpu:0")
+    def test_ops_with_kernels_are(self):
+        graph = self.graph(self.adam, FLOATS[0])
+        assert xla_clusters.is_worth_a_program(graph, "/cpu:0", parts=1)
 
-    def test_not_with_strings_in_a_branch(self):
+    @pytest.mark.parametrize(
+        ("device", "is_worth"), [("/cpu:0", False), ("/gpu:0", True)]
+    )
+    def test_few_ops_of_a_part_are_not_on_a_cpu(self, device, is_worth):
+        graph = self.graph(lambda x: x - 0.1 * x, FLOATS[0])
+        found = xla_clusters.is_worth_a_program(graph, device, parts=1)
+        assert found == is_worth
+
+    def test_strings_are_not(self):
         def step(x):
-            return tf.cond(
+            return self.adam(x), tf.strings.as_string(x)
+
+        graph = self.graph(step, FLOATS[0])
+        assert not xla_clusters.is_worth_a_program(graph, "/cpu:0", parts=1)
+
+    def test_strings_in_a_branch_are_not(self):
+        def step(x):
+            return self.adam(x), tf.cond(
                 tf.reduce_sum(x) > 0,
                 lambda: tf.strings.length(tf.strings.as_string(x)),
                 lambda: tf.zeros([4, 4], tf.int32),
             )
 
         graph = self.graph(step, FLOATS[0])
-        assert not xla_clusters.can_compile(graph, "/cpu:0")
+        assert not xla_clusters.is_worth_a_program(graph, "/cpu:0", parts=1)

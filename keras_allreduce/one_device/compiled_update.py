@@ -17,8 +17,10 @@ def run(apply: Callable[[list[Any]], Any], gradients: Sequence[Any]) -> Any:
     """Calls `apply` with the gradients, as one XLA program if it can be one.
 
     It cannot if an op has no kernel of XLA's, or with sparse gradients, as a
-    program has fixed shapes and they have as many rows as a batch needs. Then
-    its ops are marked one by one, as all ops of a replica.
+    program has fixed shapes and they have as many rows as a batch needs. On
+    CPUs it is not worth it for plain SGD, whose few ops for each variable cost
+    less than to pass the variable to a program. Then its ops are marked one by
+    one, as all ops of a replica.
 
     Args:
         apply: Updates variables; to be called in a graph that is marked.
@@ -41,7 +43,9 @@ def run(apply: Callable[[list[Any]], Any], gradients: Sequence[Any]) -> Any:
         return result if tf.is_tensor(result) else None
 
     compiled = update.get_concrete_function(*given)
-    if not xla_clusters.can_compile(compiled.graph, given[0].device):
+    if not xla_clusters.is_worth_a_program(
+        compiled.graph, given[0].device, parts=len(given)
+    ):
         return apply(list(gradients))
     with xla_clusters.left_out():
         tensor = compiled(*given)

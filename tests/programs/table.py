@@ -163,9 +163,16 @@ def agree_on_workers(name, results):
     agree(name, first, wanted)
 
 
-def agree(name, found, wanted):
-    """Asserts that a program has come to the same, up to rounding."""
-    tolerance = PROGRAMS[name].tolerance
+def agree(name, found, wanted, least=0):
+    """Asserts that a program has come to the same, up to rounding.
+
+    Args:
+        name: Name of the program.
+        found: What it came to.
+        wanted: What it has to come to.
+        least: Tolerance, if that of the program is smaller.
+    """
+    tolerance = max(PROGRAMS[name].tolerance, least)
     for path, got, want in _pairs(found, wanted):
         assert np.isfinite(want) or PROGRAMS[name].may_be_nan, (path, want)
         bound = tolerance if "weights" in path else 10 * tolerance

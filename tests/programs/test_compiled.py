@@ -1,14 +1,13 @@
 """Programs train with `jit_compile=True` on 3 replicas as on one device."""
 
 import keras
-import numpy as np
 import pytest
 from clusters import trained
 from five_devices import DEVICES
 
 from keras_allreduce import AllReduceStrategy
 from keras_allreduce.compat import keras_door
-from programs import PROGRAMS, on_one_device, run
+from programs import PROGRAMS, agree, on_one_device, run
 
 # XLA rounds otherwise.
 TOLERANCE = 1e-5
@@ -40,16 +39,10 @@ SLOW = [
     "state_that_a_layer_keeps",
 ]
 
-# And all other steps of custom models.
 NIGHTLY = [
-    "layer_that_xla_compiles",
-    "metrics_whose_state_is_no_sum",
-    *(
-        name
-        for name, each in PROGRAMS.items()
-        if each.train.__module__ == "programs.custom_steps"
-        and name not in (*FAST, *SLOW)
-    ),
+    name
+    for name, each in PROGRAMS.items()
+    if each.is_like_one and name not in (*FAST, *SLOW)
 ]
 
 
@@ -65,18 +58,6 @@ def all_compiled(monkeypatch):
     return monkeypatch
 
 
-def agree(found, wanted):
-    keras.tree.assert_same_structure(found, wanted)
-    for (path, got), (_, want) in zip(
-        keras.tree.flatten_with_path(found),
-        keras.tree.flatten_with_path(wanted),
-        strict=True,
-    ):
-        np.testing.assert_allclose(
-            got, want, rtol=TOLERANCE, atol=TOLERANCE, err_msg=str(path)
-        )
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -87,9 +68,11 @@ def agree(found, wanted):
 )
 @pytest.mark.filterwarnings("ignore:.*of whose ops XLA compiles")
 def test_a_compiled_program_trains_as_on_one_device(name, all_compiled):
-    found, _ = run(name, AllReduceStrategy(DEVICES[:3], fit_log=False))
+    found, _ = run(
+        name, AllReduceStrategy(DEVICES[:3], **dict(PROGRAMS[name].options))
+    )
     all_compiled.undo()
-    agree(found, on_one_device(name)[0])
+    agree(name, found, on_one_device(name)[0], TOLERANCE)
 
 
 @pytest.mark.slow
