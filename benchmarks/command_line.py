@@ -66,6 +66,11 @@ def add_seconds(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_optimizer(parser: argparse.ArgumentParser) -> None:
+    """Adds `--optimizer`, a key of `models.OPTIMIZERS`."""
+    parser.add_argument("--optimizer", choices=["adam", "sgd"], default="adam")
+
+
 def add_against(parser: argparse.ArgumentParser) -> None:
     """Adds `--against`, another checkout whose package is one more rival."""
     parser.add_argument(

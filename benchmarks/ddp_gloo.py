@@ -65,7 +65,10 @@ def train(job: Job, model: nn.Module, shape: tuple[int, ...]) -> Stopwatch:
     generator = torch.Generator().manual_seed(job.index)
     x = torch.randn((job.local_batch_size, *shape), generator=generator)
     y = torch.randint(10, (job.local_batch_size,), generator=generator)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = {
+        "adam": lambda: torch.optim.Adam(model.parameters(), lr=1e-4),
+        "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.01),
+    }[job.optimizer]()
     loss_function = nn.CrossEntropyLoss()
 
     def read_weights() -> list:

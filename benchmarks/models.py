@@ -179,15 +179,28 @@ def batch(setup: Setup, size: int) -> tuple[np.ndarray, np.ndarray]:
     return x, rng.integers(0, setup.labels, (size, *setup.labels_shape))
 
 
-def compiled(setup: Setup, *, jit_compile: bool = False) -> keras.Model:
+OPTIMIZERS = {
+    "adam": lambda: keras.optimizers.Adam(1e-4),
+    "sgd": lambda: keras.optimizers.SGD(0.01),
+}
+
+
+def compiled(
+    setup: Setup, *, optimizer: str = "sgd", jit_compile: bool = False
+) -> keras.Model:
     """The model, made and compiled where the caller is: in a scope.
 
     Without XLA unless asked for: on a GPU Keras would compile with it, but
     only under no strategy.
+
+    Args:
+        setup: The model.
+        optimizer: Key of `OPTIMIZERS`.
+        jit_compile: Whether to compile with XLA.
     """
     model = setup.make()
     model.compile(
-        keras.optimizers.SGD(0.01),
+        OPTIMIZERS[optimizer](),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=jit_compile,
     )

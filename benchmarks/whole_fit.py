@@ -5,9 +5,10 @@
 
 Each strategy trains each model in a process of its own, and the processes
 take turns: every round gives each of them one call of `fit`, verbose=1 with
-the output thrown away. A turn's time is the mean step after the first few.
-Ratios are taken within a round, and below 1 is faster. The transformer counts
-tokens, the others samples.
+the output thrown away. A turn's time is the mean step after the first few;
+"CPU ms" is what all cores together have worked for it. Ratios are taken within
+a round, and below 1 is faster. The transformer counts tokens, the others
+samples. The optimizer is Adam, or what `--optimizer` says.
 
 "no strategy" trains the same global batch on one device that has all cores.
 No model is compiled with XLA, which Keras would use on a GPU under no strategy,
@@ -22,13 +23,12 @@ of its error in the table.
 
 Before that, all start from the same weights and train one step on the same
 batch; its time, from the call of `fit`, is the first step, with tracing. The
-weights must then agree with those of "no strategy": each to rounding, or in
-mixed_bfloat16 the update as a whole, as there rounding can be all there is to
-the update of a tensor. Where a model has BatchNormalization, whose statistics
-are those of each replica's own part, they must agree with those of
-MirroredStrategy. The peak is the most memory
-that the process had in use, with TensorFlow itself; on GPUs, the most that a
-replica had of its GPU.
+weights must then agree with those of "no strategy": each to rounding, or with
+Adam and in mixed_bfloat16 the update as a whole, as there rounding can be all
+there is to the update of a tensor. Where a model has BatchNormalization, whose
+statistics are those of each replica's own part, they must agree with those of
+MirroredStrategy. The peak is the most memory that the process had in use, with
+TensorFlow itself; on GPUs, the most that a replica had of its GPU.
 """
 
 import argparse
@@ -103,8 +103,8 @@ ENOUGH_REPEATS = 1_000_000
 # what rounding comes to where the update is tiny.
 TOLERANCE = 1e-2
 ATOL = 2e-8
-# Of the norm of the update of all tensors, in mixed_bfloat16.
-TOLERANCE_OF_BFLOAT16 = 0.2
+# Of the norm of the update of all tensors, in mixed_bfloat16 and with Adam.
+TOLERANCE_OF_ALL = 0.2
 
 
 # In the process of a rival ---------------------------------------------------
@@ -153,6 +153,7 @@ class Trainer:
         batch_size: Samples in a global batch.
         on_gpus: Whether the devices are GPUs.
         ends: Whether the data has an end, as arrays have.
+        optimizer: Key of `models.OPTIMIZERS`.
         package: Folder that the package must come from.
     """
 
@@ -164,6 +165,7 @@ class Trainer:
         batch_size: int,
         on_gpus: bool,
         ends: bool,
+        optimizer: str,
         package: str,
     ):
         command_line.check_package(package)
@@ -172,6 +174,7 @@ class Trainer:
         self._replicas = replicas
         self._batch_size = batch_size
         self._on_gpus = on_gpus
+        self._optimizer = optimizer
         self._repeats = ENOUGH_REPEATS if ends else None
         self._devices: list[str] = []
 
@@ -191,7 +194,9 @@ class Trainer:
         made = strategies()[self._strategy.removesuffix(XLA)](self._devices)
         with made.scope():
             self._model = models.compiled(
-                setup, jit_compile=self._strategy.endswith(XLA)
+                setup,
+                optimizer=self._optimizer,
+                jit_compile=self._strategy.endswith(XLA),
             )
         x, y = models.batch(setup, self._batch_size)
         self._labels = y.size
@@ -215,7 +220,7 @@ class Trainer:
         if not Path(initial).exists():
             np.savez(initial, *self._model.get_weights())
         self._model.set_weights(read_weights(initial))
-        seconds = self._fit(1)[0]
+        seconds = self._fit(1)[0][0]
         np.savez(after, *self._model.get_weights())
         is_split_seen = any(
             isinstance(layer, keras.layers.BatchNormalization)
@@ -227,10 +232,21 @@ class Trainer:
             "is_split_seen": is_split_seen,
         }
 
-    def fit(self, steps: int) -> float:
-        """Mean seconds of the steps of a `fit` after the first few."""
-        ends = self._fit(steps)[SKIPPED_STEPS - 1 :]
-        return (ends[-1] - ends[0]) / (len(ends) - 1)
+    def fit(self, steps: int) -> list[float]:
+        """Mean seconds, and CPU seconds, of a step of `fit`.
+
+        The first few do not count.
+        """
+        ends = np.array(self._fit(steps)[SKIPPED_STEPS - 1 :])
+        return ((ends[-1] - ends[0]) / (len(ends) - 1)).tolist()
+
+    def overlap(self) -> float | None:
+        """Share of the all-reduce that was hidden since the last call."""
+        read = getattr(
+            self._model.distribute_strategy, "all_reduce_stats", None
+        )
+        stats = read and read()
+        return stats and stats.overlap
 
     def peak_mib(self) -> float:
         """Most memory of the process so far, or of a replica on its GPU."""
@@ -242,14 +258,14 @@ class Trainer:
             return max(peaks) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-    def _fit(self, steps: int) -> list[float]:
-        """Seconds from the call of `fit` to the end of each step."""
+    def _fit(self, steps: int) -> list[tuple[float, float]]:
+        """Seconds, and CPU seconds, from the start to the end of each step."""
         import keras
 
         ends = []
         timer = keras.callbacks.LambdaCallback(
             on_train_batch_end=lambda batch, logs: ends.append(
-                time.perf_counter() - start
+                (time.perf_counter() - start, time.process_time())
             )
         )
         with contextlib.redirect_stdout(io.StringIO()):
@@ -304,6 +320,8 @@ class Entry:
     after: Path
     started: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    overlap: float | None = None
     peak_mib: float = 0.0
     error: str = ""
 
@@ -380,7 +398,7 @@ def difference_of_all(got: Path, expected: Path, initial: Path) -> float:
     for one, other, before in zip(*files, strict=True):
         difference += float(np.sum(np.square(one - other)))
         update += float(np.sum(np.square(other - before)))
-    return float(np.sqrt(difference / update)) / TOLERANCE_OF_BFLOAT16
+    return float(np.sqrt(difference / update)) / TOLERANCE_OF_ALL
 
 
 def measure(
@@ -401,6 +419,7 @@ def measure(
                 "batch_size": size.batch,
                 "on_gpus": args.gpus,
                 "ends": args.ends,
+                "optimizer": args.optimizer,
                 "package": package,
             }
             rival = rivals.Rival(
@@ -420,18 +439,24 @@ def measure(
         agreement = check_agree(
             entries,
             initial,
-            difference_of_all if args.gpus else update_difference,
+            difference_of_all
+            if args.gpus or args.optimizer == "adam"
+            else update_difference,
         )
         for entry in entries.values():
             entry.ask(ask="fit", steps=SKIPPED_STEPS + 1)
+            entry.ask(ask="overlap")  # From here on.
         for number in range(args.rounds):
             if number and time.monotonic() > args.end:
                 break
             # Every other round goes backwards, against a drift within rounds.
             for name in args.strategies[:: -1 if number % 2 else 1]:
-                seconds = entries[name].ask(ask="fit", steps=size.steps)
+                found = entries[name].ask(ask="fit", steps=size.steps)
+                seconds, cpu_seconds = found or (None, None)
                 entries[name].seconds.append(seconds)
+                entries[name].cpu_seconds.append(cpu_seconds)
         for entry in entries.values():
+            entry.overlap = entry.ask(ask="overlap")
             entry.peak_mib = entry.ask(ask="peak_mib")
     return entries, agreement
 
@@ -459,12 +484,13 @@ def row(model: str, name: str, entries: dict[str, Entry]) -> str:
     entry = entries[name]
     if entry.error:
         error = textwrap.shorten(entry.error.replace("|", "\\|"), 150)
-        return f"| {model} | {name} | {error} | | | | | | |"
+        return f"| {model} | {name} | {error} | | | | | | | |"
     low, median, high = np.percentile(entry.seconds, [25, 50, 75])
     cells = [
         model,
         name,
         f"{median * 1e3:.2f} ({low * 1e3:.2f}-{high * 1e3:.2f})",
+        f"{np.median(entry.cpu_seconds) * 1e3:.1f}",
         f"{entry.started['labels_per_step'] / median:.0f}",
         ratio(entry, entries.get(ALONE)),
         ratio(entry, entries.get(MIRRORED)),
@@ -475,40 +501,59 @@ def row(model: str, name: str, entries: dict[str, Entry]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def seconds_of(entries: dict[str, Entry], *names: str) -> list[list[float]]:
-    """The turns of each of `names`; nothing if one is missing or failed."""
+def both(entries: dict[str, Entry], *names: str) -> list[Entry]:
+    """The entries of `names`; nothing if one is missing or failed."""
     found = [entries.get(name) for name in names]
     if not all(found) or any(entry.error for entry in found):
         return []
-    return [entry.seconds for entry in found]
+    return found
+
+
+def ratios(one: Entry, other: Entry) -> str:
+    """How long a step takes, and the cores work for it."""
+    spread = command_line.spread_of_ratio
+    return (
+        f"{spread(one.seconds, other.seconds)} of the time and "
+        f"{spread(one.cpu_seconds, other.cpu_seconds)} of the CPU time"
+    )
 
 
 def cost_of_clocks(entries: dict[str, Entry]) -> str:
     """What clocks and fit output add to a step, or "" if it is not known."""
-    seconds = seconds_of(entries, OURS, OURS_NO_CLOCKS)
-    if not seconds:
+    found = both(entries, OURS, OURS_NO_CLOCKS)
+    if not found:
         return ""
-    ratios = np.divide(*seconds) * 100 - 100
-    low, median, high = np.percentile(ratios, [25, 50, 75])
+    percent = np.divide(*(each.seconds for each in found)) * 100 - 100
+    low, median, high = np.percentile(percent, [25, 50, 75])
     return f"; clocks cost {median:.1f} % ({low:.1f} to {high:.1f})"
 
 
 def against(entries: dict[str, Entry]) -> str:
     """How the two checkouts compare, or "" if it is not known."""
-    seconds = seconds_of(entries, OURS, OTHER)
-    if not seconds:
+    found = both(entries, OURS, OTHER)
+    if not found:
         return ""
-    ratio = command_line.spread_of_ratio(*seconds)
-    return f"; {OURS} here takes {ratio} of the time of the {OTHER}"
+    first_steps = [each.started["first_step_seconds"] for each in found]
+    return (
+        f"; {OURS} here takes {ratios(*found)} of the {OTHER}, and "
+        f"{np.divide(*first_steps):.2f} of its first step"
+    )
 
 
 def gain_of_xla(entries: dict[str, Entry]) -> str:
-    """What XLA does to a step of AllReduceStrategy, or "" if not known."""
-    seconds = seconds_of(entries, OURS + XLA, OURS)
-    if not seconds:
-        return ""
-    ratio = command_line.spread_of_ratio(*seconds)
-    return f"; with XLA {OURS} takes {ratio} of its time without"
+    """What XLA does to a step with and without a strategy, if it is known."""
+    gains = []
+    for name in (ALONE, OURS):
+        found = both(entries, name + XLA, name)
+        if not found:
+            continue
+        gain = f"with XLA {name} takes {ratios(*found)} that it takes without"
+        if None not in (found[0].overlap, found[1].overlap):
+            gain += (
+                f", overlap {found[0].overlap:.2f}, not {found[1].overlap:.2f}"
+            )
+        gains.append(gain)
+    return "".join(f"; {gain}" for gain in gains)
 
 
 def environment(args: argparse.Namespace, sizes: dict[str, Size]) -> str:
@@ -520,7 +565,8 @@ def environment(args: argparse.Namespace, sizes: dict[str, Size]) -> str:
     return (
         f"{command_line.environment(*versions)}"
         f"{command_line.commits(args.against)}, "
-        f"{GPU_POLICY if args.gpus else 'float32'}, {args.rounds} rounds; "
+        f"{GPU_POLICY if args.gpus else 'float32'}, {args.optimizer}, "
+        f"{args.rounds} rounds; "
         f"global batch and timed steps of a round: {each}"
     )
 
@@ -568,6 +614,7 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="also with jit_compile=True, which ends in the name",
     )
+    command_line.add_optimizer(parser)
     parser.add_argument("--rival", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.steps is not None:
@@ -606,10 +653,11 @@ def main() -> None:
     for replicas in args.replicas:
         print(
             f"\n{replicas} replicas:\n\n"
-            "| model | strategy | ms/step (p25-p75) | samples or tokens/s "
-            "| vs no strategy | vs MirroredStrategy | vs best stock "
+            "| model | strategy | ms/step (p25-p75) | CPU ms "
+            "| samples or tokens/s | vs no strategy | vs MirroredStrategy "
+            "| vs best stock "
             "| first step s | peak MiB |"
-            f"\n{'|---' * 9}|",
+            f"\n{'|---' * 10}|",
             flush=True,
         )
         agreements = {}

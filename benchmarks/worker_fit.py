@@ -20,8 +20,10 @@ import tensorflow as tf
 from worker_jobs import (
     ALONE,
     ALONE_KEPT,
+    ALONE_XLA,
     BATCH_SIZE,
     OPTIONS,
+    OURS_XLA,
     STOCK,
     Job,
     Result,
@@ -62,7 +64,7 @@ def make_strategy(job: Job) -> Any:
         return keras_allreduce.MultiWorkerAllReduceStrategy(
             **OPTIONS[job.strategy]
         )
-    if job.strategy == ALONE_KEPT:
+    if job.strategy in (ALONE_KEPT, ALONE_XLA):
         from keras_allreduce import malloc
 
         malloc.keep_freed()
@@ -102,7 +104,11 @@ def work(job: Job) -> None:
     read_stats = getattr(strategy, "all_reduce_stats", lambda: None)
     keras.utils.set_random_seed(1)
     with strategy.scope() if strategy else contextlib.nullcontext():
-        model = models.compiled(models.MODELS[job.model])
+        model = models.compiled(
+            models.MODELS[job.model],
+            optimizer=job.optimizer,
+            jit_compile=job.strategy in (OURS_XLA, ALONE_XLA),
+        )
     # Stats are read at the start, so that the next are of the timed steps.
     stopwatch = Stopwatch(job, model.get_weights, on_start=read_stats)
     model.fit(

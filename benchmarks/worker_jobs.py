@@ -21,17 +21,20 @@ STOCK = "MultiWorkerMirroredStrategy (mended)"
 OURS = "MultiWorkerAllReduceStrategy"
 OURS_BFLOAT16 = f"{OURS} bfloat16"
 OURS_MPI = f"{OURS} MPI"
+OURS_XLA = f"{OURS} XLA"
 OTHER, OTHER_MPI = "other checkout", "other checkout MPI"
 DDP = "DistributedDataParallel (gloo)"
 
 ALONE = "no communication"
 ALONE_KEPT = "no communication, freed memory kept"
+ALONE_XLA = "no communication, freed memory kept XLA"
 ALONE_PYTORCH = "PyTorch, no communication"
 
 OPTIONS = {
     OURS: {},
     OURS_BFLOAT16: {"wire_dtype": "bfloat16"},
     OURS_MPI: {"transport": "mpi"},
+    OURS_XLA: {},
     OTHER: {},
     OTHER_MPI: {"transport": "mpi"},
     **{
@@ -46,6 +49,7 @@ OPTIONS = {
 BASELINES = {
     STOCK: ALONE,
     **dict.fromkeys(OPTIONS, ALONE_KEPT),
+    OURS_XLA: ALONE_XLA,
     DDP: ALONE_PYTORCH,
 }
 
@@ -63,6 +67,7 @@ class Job:
         addresses: `"host:port"` of each worker.
         interface: Network interface that the addresses belong to.
         package: Folder that the package must come from.
+        optimizer: Key of `models.OPTIMIZERS`.
         index: Which of the workers this one is.
     """
 
@@ -74,6 +79,7 @@ class Job:
     addresses: list[str]
     interface: str
     package: str
+    optimizer: str
     index: int = 0
 
     @property

@@ -292,6 +292,16 @@ def inner_optimizer(optimizer: Any) -> Any | None:
     return getattr(optimizer, "inner_optimizer", None)
 
 
+def has_slots(optimizer: Any) -> bool:
+    """Whether an optimizer has variables of its own for those it updates.
+
+    Each has `iterations` and, unless it has a schedule, `learning_rate`. All
+    that an update of Keras's own optimizers writes is in `optimizer.variables`,
+    or given to it.
+    """
+    return len(optimizer.variables) > 2
+
+
 def accumulates(optimizer: Any) -> bool:
     """Whether an optimizer adds up the gradients of several steps."""
     inner = inner_optimizer(optimizer) or optimizer

@@ -10,7 +10,7 @@ accumulation and clipping of Keras see the sum.
                        [2] backprop
                        [3] the sum over all replicas
     optimizer.apply    [4] the sum of what no tape has taken
-                       [5] the update, on each replica alike
+                       [5] the update, on each replica alike, or once for all
 
 A step of Keras whose optimizer accumulates leaves out [3]: each replica adds
 up its own gradients, and [4] sums them in the step that applies them.
@@ -33,8 +33,11 @@ from keras_allreduce.one_device.reduction import (
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.one_device.update import (
+    is_done_once,
+    number_on_worker,
     sum_over_replicas,
     sum_when_applied,
+    take_over,
     update,
 )
 from keras_allreduce.reduce.observe import BatchRecord
@@ -190,6 +193,9 @@ class GradientsOfTheBatch:
         if keras_compat.inner_optimizer(optimizer) is not None:
             # Checks all replicas' gradients at once, in a merge_call.
             return apply(grads, variables)
+        replicas, number = self._replicas, number_on_worker(self._replicas)
+        if number and is_done_once(replicas, optimizer, grads, variables):
+            return take_over(replicas, number, optimizer, variables or ())
         return update(apply, grads, variables)  # [5]
 
     def _reduced(

@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_allreduce import xla_clusters
-from keras_allreduce.compat import distribute
+from keras_allreduce.compat import distribute, keras_config
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.devices import on_each
 from keras_allreduce.one_device import compiled_update, replica
@@ -181,6 +181,74 @@ def _take(gradient: tf.Tensor, accumulator: tf.Variable) -> tf.Tensor:
         total = gradient + accumulator
         accumulator.assign(tf.zeros_like(accumulator))
     return total
+
+
+def is_done_once(
+    replicas: Replicas,
+    optimizer: Any,
+    gradients: Sequence[Any],
+    variables: Sequence[Any] | None,
+) -> bool:
+    """Whether the first replica of a worker updates for all of them.
+
+    All come to the same, so on CPUs one update and a copy that shares memory
+    take less time than an update of each. On GPUs a copy takes more. It has to
+    be known what an update writes: the variables of an optimizer of Keras's,
+    and those that it is given. A variable that is written row by row is
+    copied whole when it is read, and an optimizer without slots writes as much
+    as is copied, so these update each replica; as do accumulators, which
+    hold what belongs to a replica.
+
+    Args:
+        replicas: The replicas of this worker.
+        optimizer: Keras's, or the user's.
+        gradients: The reduced gradients.
+        variables: Those that the gradients are of, if known.
+    """
+    return (
+        bool(variables)
+        and not replica.is_measured()
+        and all(
+            tf.DeviceSpec.from_string(device).device_type == "CPU"
+            for device in replicas.devices
+        )
+        and keras_config.is_of_keras(optimizer)
+        and keras_compat.has_slots(optimizer)
+        and not keras_compat.accumulates(optimizer)
+        and not any(isinstance(each, tf.IndexedSlices) for each in gradients)
+    )
+
+
+def take_over(
+    replicas: Replicas, number: int, optimizer: Any, variables: Sequence[Any]
+) -> None:
+    """Gives a replica what the update of the first one came to.
+
+    TensorFlow runs replicas one after the other, so that of the first is
+    traced already. A value is not copied: the variables have one buffer until
+    the next update writes another one.
+
+    Args:
+        replicas: The replicas of this worker.
+        number: Which of them this thread runs.
+        optimizer: The optimizer that has updated the first replica.
+        variables: The variables that it was given.
+    """
+    for variable in [*optimizer.variables, *variables]:
+        parts = replicas.local_values(variable.value)
+        if not parts or parts[0] is parts[number]:
+            continue  # One variable for all replicas.
+        with tf.device(parts[0].device):
+            value = parts[0].read_value()
+        with tf.device(parts[number].device):
+            parts[number].assign(value, read_value=False)
+
+
+def number_on_worker(replicas: Replicas) -> int:
+    """Which of the replicas of this worker this thread runs."""
+    context = tf.distribute.get_replica_context()
+    number = tf.get_static_value(context.replica_id_in_sync_group)
+    return int(number) % len(replicas.devices)
 
 
 def update(

@@ -518,6 +518,36 @@ def test_keras_puts_an_optimizer_inside_a_loss_scale_optimizer():
     assert keras_compat.inner_optimizer(sgd) is None
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "has_slots"),
+    [
+        (keras.optimizers.SGD(0.1), False),
+        (keras.optimizers.SGD(0.1, momentum=0.9), True),
+        (keras.optimizers.SGD(0.1, use_ema=True), True),
+        (keras.optimizers.Adam(), True),
+        (keras.optimizers.Lion(), True),
+    ],
+)
+def test_the_variables_of_an_optimizer_are_all_that_it_writes(
+    optimizer, has_slots
+):
+    variable = keras.Variable(np.ones([2]))
+    optimizer.build([variable])
+    assert keras_compat.has_slots(optimizer) == has_slots
+    listed = [*optimizer.variables, variable]
+    update = tf.function(lambda g: optimizer.apply([g], [variable]))
+    graph = update.get_concrete_function(tf.ones([2])).graph
+    handles = {id(inner): outer for outer, inner in graph.captures}
+    assigned = [
+        handles[id(op.inputs[0])]
+        for op in graph.get_operations()
+        if op.type.startswith("Assign")
+    ]
+    assert len(assigned) >= 2
+    for handle in assigned:
+        assert any(handle is each.value.handle for each in listed)
+
+
 def test_keras_says_of_an_optimizer_that_it_accumulates():
     sgd = keras.optimizers.SGD(gradient_accumulation_steps=2)
     outer = keras.optimizers.LossScaleOptimizer(sgd)

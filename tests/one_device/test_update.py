@@ -2,8 +2,10 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from five_devices import DEVICES
+from graph_walk import ops_of_type
 
 import keras_allreduce
 
@@ -18,8 +20,8 @@ def model_under(strategy, optimizer):
     return model
 
 
-def sums_by_branch(model):
-    """Names of the branches of the train step that sum gradients."""
+def step_of(model):
+    """The graph of a train step."""
     data = model.distribute_strategy.experimental_distribute_dataset(
         tf.data.Dataset.from_tensor_slices((X, Y)).repeat().batch(4)
     )
@@ -29,7 +31,12 @@ def sums_by_branch(model):
             model.train_step, args=(batch,)
         )
     )
-    graph = step.get_concrete_function(next(iter(data))).graph
+    return step.get_concrete_function(next(iter(data))).graph
+
+
+def sums_by_branch(model):
+    """Names of the branches of the train step that sum gradients."""
+    graph = step_of(model)
     found = {"always": _adds_gradients(graph)}
     for op in graph.get_operations():
         if op.type in ("If", "StatelessIf"):
@@ -121,3 +128,50 @@ def test_clipping_sees_the_sum_of_all_optimizers_of_a_model():
         np.testing.assert_allclose(
             layer.kernel.numpy()[:, 0], [-0.8, -0.6, 0], atol=1e-6
         )
+
+
+class OfTheUser(keras.optimizers.Adam):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "times"),
+    [
+        (lambda: keras.optimizers.Adam(0.1), 1),
+        (lambda: keras.optimizers.Adam(0.1, global_clipnorm=1.0), 1),
+        # Who knows what it keeps elsewhere?
+        (lambda: OfTheUser(0.1), 3),
+    ],
+)
+def test_the_first_replica_updates_for_all_on_cpus(optimizer, times):
+    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:3])
+    model = model_under(strategy, optimizer)
+    model.fit(X, Y, batch_size=6, verbose=0)
+    for variable in [*model.variables, *model.optimizer.variables]:
+        first, *others = variable.value.values
+        for other in others:
+            np.testing.assert_array_equal(other, first, variable.path)
+    assert num_updates(model) == times
+
+
+def num_updates(model):
+    """How often the train step updates the kernel."""
+    kernel = model.layers[0].kernel.shape
+    return sum(
+        op.outputs[0].shape == kernel
+        for op in ops_of_type(step_of(model), "Sqrt")
+    )
+
+
+def test_rows_of_a_table_are_updated_on_each_replica():
+    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:2])
+    with strategy.scope():
+        model = keras.Sequential(
+            [keras.Input([3]), keras.layers.Embedding(7, 2)]
+        )
+        model.compile("adam", "mse")
+    model.fit(X, np.zeros([8, 3, 2]), batch_size=4, verbose=0)
+    (table,) = model.trainable_variables
+    first, second = table.value.values
+    np.testing.assert_array_equal(first, second)
+    assert not np.allclose(first[1], first[2])
