@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from five_devices import DEVICES
+from programs.table import weighs_outputs_by_trace
 
 from keras_allreduce.compat import (
     graphs,
@@ -169,6 +170,26 @@ def test_a_custom_step_is_not_keras_own():
     assert keras_compat.is_keras_method(model, "test_step")
     assert keras_compat.is_custom_step(model, "train_step")
     assert not keras_compat.is_custom_step(model, "test_step")
+
+
+@pytest.mark.xfail(
+    weighs_outputs_by_trace(),
+    reason="This Keras weighs them by the size of the batch that it has traced "
+    "first, which replicas do not have: docs/versions.md.",
+    strict=True,
+)
+def test_keras_weighs_the_losses_of_outputs_alike_in_all_batches():
+    inputs = keras.Input([2])
+    outputs = [
+        keras.layers.Dense(1, name=name, kernel_initializer="ones")(inputs)
+        for name in "ab"
+    ]
+    model = keras.Model(inputs, outputs)
+    model.compile(keras.optimizers.SGD(0.0), ["mse", "mae"])
+    x = np.array([[1, 0], [1, 0], [3, 0]], "float32")
+    history = fit(model, x, [Y[:3], Y[:3]], batch_size=2).history
+    # A batch of two samples that cost 1, and one of one sample that costs 9.
+    assert history["a_loss"] == [5]
 
 
 def test_keras_shows_the_results_of_the_metrics_after_a_step():

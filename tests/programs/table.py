@@ -31,6 +31,10 @@ import tensorflow as tf
 # Products on GPUs in float32, not in the 11 bits of TF32.
 tf.config.experimental.enable_tensor_float_32_execution(False)
 
+# From here on Keras weighs the losses of single outputs by what it has traced,
+# `test_keras_weighs_the_losses_of_outputs_alike_in_all_batches`.
+KERAS_WEIGHS_OUTPUTS_BY_TRACE = (3, 16)
+
 PLACES = {"threads", "workers", "devices", "mpi"}
 
 
@@ -174,11 +178,26 @@ def agree(name, found, wanted, least=0):
     """
     tolerance = max(PROGRAMS[name].tolerance, least)
     for path, got, want in _pairs(found, wanted):
+        if weighs_outputs_by_trace() and _is_loss_of_an_output(path):
+            continue
         assert np.isfinite(want) or PROGRAMS[name].may_be_nan, (path, want)
         bound = tolerance if "weights" in path else 10 * tolerance
         np.testing.assert_allclose(
             got, want, rtol=bound, atol=bound, err_msg=f"{name} {path}"
         )
+
+
+def weighs_outputs_by_trace():
+    """Whether this Keras shows losses that depend on the traces of a step."""
+    release = tuple(map(int, keras.__version__.split(".")[:2]))
+    return release >= KERAS_WEIGHS_OUTPUTS_BY_TRACE
+
+
+def _is_loss_of_an_output(path):
+    of, *names = map(str, path)
+    return of == "history" and any(
+        name.endswith("_loss") and name != "val_loss" for name in names
+    )
 
 
 def _pairs(found, wanted):
