@@ -90,9 +90,15 @@ def test_all_methods_are_as_before_after_a_call_of_keras(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fit", "evaluate", "predict"])
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "traced"])
-@pytest.mark.parametrize("in_graph", [True, False], ids=["op", "python"])
+@pytest.mark.parametrize(
+    ("name", "eager", "in_graph"),
+    [
+        pytest.param("fit", True, False, id="fit, eager, in Python"),
+        pytest.param("fit", False, True, id="fit, traced, in an op"),
+        pytest.param("evaluate", False, False, id="evaluate, traced, Python"),
+        pytest.param("predict", True, True, id="predict, eager, in an op"),
+    ],
+)
 def test_all_methods_are_as_before_after_a_call_that_fails(
     name, eager, in_graph
 ):
