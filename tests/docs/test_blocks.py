@@ -192,7 +192,7 @@ def test_a_block_of_python_runs(mark, text, tmp_path, monkeypatch, request):
     exec(compile(text, request.node.name, "exec"), names)
 
 
-@pytest.mark.parametrize(("mark", "text"), blocks("python"))
+@pytest.mark.parametrize(("mark", "text"), list(blocks("python")))
 def test_names_and_arguments_in_a_block_exist(mark, text):
     tree = ast.parse(text)
     for node in ast.walk(tree):
@@ -232,7 +232,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_a_command_is_one_that_there_is(words, here):
     check(words)
 

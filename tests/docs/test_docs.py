@@ -70,6 +70,17 @@ def test_a_script_that_is_named_exists(path):
 
 
 @each_document
+def test_a_module_that_is_named_exists(path):
+    for file in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", text_of(path)):
+        if file == "reduce/my_sum.py":  # The algorithm of a recipe.
+            continue
+        folders = (".", "keras_allreduce", "tests")
+        assert any((REPOSITORY / each / file).exists() for each in folders), (
+            file
+        )
+
+
+@each_document
 def test_no_link_is_dead(path):
     # What is in a fence or in backticks is no link.
     text = re.sub(r"```.*?```|`[^`\n]*`", "", text_of(path), flags=re.DOTALL)
