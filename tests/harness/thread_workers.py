@@ -42,28 +42,23 @@ OPTIONS = WorkerOptions(
 )
 
 
-class ShardOfBatches(SplitDataset):
-    """The parts of one worker of every batch."""
+def shard_of_batches(split, rank, size, num_replicas):
+    """Leaves a data set that is split the parts of one worker.
 
-    def __init__(self, rank, size, *args, **kwargs):
-        self._rank, self._size = rank, size
-        super().__init__(*args, **kwargs)
+    It stays a `SplitDataset`, for the iterators of this package: those of
+    TensorFlow for several devices may end the process when workers that are
+    threads make and drop them at once.
+    """
+    here = num_replicas // size
 
-    def _create_cloned_datasets_from_dataset(
-        self, dataset, input_context, input_workers, strategy, replicas
-    ):
-        super()._create_cloned_datasets_from_dataset(
-            dataset, input_context, input_workers, strategy, replicas
-        )
-        here = replicas // self._size
+    def is_mine(number, part):
+        return number // here % size == rank
 
-        def is_mine(number, part):
-            return number // here % self._size == self._rank
-
-        self._cloned_datasets = [
-            parts.enumerate().filter(is_mine).map(lambda number, part: part)
-            for parts in self._cloned_datasets
-        ]
+    split._cloned_datasets = [
+        parts.enumerate().filter(is_mine).map(lambda number, part: part)
+        for parts in split._cloned_datasets
+    ]
+    return split
 
 
 class ExtendedOfWorker(AllReduceExtended):
@@ -109,13 +104,16 @@ class ExtendedOfWorker(AllReduceExtended):
         self.metric_sums.forget()
         return distribute(
             dataset,
-            lambda made: ShardOfBatches(
+            lambda made: shard_of_batches(
+                SplitDataset(
+                    self._input_workers,
+                    self._container_strategy(),
+                    dataset=made,
+                    num_replicas_in_sync=self._num_replicas_in_sync,
+                ),
                 self._workers.rank,
                 self._workers.size,
-                self._input_workers,
-                self._container_strategy(),
-                dataset=made,
-                num_replicas_in_sync=self._num_replicas_in_sync,
+                self._num_replicas_in_sync,
             ),
             self._num_replicas_in_sync,
         )
