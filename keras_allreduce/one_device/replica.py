@@ -111,7 +111,7 @@ def _graph_of_thread() -> Any:
 
 
 NO_REPLICA = Replica()
-"""That of a thread that runs no replica."""
+"""The state of a thread that runs no replica."""
 
 
 @dataclass(frozen=True)

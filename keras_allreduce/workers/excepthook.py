@@ -39,7 +39,7 @@ class Monitor(Protocol):
         """Which worker failed and how, or `None`."""
 
     def ask_until_sure(self) -> str | None:
-        """The same, after it has asked the others now until it is sure."""
+        """Pings the other workers until one is surely lost; then as `lost`."""
 
     def say_goodbye(self, seconds: float) -> None:
         """Tells the others that the script of this worker ends well."""

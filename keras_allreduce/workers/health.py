@@ -167,7 +167,7 @@ class HealthMonitor:
         return None if found is None else type(found)(str(found))
 
     def cause(self) -> WorkerError | None:
-        """The same, after it has asked the others now until it is sure."""
+        """Pings the other workers until the failed one is certain."""
         self.ask_until_sure()
         return self.failure()
 
