@@ -20,6 +20,8 @@ from the last batch of an epoch to the first of the next, without validation.
 Epochs of 5 seconds or more run at the same time under all strategies, as they
 only sleep.
 
+With `--against`, "other checkout" is AllReduceStrategy of another commit.
+
 Last, two workers of one device each on loopback, against one process of two:
 the same gap. Not with --gpus, where each of --replicas is a GPU, or a part of
 one, and the gaps are those of the first number.
@@ -51,6 +53,7 @@ ALONE = "no strategy"
 MIRRORED = "MirroredStrategy"
 ONE_DEVICE = "MirroredStrategy, ReductionToOneDevice"
 OURS = "AllReduceStrategy"
+OTHER = "other checkout"
 WORKERS = "MultiWorkerAllReduceStrategy"
 STRATEGIES = [ALONE, MIRRORED, ONE_DEVICE, OURS]
 
@@ -173,7 +176,8 @@ def watch(pause_seconds: float) -> Any:
 class Trainer:
     """A model under one strategy; its methods are what a rival is asked."""
 
-    def __init__(self, name: str, replicas: int, on_gpus: bool):
+    def __init__(self, name: str, replicas: int, on_gpus: bool, package: str):
+        command_line.check_package(package)
         with strategy(name, replicas, on_gpus).scope():
             self._model = compiled()
         self._held_out = samples(VALIDATION_BATCHES)
@@ -232,14 +236,21 @@ def started(
     stack: contextlib.ExitStack,
     name: str,
     replicas: int,
-    on_gpus: bool = False,
+    args: argparse.Namespace,
     **environment: str,
 ) -> rivals.Rival:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
+    package = args.against if name == OTHER else command_line.HERE
     options = json.dumps(
-        {"name": name, "replicas": replicas, "on_gpus": on_gpus}
+        {
+            "name": name,
+            "replicas": replicas,
+            "on_gpus": args.gpus,
+            "package": package,
+        }
     )
     command = [sys.executable, __file__, "--serve", options]
+    environment |= command_line.package_of(package)
     return stack.enter_context(
         rivals.Rival(name, command, Path(folder) / "log", environment)
     )
@@ -254,7 +265,7 @@ def print_wall(replicas: int, args: argparse.Namespace) -> None:
     """One table: what is outside the steps, by kind of data."""
     with contextlib.ExitStack() as stack:
         entries = {
-            name: started(stack, name, replicas, args.gpus)
+            name: started(stack, name, replicas, args)
             for name in args.strategies
         }
         for kind in args.data:
@@ -299,8 +310,7 @@ def print_gaps(args: argparse.Namespace) -> None:
     print("|---" * (len(args.strategies) + 1) + "|")
     with contextlib.ExitStack() as stack:
         entries = [
-            started(stack, name, replicas, args.gpus)
-            for name in args.strategies
+            started(stack, name, replicas, args) for name in args.strategies
         ]
         for entry in entries:
             entry.ask(ask="gaps", seconds=0.0, epochs=1)
@@ -320,16 +330,17 @@ def print_gaps(args: argparse.Namespace) -> None:
             )
 
 
-def print_workers(rounds: int) -> None:
+def print_workers(args: argparse.Namespace) -> None:
     """Gaps between epochs, of two workers and of one process."""
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
     with contextlib.ExitStack() as stack:
-        together = started(stack, OURS, 2)
+        together = started(stack, OURS, 2, args)
         two = [
             started(
                 stack,
                 WORKERS,
                 1,
+                args,
                 TF_CONFIG=json.dumps(
                     {
                         "cluster": {"worker": addresses},
@@ -341,7 +352,7 @@ def print_workers(rounds: int) -> None:
         ]
         found: dict[str, list[float]] = {"1 x 2": [], "2 x 1": []}
         request = {"ask": "gaps", "seconds": 0.5, "epochs": 8}
-        for turn in range(rounds + 1):
+        for turn in range(args.rounds + 1):
             one, both = together.ask(**request), at_once(two, **request)[0]
             if turn:
                 found["1 x 2"] += one
@@ -361,6 +372,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", choices=DATA, default=DATA)
     parser.add_argument("--rounds", type=int, default=3)
     command_line.add_seconds(parser)
+    command_line.add_against(parser)
     parser.add_argument(
         "--strategies",
         nargs="+",
@@ -383,6 +395,8 @@ def parsed() -> argparse.Namespace:
     args.end = time.monotonic() + args.seconds
     if not {ALONE, OURS} <= set(args.strategies):
         parser.error(f"--strategies must have {ALONE!r} and {OURS!r}.")
+    if args.against:
+        args.strategies = [*args.strategies, OTHER]
     if len(args.lengths) != len(args.epochs):
         parser.error(
             "--epochs has a number for each of --lengths. Received: "
@@ -398,13 +412,17 @@ def main() -> None:
         return
     # So that the rivals go too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print(command_line.environment("tensorflow", "keras"), flush=True)
+    print(
+        f"{command_line.environment('tensorflow', 'keras')}"
+        f"{command_line.commits(args.against)}",
+        flush=True,
+    )
     for replicas in args.replicas:
         print_wall(replicas, args)
     if args.lengths:
         print_gaps(args)
     if args.workers and not args.gpus:
-        print_workers(args.rounds)
+        print_workers(args)
 
 
 if __name__ == "__main__":
