@@ -44,7 +44,7 @@ class CollectiveGroup:
     key: int = field(default_factory=lambda: next(_group_keys))
 
 
-class Places:
+class CollectiveNames:
     """Names collectives by their place in the graph that is traced."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Collectives:
     def __init__(self, group: CollectiveGroup, in_flight: InFlight):
         self._group = group
         self._in_flight = in_flight
-        self._places = Places()
+        self._names = CollectiveNames()
         self._tokens: dict[str, tf.Variable] = {}
 
     @property
@@ -129,7 +129,7 @@ class Collectives:
             The sum, on each of `devices`.
         """
         with tf.device(self._group.device):
-            name = self._places.name(tensors[0], purpose)
+            name = self._names.name(tensors[0], purpose)
             place = self._place(name, tensors[0])
 
             def launch(tensor: tf.Tensor, token: tf.Tensor) -> tf.Tensor:
@@ -182,7 +182,7 @@ class Collectives:
         self, op: Any, tensor: tf.Tensor, purpose: str, **attributes: Any
     ) -> tf.Tensor:
         with tf.device(self._group.device):
-            name = self._places.name(tensor, purpose)
+            name = self._names.name(tensor, purpose)
             place = self._place(name, tensor)
             with self._in_flight.watched(name, [tensor]) as flight:
                 result = op(

@@ -170,7 +170,7 @@ def run_collectives_of_mpi():
     from mpi4py import MPI
 
     from keras_allreduce.workers.mpi import messages
-    from keras_allreduce.workers.mpi.names import Submission
+    from keras_allreduce.workers.mpi.communicators import Submission
 
     rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
     own = np.arange(4.0) + rank

@@ -18,12 +18,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_allreduce.graph_order import keep_with_graph
-from keras_allreduce.workers.collectives import CollectiveGroup, Places
+from keras_allreduce.workers.collectives import CollectiveGroup, CollectiveNames
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.mpi import messages
+from keras_allreduce.workers.mpi.communicators import Submission
 from keras_allreduce.workers.mpi.engine import Engine
 from keras_allreduce.workers.mpi.messages import Collective
-from keras_allreduce.workers.mpi.names import Submission
 
 # The sums that every MPI can do. It has no 16-bit floats: those are exchanged.
 _SUMMED = (
@@ -145,7 +145,7 @@ class MpiCollectives:
         self._engine = engine
         self._group = group
         self._in_flight = in_flight
-        self._places = Places()
+        self._names = CollectiveNames()
 
     @property
     def device(self) -> str:
@@ -194,7 +194,7 @@ class MpiCollectives:
             with self._in_flight.during():
                 return self._run_now(collective, tensor)
         with tf.device(self.device):
-            name = f"{self._group.key} {self._places.name(tensor, purpose)}"
+            name = f"{self._group.key} {self._names.name(tensor, purpose)}"
             site = _Site(
                 self._engine, name, collective, tensor.dtype, self.device
             )

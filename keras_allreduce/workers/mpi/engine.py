@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_allreduce.workers.mpi.communicators import Communicators, Submission
 from keras_allreduce.workers.mpi.messages import Buffers, Exchange
-from keras_allreduce.workers.mpi.names import Names, Submission
 
 # A message that is nearly there is worth more tests; longer waits leave the
 # core to other threads. A nap is at most this part of the wait so far.
@@ -74,7 +74,7 @@ class Engine:
         # Held by whoever uses MPI.
         self._lock = threading.Lock()
         self._calls: dict[Submission, None] = {}
-        self._names = Names(mpi, comm)
+        self._communicators = Communicators(mpi, comm)
         self._requests: list[Any] = []
         self._owners: list[_Running] = []
         self._failed = False
@@ -89,7 +89,7 @@ class Engine:
         Returns:
             The received array; `None` if it will be delivered later.
         """
-        comm = self._names.comms.get(call.name)
+        comm = self._communicators.comms.get(call.name)
         if comm is None or not self._lock.acquire(blocking=False):
             self.submit(call)
             return None
@@ -175,8 +175,8 @@ class Engine:
                 with self._lock:
                     self._take(work)
             with self._lock:
-                if self._names.are_asked_for:
-                    self._begin(*self._names.agree())
+                if self._communicators.are_asked_for:
+                    self._begin(*self._communicators.agree())
                 has_advanced = self._test()
             if has_advanced:
                 idle = 0
@@ -187,7 +187,7 @@ class Engine:
 
     def _next(self, idle: int, since: float) -> _Work | None:
         """New submissions; sleeps if there is nothing to do."""
-        if not self._requests and not self._names.are_asked_for:
+        if not self._requests and not self._communicators.are_asked_for:
             return self._submitted.get()
         if idle < _TESTS_BEFORE_NAPS:
             return self._submitted.get_nowait()
@@ -198,14 +198,14 @@ class Engine:
     def _take(self, work: _Work) -> None:
         if isinstance(work, _Running):
             self._await(work)
-        elif work.name in self._names.comms:
+        elif work.name in self._communicators.comms:
             self._begin(work)
         else:
-            self._begin(*self._names.ask(work))  # [2]
+            self._begin(*self._communicators.ask(work))  # [2]
 
     def _begin(self, *calls: Submission) -> None:
         for call in calls:
-            comm = self._names.comms[call.name]
+            comm = self._communicators.comms[call.name]
             exchange = call.collective(comm, call.own, self._buffers)
             self._advance(_Running(call, exchange))
 

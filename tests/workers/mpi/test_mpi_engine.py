@@ -7,8 +7,8 @@ import numpy as np
 from deadlines import wait_until
 
 from keras_allreduce.workers.mpi import engine as engine_module
+from keras_allreduce.workers.mpi.communicators import Submission
 from keras_allreduce.workers.mpi.engine import Engine
-from keras_allreduce.workers.mpi.names import Submission
 
 
 class AloneInTheWorld:

@@ -37,8 +37,8 @@ class Submission:
     deliver: Callable[[np.ndarray | None], None]
 
 
-class Names:
-    """The names that all workers have a collective of, and those asked for.
+class Communicators:
+    """The communicators that all workers have, by name, and those asked for.
 
     Args:
         mpi: The module `mpi4py.MPI`.
