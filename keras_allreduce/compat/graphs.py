@@ -1,6 +1,6 @@
 """Assumptions about tapes and the graphs of traced functions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -89,6 +89,10 @@ _RANDOM = (
     "StatelessTruncatedNormal",
     "TruncatedNormal",
 )
+_READS_OF_DATA = ("IteratorGetNext", "OptionalGetValue", *_RANDOM)
+# Ops that leave a value as it is.
+_SAME = frozenset({"Cast", "Identity", "Reshape", "Squeeze"})
+_REDUCTIONS = frozenset({"Max", "Mean", "Min", "Sum"})
 _DIVISIONS = frozenset({"RealDiv", "DivNoNan", "Div"})
 _MOST_OPS = 10_000
 
@@ -123,6 +127,70 @@ def denominator(target: Any) -> tf.Tensor | None:
     return only
 
 
+def last_reduction(value: Any) -> str:
+    """The op that a value ends in: "Max", "Mean", "Min" or "Sum".
+
+    Empty if it ends in none of them. "Mean" too if it does not depend on the
+    data: it is the same on any part of a batch.
+    """
+    if not tf.is_tensor(value) or not _is_symbolic(value):
+        return ""
+    if not _depends_on_data(value):
+        return "Mean"
+    op = _before(value.op, _SAME)
+    if op.type in _REDUCTIONS:
+        inner = _before(op.inputs[0].op, _SAME).type
+        return "" if inner in _REDUCTIONS - {op.type} else str(op.type)
+    return ""
+
+
+def _before(op: Any, passed: Container[str]) -> Any:
+    """The op that the first inputs of some kinds of ops lead to."""
+    while op.type in passed:
+        op = op.inputs[0].op
+    return op
+
+
+def depends_on(value: Any, others: Iterable[Any]) -> bool:
+    """Whether a value of a graph is computed from one of some others."""
+    if not tf.is_tensor(value) or not _is_symbolic(value):
+        return False
+    ops = {each.op for each in others if tf.is_tensor(each)}
+    return any(op in ops for op in _ancestors(value))
+
+
+def terms(target: Any) -> list[tf.Tensor]:
+    """The scalars that a target is linear in, itself among them.
+
+    Those that depend on the data: a penalty of the weights is not one.
+    """
+    found: dict[int, tf.Tensor] = {}
+    waiting = [target] if tf.is_tensor(target) else []
+    while waiting and len(found) < _MOST_OPS:
+        tensor = waiting.pop()
+        if id(tensor) in found or tensor.shape.rank != 0:
+            continue
+        if not _is_symbolic(tensor):
+            return [tensor]
+        if _depends_on_data(tensor):
+            found[id(tensor)] = tensor
+            if tensor.op.type in _LINEAR:
+                waiting.extend(tensor.op.inputs)
+    return list(found.values())
+
+
+def _depends_on_data(tensor: tf.Tensor) -> bool:
+    """Whether a tensor follows from more than constants and variables."""
+    return any(
+        op.type.startswith(_READS_OF_DATA)
+        or (
+            op.type == "Placeholder"
+            and op.outputs[0].dtype not in (tf.resource, tf.variant)
+        )
+        for op in _ancestors(tensor, through_shapes=True)
+    )
+
+
 def _may_divide(tensor: tf.Tensor) -> bool:
     """Whether a tensor is a scalar that depends on data, not on variables."""
     if tensor.shape.rank != 0 or not tensor.dtype.is_floating:
@@ -139,14 +207,17 @@ def _may_divide(tensor: tf.Tensor) -> bool:
     return depends_on_data
 
 
-def _ancestors(tensor: tf.Tensor) -> Iterator[Any]:
+def _ancestors(
+    tensor: tf.Tensor, *, through_shapes: bool = False
+) -> Iterator[Any]:
     waiting, seen = [tensor.op], set()
     while waiting:
         op = waiting.pop()
         if op not in seen:
             seen.add(op)
             yield op
-            if op.type != "Shape":  # As many samples as there are.
+            # As many samples as there are.
+            if op.type != "Shape" or through_shapes:
                 waiting.extend(each.op for each in op.inputs)
 
 

@@ -153,6 +153,11 @@ def layers(model: Any) -> list[Any]:
     return list(model._flatten_layers())
 
 
+def stateful_layers(model: Any) -> list[Any]:
+    """Layers that keep a state for each row of a batch, such as RNNs."""
+    return [each for each in layers(model) if getattr(each, "stateful", False)]
+
+
 def innermost_layer(model: Any, op_name: str) -> Any:
     """The layer of a model in whose `call` an op was traced, or `None`.
 

@@ -361,6 +361,28 @@ def first_batch(epoch_iterator: Any) -> Any:
     return batches[0] if batches else None
 
 
+def first_samples(epoch_iterator: Any, count: int) -> Any:
+    """Some samples of the arrays that were passed to Keras, or its first batch.
+
+    In the structure of a batch; `None` of data that has to be read.
+    """
+    adapter = getattr(epoch_iterator, "data_adapter", None)
+    if not isinstance(adapter, _ArrayDataAdapter):
+        return first_batch(epoch_iterator)
+    try:
+        rows = keras.tree.map_structure(
+            lambda leaf: None if leaf is None else leaf[:count], adapter._inputs
+        )
+        sliceable = _convert_to_sliceable(rows, target_backend="tensorflow")
+        return keras.tree.lists_to_tuples(
+            keras.tree.map_structure(
+                lambda leaf: None if leaf is None else leaf[:count], sliceable
+            )
+        )
+    except (IndexError, TypeError, ValueError):
+        return None  # Sparse matrices of SciPy, for example.
+
+
 @dataclass(frozen=True)
 class ShuffledArrays:
     """Arrays that Keras is to shuffle in every epoch.

@@ -188,18 +188,27 @@ def _symbolic_build(
             batch.
         batch: The batch then.
     """
+    samples = keras_calls.first_samples(
+        epoch_iterator, strategy.samples_to_measure
+    )
     if epoch_iterator is not None:
         dataset = epoch_iterator._get_iterator()
         iteration = getattr(dataset, "iteration", None)
         if iteration is None:  # TensorFlow's own; see `input/dataset.py`.
             batch = next(iter(dataset), ())
         else:
-            batch = iteration.first_batch(shapes_only=_is_built(model))
+            # A custom step is measured on samples, which arrays have at hand.
+            is_read = samples is None and keras_compat.is_custom_step(
+                model, "train_step"
+            )
+            batch = iteration.first_batch(
+                shapes_only=_is_built(model) and not is_read
+            )
         batch = keras.tree.map_structure(
             lambda leaf: strategy.experimental_local_results(leaf)[0], batch
         )
     with strategy.scope():
-        strategy.prepare_model(model, batch)
+        strategy.prepare_model(model, batch if samples is None else samples)
         try:
             model._symbolic_build(data_batch=batch)
         except Exception as error:

@@ -74,6 +74,26 @@ def is_one_value_per_sample(loss: Any, y_pred: Any) -> bool:
     return all(each % rank for each in keras.tree.flatten(axis))
 
 
+def call_function(
+    metric: Any, y_true: Any, y_pred: Any, _sample_weight: Any = None
+) -> Any:
+    """Calls the function of a `MeanMetricWrapper`."""
+    return metric._fn(y_true, y_pred, **metric._fn_kwargs)
+
+
+def has_function_of_samples(metric: Any, y_pred: Any) -> bool:
+    """Whether the function of a metric returns one value for each sample.
+
+    Args:
+        metric: A `MeanMetricWrapper`.
+        y_pred: The outputs that its function is called with.
+    """
+    function = metric._fn
+    if isinstance(function, keras.losses.Loss):
+        return is_one_value_per_sample(function, y_pred)
+    return str(getattr(function, "__module__", "")).startswith("keras.")
+
+
 def losses_of_batch(model: keras.Model) -> list[str]:
     """Names of the losses of `compile` that are not one value per sample.
 

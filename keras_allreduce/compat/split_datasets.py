@@ -64,8 +64,11 @@ def _parts(dataset: Any, count: int) -> Any:
     """A data set of the parts of each batch, first those of the first."""
     if count == 1:
         return dataset
-    if all(_is_batch(spec) for spec in tf.nest.flatten(dataset.element_spec)):
+    specs = tf.nest.flatten(dataset.element_spec)
+    if all(_is_batch(spec) for spec in specs):
         parts = _DenseParts(dataset, count)
+    elif any(isinstance(spec, tf.SparseTensorSpec) for spec in specs):
+        parts = _sparse_parts(dataset, count)
     else:
         parts = _LegacyRebatchDataset(dataset, count)
     return parts.prefetch(count)
@@ -73,6 +76,54 @@ def _parts(dataset: Any, count: int) -> Any:
 
 def _is_batch(spec: Any) -> bool:
     return isinstance(spec, tf.TensorSpec) and bool(spec.shape.rank)
+
+
+def _sparse_parts(dataset: Any, count: int) -> Any:
+    """As `_LegacyRebatchDataset`, of which a sparse part may not be empty."""
+
+    @tf.autograph.experimental.do_not_convert
+    def parts_of(*batch: Any) -> Any:
+        structure = batch if len(batch) > 1 else batch[0]
+
+        def part(index: tf.Tensor) -> Any:
+            return tf.nest.map_structure(
+                lambda value: _part(value, index, count), structure
+            )
+
+        return tf.data.Dataset.range(count).map(part)
+
+    return dataset.flat_map(parts_of)
+
+
+def _part(value: Any, index: tf.Tensor, count: int) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, tf.SparseTensor):
+        rows = tf.cast(first_dimension(value), tf.int64)
+        size = -(-rows // count)
+        return value[index * size : (index + 1) * size]
+    size = -(-value.dense_shape[0] // count)
+    rest = value.dense_shape[1:]
+    start = tf.minimum(index * size, value.dense_shape[0])
+    begin = tf.concat([[start], tf.zeros_like(rest)], axis=0)
+    part = tf.sparse.slice(value, begin, tf.concat([[size], rest], axis=0))
+    inner = value.shape[1:].as_list() if value.shape.rank else None
+    if inner is None or None in inner:
+        return part
+    # `slice` forgets the dimensions that are known.
+    shape = tf.concat([part.dense_shape[:1], inner], axis=0)
+    return tf.SparseTensor(
+        part.indices, part.values, tf.ensure_shape(shape, [1 + len(inner)])
+    )
+
+
+def first_dimension(value: Any) -> tf.Tensor:
+    """Number of rows of a dense, sparse or ragged tensor."""
+    if isinstance(value, tf.SparseTensor):
+        return value.dense_shape[0]
+    if isinstance(value, tf.RaggedTensor):
+        return value.nrows()
+    return tf.shape(value, out_type=tf.int64)[0]
 
 
 class _DenseParts(UnaryDataset):

@@ -134,8 +134,14 @@ def _inner(value: Any) -> tf.TensorShape:
     return shape[1:] if shape.rank else shape
 
 
-def made_up(value: Any, seed: int = 0) -> Any:
-    """Samples of the dtype and inner shape of a tensor."""
+def made_up(value: Any, seed: int = 0, sign: int = 1) -> Any:
+    """Samples of the dtype and inner shape of a tensor.
+
+    Args:
+        value: The tensor; other values stay as they are.
+        seed: Of the numbers.
+        sign: Of floating numbers.
+    """
     if not isinstance(value, tf.Tensor) or value.shape.rank is None:
         return value
     inner = [dim or 8 for dim in value.shape[1:].as_list()]
@@ -143,7 +149,7 @@ def made_up(value: Any, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
     with tf.init_scope():  # Not in a graph that is being traced.
         if value.dtype.is_floating or value.dtype.is_complex:
-            return tf.cast(rng.uniform(size=shape), value.dtype)
+            return tf.cast(sign * rng.uniform(size=shape), value.dtype)
         if value.dtype == tf.string:
             return tf.constant("a", shape=shape)
         return tf.cast(rng.integers(0, 2, shape), value.dtype)

@@ -22,6 +22,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce.compat import graphs
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import ratio, reduction, replica
 from keras_allreduce.one_device.reduction import (
@@ -102,6 +103,10 @@ class GradientsOfTheBatch:
             found = gradient(tape, target, sources, output_gradients, **kwargs)
             return self._of_inputs(key, target, found)
         variables = tf.nest.flatten(sources)
+        if self._reductions.losses is not None:
+            replica.current().differentiated.update(
+                (id(each), each) for each in graphs.terms(target)
+            )
         kind = SUM if self._adds_up(target) else self._reductions.of(*key).kind
         weight, host_weights = self._weights(variables, kind, target)
         self._sums.in_backprop = True

@@ -25,7 +25,9 @@ _HOOKED = (
     (keras.optimizers.Optimizer, "apply", "apply"),
     (keras.metrics.Mean, "update_state", "update_mean"),
     (keras.metrics.Sum, "update_state", "update_sum"),
+    (keras.metrics.MeanMetricWrapper, "update_state", "update_function"),
     (keras.random.SeedGenerator, "next", "next_seed"),
+    (tf.random.Generator, "skip", "skip"),
     (tf.distribute.ReplicaContext, "all_reduce", "all_reduce"),
 )
 

@@ -34,6 +34,9 @@ OF_STATE = 2e-2
 # A difference counts if it is larger than so many of its standard deviations.
 _DEVIATIONS = 4.0
 
+# A mean or a sum is known up to so much of it, else it may compare samples.
+_PRECISION = 0.25
+
 _FACTORS = {MEAN: 1.0, SUM: 2.0}
 
 
@@ -74,11 +77,14 @@ def judged(
     if size <= 0:
         return replace(found, doubt=UNDECIDED)
     possible = []
+    is_precise = True
     for kind, factor in _FACTORS.items():
         gap, deviation = _square(whole - factor * halves)
-        if gap <= tolerance**2 * size + _DEVIATIONS * deviation:
+        largest = _DEVIATIONS * deviation
+        if gap <= tolerance**2 * size + largest:
             possible.append(kind)
-    if len(possible) == 1:
+            is_precise = gap + largest <= max(tolerance, _PRECISION) ** 2 * size
+    if len(possible) == 1 and is_precise:
         return replace(found, kind=possible[0])
     if possible:
         return replace(found, doubt=UNDECIDED)

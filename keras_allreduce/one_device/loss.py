@@ -134,10 +134,7 @@ class LossOfTheReplica:
         """Whether the loss is computed on the whole batch, which is noted."""
         nbytes = whole_batch.bytes_of_a_sample(*given)
         name = keras_losses.name_of(loss)
-        if self._replicas.group.size > 1 and (
-            nbytes > whole_batch.MOST_BYTES_OF_A_SAMPLE
-            or not whole_batch.can_be_sent(*given)
-        ):
+        if not whole_batch.may_gather(self._replicas, *given):
             warn.of_large_loss(self._model, name, nbytes)
             return False
         self.gathered[index] = GatheredLoss(name, nbytes)

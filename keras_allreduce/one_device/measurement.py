@@ -19,7 +19,9 @@ from keras_allreduce.one_device import facts, first_batch, judge, reduction
 from keras_allreduce.one_device.judge import judged
 from keras_allreduce.one_device.probe import Failure, Probe, probe
 from keras_allreduce.one_device.reduction import (
+    MAX,
     MEAN,
+    MIN,
     RATIO,
     SUM,
     UNDECIDED,
@@ -35,6 +37,7 @@ from keras_allreduce.one_device.trial import Trial
 FEWEST_ROUNDS = 8
 ROUNDS_FOR_DOUBT = 32
 MOST_ROUNDS = 256
+MOST_EAGER_ROUNDS = 64
 
 
 def reductions_of(
@@ -102,10 +105,14 @@ def measure(
     finally:
         trial.put_back()
     found = {
-        key: _reduction(key, states, tolerance)
+        key: _reduction(key, states, tolerance, trial.ends.get(key))
         for key in states[0].values
         if key[0] != "denominator"
     }
+    for key, gradient in trial.terms.items():
+        of_term, of_sum = found[key], found.get(gradient, found[key])
+        if of_term.doubt == UNDECIDED or (of_term.doubt and of_sum.doubt):
+            found[key] = of_sum  # Of many numbers, not of one.
     if trial.communicates:
         # Parts of a batch get from each other in the step what they lack.
         found = {
@@ -137,16 +144,14 @@ def _takes_more(trial: Trial, rounds: list[Probe], tolerance: float) -> bool:
     Few random numbers, such as a dropout of two samples, may be equal in some
     rounds and then look like a difference: no doubt is due to few rounds.
     """
-    is_random = trial.is_random or not _are_equal(rounds)
-    if is_random and len(rounds) < FEWEST_ROUNDS:
+    if trial.is_random is False and _are_equal(rounds):
+        return False
+    if len(rounds) < FEWEST_ROUNDS:
         return True
-    if trial.is_random is None and not is_random:
-        most = FEWEST_ROUNDS
-    elif is_random:
-        most = MOST_ROUNDS
-    else:
+    if _are_equal(rounds):
         return False
     values = _Values.of(trial.keys, rounds)
+    most = MOST_EAGER_ROUNDS if trial.is_random is None else MOST_ROUNDS
     return any(
         len(rounds) < min(most, _most_rounds(key, values, tolerance))
         for key in values.values
@@ -161,7 +166,7 @@ def _most_rounds(key: Key, values: "_Values", tolerance: float) -> int:
         is_random = any((part != part[:1]).any() for part in values.values[key])
         return ROUNDS_FOR_DOUBT if is_random else 0
     doubt = _reduction(key, [values], tolerance).doubt
-    if key[0] in ("metric", "log"):
+    if key[0] in reduction.SHOWN:
         return ROUNDS_FOR_DOUBT if doubt == UNDECIDED else 0
     if doubt == UNDECIDED:
         return MOST_ROUNDS
@@ -194,21 +199,54 @@ class _Values:
 
 
 def _reduction(
-    key: Key, states: Sequence[_Values], tolerance: float
+    key: Key,
+    states: Sequence[_Values],
+    tolerance: float,
+    end: str | None = None,
 ) -> Reduction:
-    """The reduction of a value, judged in one state or in two."""
+    """The reduction of a value, judged in one state or in two.
+
+    Args:
+        key: The key of the value.
+        states: The values in each state.
+        tolerance: Relative difference that is rounding.
+        end: The kind by the op that it ends in, if that is a reduction.
+    """
     if key[0] == "state":
         return _of_state(key, states, max(tolerance, judge.OF_STATE))
+    if end == reduction.COMPARES:
+        return Reduction(doubt=end)
     found = [
         _in_state(key, each, tolerance) for each in states if key in each.values
     ]
-    if key[0] == "count" and not any(found):
-        return Reduction(SUM)  # It counts something that the example lacks.
-    return _agreed(found)
+    if any(found):
+        agreed = _agreed(found)
+        is_extreme = end in (MAX, MIN) or agreed.doubt == reduction.COMPARES
+        if key[0] in reduction.SHOWN and is_extreme:
+            return _extreme([each.values[key] for each in states]) or agreed
+        return agreed
+    if any(reduction.denominator_key(key) in each.values for each in states):
+        return Reduction(RATIO, doubt=UNDECIDED)
+    if key[0] == "count" and end is None:
+        end = SUM  # The example lacks what it counts.
+    return Reduction(doubt=UNDECIDED) if end is None else Reduction(end)
+
+
+def _extreme(states: Sequence[tuple[np.ndarray, ...]]) -> Reduction | None:
+    """The reduction of a maximum or a minimum over the samples."""
+    for kind, of_both in ((MAX, np.maximum), (MIN, np.minimum)):
+        if all(
+            np.array_equal(whole, of_both(first, second))
+            for whole, first, second in states
+        ):
+            return Reduction(kind)
+    return None
 
 
 def _in_state(key: Key, state: _Values, tolerance: float) -> Reduction | None:
     whole, first, second = state.values[key]
+    if key[0] in reduction.SHOWN and whole.shape != first.shape:
+        return Reduction()  # A row for each sample.
     if key[0] == "inputs":  # Rows of a half are rows of the whole.
         rows = np.concatenate([first, second], axis=1)
         found = judged(whole, rows, np.zeros_like(rows), tolerance)

@@ -15,7 +15,7 @@ the last value, a moving average, or a sum of batch means.
 Other state is warned about.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -147,35 +147,48 @@ class SharedMetricState:
                     for variable, value in zip(variables, before, strict=True):
                         variable.assign(value)
 
-        # Each by numbers of its own: targets differ from outputs.
+        # Each by numbers of its own: targets differ from outputs. Negative
+        # ones too: a minimum may start from 0.
         given = args, kwargs
-        example = keras.tree.pack_sequence_as(
-            given,
-            [
-                first_batch.made_up(leaf, seed)
-                for seed, leaf in enumerate(keras.tree.flatten(given))
-            ],
-        )
-        found = probe(run, example)
-        if isinstance(found, Failure):
-            return []
-        starts, wholes = found.whole
-        rest = found.first[1], found.second[1]
-        return [
-            _kind(*each) for each in zip(starts, wholes, *rest, strict=True)
-        ]
+        states: list[list[tuple[Any, ...]]] = []
+        for sign in (1, -1):
+            example = keras.tree.pack_sequence_as(
+                given,
+                [
+                    first_batch.made_up(leaf, seed, sign)
+                    for seed, leaf in enumerate(keras.tree.flatten(given))
+                ],
+            )
+            found = probe(run, example)
+            if not isinstance(found, Failure):
+                rest = found.first[1], found.second[1]
+                states.append(list(zip(*found.whole, *rest, strict=True)))
+        return [_kind(each) for each in zip(*states, strict=True)]
 
 
-def _kind(start: Any, whole: Any, first: Any, second: Any) -> str:
+def _kind(states: Sequence[tuple[Any, ...]]) -> str:
+    """How a variable of parts goes together: start, whole, first, second."""
+    told = [
+        each
+        for each in states
+        if any(not np.array_equal(part, each[0]) for part in each[1:])
+    ]
+    possible = [_possible(*each) for each in told or states[:1]]
+    for kind in possible[0]:
+        if all(kind in each for each in possible):
+            return kind
+    return OTHER
+
+
+def _possible(start: Any, whole: Any, first: Any, second: Any) -> list[str]:
     def is_near(value: Any) -> bool:
         return bool(np.allclose(whole, value, rtol=1e-3, equal_nan=True))
 
-    if not np.any(start) and is_near(first + second):
-        return SUM
-    if is_near(first) and is_near(second):
-        return SAME
-    if is_near(np.maximum(first, second)):
-        return MAXIMUM
-    if is_near(np.minimum(first, second)):
-        return MINIMUM
-    return MEAN if is_near((first + second) / 2) else OTHER
+    is_so = {
+        SUM: not np.any(start) and is_near(first + second),
+        SAME: is_near(first) and is_near(second),
+        MAXIMUM: is_near(np.maximum(first, second)),
+        MINIMUM: is_near(np.minimum(first, second)),
+        MEAN: is_near((first + second) / 2),
+    }
+    return [kind for kind, so in is_so.items() if so]

@@ -64,9 +64,23 @@ def _on_replica(
     this = Replica(has_samples=has_samples, num_replicas=count)
     with replica.running(this, step):
         if has_samples is None:
-            return fn(data, *args, **kwargs)
+            return _with_rows(fn(data, *args, **kwargs))
         data = empty_replica.with_a_sample(data, has_samples, spare)
-        outputs = fn(data, *args, **kwargs)
+        outputs = _with_rows(fn(data, *args, **kwargs))
         return keras.tree.map_structure(
             partial(empty_replica.rows_if, has_samples), outputs
         )
+
+
+def _with_rows(outputs: Any) -> Any:
+    """The outputs, each of which must have one row for each sample."""
+    for path, output in keras.tree.flatten_with_path(outputs):
+        if tf.TensorShape(output.shape).rank == 0:
+            raise ValueError(
+                "Outputs of `predict` have one row for each sample, since "
+                "those of all replicas are joined. Received: one number for "
+                f"a batch in outputs{list(path) or ''}. Return a value for "
+                "each sample and reduce what `predict` returns, or compute "
+                "it with `evaluate`, in a metric."
+            )
+    return outputs

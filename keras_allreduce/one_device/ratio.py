@@ -5,15 +5,12 @@ replicas' values, each with its part n_r / sum(n) of all that is counted. The
 denominator is seen in the graph of the step.
 """
 
-from collections.abc import Container
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import graphs
 from keras_allreduce.one_device import replica
-from keras_allreduce.one_device.reduction import RATIO, Reductions
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shares import part_of_sum
 from keras_allreduce.reduce.packing import scale
@@ -38,26 +35,3 @@ def scaled(value: Any, replicas: Replicas) -> Any:
     if part is None:
         return value
     return scale(value, part * replica.current().inverse_weight())
-
-
-def of_logs(
-    logs: Any,
-    results: Container[Any],
-    reductions: Reductions,
-    replicas: Replicas,
-) -> Any:
-    """The logs of a step, with ratios scaled so.
-
-    Args:
-        logs: Those of this replica.
-        results: Paths of what stays as it is.
-        reductions: Which of the logs are ratios.
-        replicas: The replicas of this worker.
-    """
-    flat = [
-        scaled(value, replicas)
-        if path not in results and reductions.of("log", *path).kind == RATIO
-        else value
-        for path, value in keras.tree.flatten_with_path(logs)
-    ]
-    return keras.tree.pack_sequence_as(logs, flat)

@@ -16,7 +16,7 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import graphs
-from keras_allreduce.one_device import reduction, replica
+from keras_allreduce.one_device import metric_results, reduction, replica
 from keras_allreduce.one_device.reduction import Key
 from keras_allreduce.one_device.shared_state import read_outside_of_branches
 
@@ -49,6 +49,9 @@ class ValueRecorder:
         sums: `None`: layers sum nothing over replicas.
         values: The recorded values.
         communicates: Whether the step sums or gathers over replicas itself.
+        ends: The kind of a shown value by the op that it ends in; it is known
+            to be none if it is computed from the result of a metric.
+        terms: The key of the gradient of the sum that a shown value is in.
     """
 
     sums = None
@@ -58,6 +61,9 @@ class ValueRecorder:
         self.values: dict[Key, Any] = {}
         self.communicates = False
         self._batch = batch
+        self.ends: dict[Key, str | None] = {}
+        self.terms: dict[Key, Key] = {}
+        self._differentiated: dict[int, tuple[tf.Tensor, Key]] = {}
         self._assigned: list[tuple[Key, Any, tf.Tensor]] = []
 
     def gradient(
@@ -77,6 +83,9 @@ class ValueRecorder:
         own = tf.nest.flatten(found)
         if key[0] == "gradient":
             self._record_gradients(key, own)
+            self._differentiated |= {
+                id(each): (each, key) for each in graphs.terms(target)
+            }
             kept = [
                 self._of_batch((key, i), each) for i, each in enumerate(own)
             ]
@@ -110,16 +119,27 @@ class ValueRecorder:
         sample_weight: Any = None,
     ) -> Any:
         """Records one value for all samples that goes into a metric."""
-        self.record(reduction.metric_key(metric), values)
+        key = reduction.metric_key(metric)
+        if id(metric) not in replica.current().functions:
+            self.record(key, values)
         return update(metric, values, sample_weight=sample_weight)
 
     update_sum = update_mean
 
+    def update_function(
+        self, update: Callable[..., Any], metric: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A function of the whole batch is not measured."""
+        replica.current().functions[id(metric)] = args
+        return update(metric, *args, **kwargs)
+
     def metric_result(
         self, result: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Results are not measured."""
-        return result(*args, **kwargs)
+        """Results are not measured, unless a log is computed from them."""
+        found = result(*args, **kwargs)
+        metric_results.note(args[0], found)
+        return found
 
     def next_seed(
         self, draw: Callable[..., Any], *args: Any, **kwargs: Any
@@ -127,6 +147,11 @@ class ValueRecorder:
         """Seeds are drawn as ever; the measurement puts them back."""
         with replica.local_update():
             return draw(*args, **kwargs)
+
+    def skip(self, skip: Callable[..., Any], generator: Any, delta: Any) -> Any:
+        """A generator of TensorFlow's is about to draw."""
+        self._batch.keep(generator.state)
+        return skip(generator, delta)
 
     def all_reduce(
         self,
@@ -177,19 +202,33 @@ class ValueRecorder:
     def record(self, key: Key, value: Any) -> None:
         """Records a value, if it is one number for all samples."""
         value = tf.convert_to_tensor(value)
-        if value.shape.rank == 0 and value.dtype.is_floating:
-            self.values[key] = tf.reshape(tf.cast(value, tf.float32), [1])
-            self._record_denominator(key, value)
+        if value.shape.rank == 0:
+            self._record(key, value)
 
     def record_logs(self, logs: Any) -> None:
-        """Records the result of the step."""
+        """Records the result of the step, but not the results of metrics."""
+        results = metric_results.among(logs)
+        noted = replica.current().metric_results.values()
+        known = [each.value for each in noted]
         for path, value in keras.tree.flatten_with_path(logs):
-            if tf.is_tensor(value):
-                value = tf.convert_to_tensor(value)  # Or a variable of Keras.
-                key = reduction.log_key(path, value.dtype)
-                if value.dtype.is_integer:
-                    value = tf.cast(value, tf.float32)
-                self.record(key, value)
+            if path in results or not _is_number(value):
+                continue
+            value = tf.convert_to_tensor(value)  # Or a variable of Keras.
+            if not value.shape.is_fully_defined():
+                continue
+            key = reduction.log_key(path, value.dtype)
+            self._record(key, value)
+            if graphs.depends_on(value, known):
+                self.ends[key] = reduction.COMPARES
+
+    def _record(self, key: Key, value: tf.Tensor) -> None:
+        if not (value.dtype.is_floating or value.dtype.is_integer):
+            return
+        self.values[key] = tf.reshape(tf.cast(value, tf.float32), [-1])
+        self._record_denominator(key, value)
+        self.ends[key] = reduction.OF_OP.get(graphs.last_reduction(value))
+        if id(value) in self._differentiated:
+            _, self.terms[key] = self._differentiated[id(value)]
 
     def _record_denominator(self, key: Key, target: Any) -> None:
         divided_by = graphs.denominator(target)
@@ -224,6 +263,11 @@ class ValueRecorder:
         if not isinstance(own, tf.Tensor) or not own.shape.rank:
             return None
         return self._batch.rows(key, own)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a log is a tensor, a variable of Keras, or a Python float."""
+    return bool(tf.is_tensor(value)) or isinstance(value, float)
 
 
 def _projected(gradient: Any, dtype: tf.DType = tf.float32) -> tf.Tensor:

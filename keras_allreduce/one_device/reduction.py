@@ -30,6 +30,8 @@ MEAN = "mean"
 SUM = "sum"
 RATIO = "ratio"
 FIRST = "first"
+MAX = "max"
+MIN = "min"
 
 UNDECIDED = "undecided"
 WEIGHTED = "weighted mean"
@@ -39,7 +41,10 @@ STATE = "state"
 Key = tuple[Any, ...]
 
 # Shown values: inputs of metrics, logs, and logs that are integers.
-_SHOWN = ("metric", "log", "count")
+SHOWN = ("metric", "log", "count")
+
+OF_OP = {"Mean": MEAN, "Sum": SUM, "Max": MAX, "Min": MIN}
+"""The kind of a value that ends in an op."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class Reduction:
     Attributes:
         kind: How those of the replicas are combined: `"mean"` or `"sum"` over
             samples; `"ratio"`, the mean over the count in the denominator of
-            the value; `"first"`, that of the first replica.
+            the value; `"max"`, `"min"`, the extreme of all; `"first"`, that
+            of the first replica.
         doubt: Why that may differ from one device: it is `"undecided"`, a
             `"weighted mean"`, it `"compares samples"`, or is a `"state"` that
             is neither a mean nor a sum. Empty if it does not.
@@ -123,13 +129,12 @@ class Reductions:
     def of(self, *key: Any) -> Reduction:
         """The reduction of a value; a mean if it is not known.
 
-        A log is a mean if it may be neither: most often it is the same
-        on all replicas, such as the norm of a gradient.
+        A log of which there is a doubt, which is said, is a mean too.
         """
-        if self.losses is not None and key[0] not in (*_SHOWN, "state"):
+        if self.losses is not None and key[0] not in (*SHOWN, "state"):
             return self.losses
         found = self.found.get(key, Reduction())
-        if key[0] in _SHOWN and not found.is_exact:
+        if key[0] in SHOWN and not found.is_exact:
             return Reduction()
         return found
 

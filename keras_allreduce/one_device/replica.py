@@ -40,7 +40,10 @@ class Replica:
         reduced: `id` of each variable whose gradient is the sum already.
         gradients: Those sums, by their `id`.
         assigned: `id` of each variable that it has assigned on its own.
+        differentiated: The scalars that its losses are linear in, by `id`.
         metric_results: The results of metrics that it has read, by `id`.
+        functions: Targets and outputs of functions, by `id` of the metric
+            that takes the mean of their values.
         recorder: Records a measurement; `None` in a step that counts.
         graph: The graph that its step is traced into, if it is.
     """
@@ -53,7 +56,9 @@ class Replica:
     reduced: set[int] = field(default_factory=set)
     gradients: dict[int, Any] = field(default_factory=dict)
     assigned: set[int] = field(default_factory=set)
+    differentiated: dict[int, Any] = field(default_factory=dict)
     metric_results: dict[int, Any] = field(default_factory=dict)
+    functions: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     recorder: Any = None
     graph: Any = field(
         default_factory=lambda: _graph_of_thread(), compare=False

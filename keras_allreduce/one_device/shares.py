@@ -14,7 +14,18 @@ import numpy as np
 import tensorflow as tf
 
 from keras_allreduce.compat import distribute
+from keras_allreduce.one_device import replica
 from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.reduce.process_group import all_reduce_max
+
+ROWS = (
+    "Every part of a batch has one row for each sample, which are split over "
+    "the replicas."
+)
+ROWS_REMEDY = (
+    "Keep a table that all samples share in a variable or a constant of the "
+    "model, and pad what has several rows for a sample."
+)
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,13 @@ def divided(data: Any, replicas: Replicas) -> Any:
     ):
         return data
 
+    shapes = [tf.TensorShape(np.shape(x)) for x in leaves if x is not None]
+    sizes = {shape[0] for shape in shapes if shape.rank} - {None}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{ROWS} Received: parts of {sorted(sizes)} rows. {ROWS_REMEDY}"
+        )
+
     def divide(value: Any) -> Any:
         if value is None or tf.TensorShape(np.shape(value)).rank == 0:
             return value
@@ -171,6 +189,25 @@ def part_of_sum(value: tf.Tensor, replicas: Replicas) -> tf.Tensor:
 
     context = tf.distribute.get_replica_context()
     return context.merge_call(merge, args=(value,))
+
+
+def extreme(value: tf.Tensor, replicas: Replicas, *, is_max: bool) -> Any:
+    """The largest or smallest value of all replicas; in a replica's thread."""
+    sign = tf.cast(1 if is_max else -1, value.dtype)
+    signed = sign * value
+    has_samples = replica.current().has_samples
+    if has_samples is not None:
+        signed = tf.where(has_samples, signed, value.dtype.min)
+
+    @tf.autograph.experimental.do_not_convert
+    def merge(_strategy: tf.distribute.Strategy, values: Any) -> Any:
+        with tf.device("/cpu:0"):
+            own = tf.reduce_max(tf.stack(replicas.local_values(values)), axis=0)
+            largest = all_reduce_max(replicas.group, own)
+        return place([largest] * len(replicas.devices), replicas.devices)
+
+    context = tf.distribute.get_replica_context()
+    return sign * context.merge_call(merge, args=(signed,))
 
 
 def _first_part(data: Any) -> Any:

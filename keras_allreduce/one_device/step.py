@@ -147,6 +147,7 @@ class Step:
             on = partial(
                 self._on_replica, current, fn, spare, keras_threads.settings()
             )
+            stack.enter_context(self._errors_explained(known))
             outputs = call_for_each_replica(  # [4]
                 _do_not_convert(on), (shares.of_replicas(), data, *rest), kwargs
             )
@@ -161,6 +162,16 @@ class Step:
         return logs.of_one_device(  # [6]
             outputs, self._results, shares.share, shares.has_samples
         )
+
+    @contextlib.contextmanager
+    def _errors_explained(self, known: Reductions) -> Iterator[None]:
+        """Adds to an error of a step that failed on a few samples too."""
+        try:
+            yield
+        except Exception as error:
+            if known.failure and hasattr(error, "add_note"):
+                error.add_note(warn.PARTS)
+            raise
 
     def _shares(self, data: Any) -> tuple[BatchShares, Any]:
         """The shares of a batch, and a spare sample if some may be empty."""
@@ -229,6 +240,8 @@ class Step:
         )
         if self._trains:
             warn.of_reductions(self._model, found, is_custom=self._is_custom)
+        elif self._is_custom:
+            warn.of_shown(self._model, found)
         return found
 
     def _current_step(

@@ -46,6 +46,7 @@ class Trial:
     Attributes:
         keys: The keys of the values that a call returns.
         communicates: Whether the step sums or gathers over replicas itself.
+        ends, terms: See `ValueRecorder`.
         is_random: Whether it draws random numbers; `None` if that is not known,
             as of a step that runs eagerly.
     """
@@ -69,6 +70,8 @@ class Trial:
         self._state = _State()
         self.keys: list[Key] = []
         self.communicates = False
+        self.ends: dict[Key, str | None] = {}
+        self.terms: dict[Key, Key] = {}
         self.is_random: bool | None = None
 
     def __call__(self, batch: Any, rows: slice) -> list[np.ndarray]:
@@ -177,6 +180,7 @@ class Trial:
         found = recorder.of_graph(this.graph)
         self.keys[:] = found
         self.communicates = recorder.communicates
+        self.ends, self.terms = recorder.ends, recorder.terms
         return list(found.values())
 
 

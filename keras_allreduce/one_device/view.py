@@ -1,17 +1,35 @@
 """The current step, as the code that it runs meets it."""
 
 from collections.abc import Callable, Container
+from functools import partial
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_allreduce.one_device import metric_results, ratio, reduction, replica
+from keras_allreduce.compat import graphs, keras_losses
+from keras_allreduce.one_device import (
+    metric_results,
+    ratio,
+    reduction,
+    replica,
+    warn,
+    whole_batch,
+)
 from keras_allreduce.one_device.gradients import GradientsOfTheBatch
-from keras_allreduce.one_device.reduction import RATIO, SUM, Reductions
+from keras_allreduce.one_device.reduction import (
+    MAX,
+    MEAN,
+    MIN,
+    RATIO,
+    SUM,
+    Key,
+    Reductions,
+)
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shared_state import SharedState
+from keras_allreduce.one_device.shares import extreme
 from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.reduce.packing import scale
 
@@ -93,7 +111,38 @@ class CurrentStep:
         """
         if self._replicas is None:
             return logs
-        return ratio.of_logs(logs, results, self._reductions, self._replicas)
+        flat = []
+        for path, value in keras.tree.flatten_with_path(logs):
+            if path not in results and tf.is_tensor(value):
+                value = tf.convert_to_tensor(value)
+                key = reduction.log_key(path, value.dtype)
+                kind = self._kind(key, value)
+                if kind != SUM or self._reductions.losses is not None:
+                    value = self._of_batch(value, kind)
+            flat.append(value)
+        return keras.tree.pack_sequence_as(logs, flat)
+
+    def _kind(self, key: Key, value: Any) -> str:
+        """How a shown value of the batch follows from those of replicas."""
+        given = self._reductions.losses
+        if given is None:
+            return self._reductions.of(*key).kind
+        if id(value) in replica.current().differentiated:
+            return given.kind
+        # Nothing was measured.
+        return reduction.OF_OP.get(graphs.last_reduction(value), MEAN)
+
+    def _of_batch(self, value: Any, kind: str) -> Any:
+        """A value whose mean over the replicas, by samples, is the batch's."""
+        if kind == SUM and value.dtype.is_floating:
+            return scale(value, replica.current().inverse_weight())
+        if self._replicas is None:
+            return value
+        if kind == RATIO:
+            return ratio.scaled(value, self._replicas)
+        if kind in (MAX, MIN):
+            return extreme(value, self._replicas, is_max=kind == MAX)
+        return value
 
     def all_reduce(
         self,
@@ -122,16 +171,39 @@ class CurrentStep:
         this = replica.current()
         key = reduction.metric_key(metric)
         if _rank(values) == 0 and _rank(sample_weight) in (None, 0):
-            kind = self._reductions.of(*key).kind
-            if kind == SUM:
-                values = scale(
-                    tf.convert_to_tensor(values), this.inverse_weight()
+            if id(metric) in this.functions and self._replicas is not None:
+                call = partial(keras_losses.call_function, metric)
+                y_true, y_pred = this.functions[id(metric)]
+                values = whole_batch.loss_of_batch(
+                    call, y_true, y_pred, None, self._replicas
                 )
-            elif kind == RATIO and self._replicas is not None:
-                values = ratio.scaled(values, self._replicas)
+            else:
+                values = tf.convert_to_tensor(values)
+                values = self._of_batch(values, self._kind(key, values))
             if sample_weight is None:
                 sample_weight = this.share
         return update(metric, values, sample_weight=sample_weight)
+
+    def update_function(
+        self,
+        update: Callable[..., Any],
+        metric: Any,
+        y_true: Any,
+        y_pred: Any,
+        sample_weight: Any = None,
+    ) -> Any:
+        """A mean of what a function returns.
+
+        If that is one number for a batch, it is that of the whole batch.
+        """
+        if not keras_losses.has_function_of_samples(metric, y_pred):
+            given = y_true, y_pred
+            if whole_batch.may_gather(self._replicas, *given):
+                replica.current().functions[id(metric)] = given
+            else:
+                nbytes = whole_batch.bytes_of_a_sample(*given)
+                warn.of_large_loss(self.model, metric.name, nbytes)
+        return update(metric, y_true, y_pred, sample_weight=sample_weight)
 
     def update_sum(
         self,
@@ -142,12 +214,12 @@ class CurrentStep:
     ) -> Any:
         """A sum over batches, to which each batch is added once."""
         key = reduction.metric_key(metric)
-        kind = self._reductions.of(*key).kind
-        if _rank(values) == 0 and kind != SUM:
-            if kind == RATIO and self._replicas is not None:
-                values = ratio.scaled(values, self._replicas)
-            weight = replica.current().weight
-            values = scale(tf.convert_to_tensor(values), weight)
+        if _rank(values) == 0:
+            values = tf.convert_to_tensor(values)
+            kind = self._kind(key, values)
+            if kind != SUM:
+                weight = replica.current().weight
+                values = scale(self._of_batch(values, kind), weight)
         return update(metric, values, sample_weight=sample_weight)
 
     def metric_result(
@@ -168,6 +240,10 @@ class CurrentStep:
         number = tf.cast(context.replica_id_in_sync_group, seed.dtype)
         # Far apart, for any seeds of the layers of the model.
         return seed + number * tf.constant([1_000_003, 0], seed.dtype)
+
+    def skip(self, skip: Callable[..., Any], *args: Any) -> Any:
+        """TensorFlow's generators draw other numbers on each replica."""
+        return skip(*args)
 
 
 def aggregated(variable: Any, value: Any) -> Any:

@@ -1,12 +1,14 @@
 """Warns, once of each kind for each model, of differences from one device."""
 
 import warnings
+from collections.abc import Collection
 
 import keras
 
 from keras_allreduce.one_device import facts, whole_batch
 from keras_allreduce.one_device.reduction import (
     COMPARES,
+    SHOWN,
     STATE,
     SUM,
     UNDECIDED,
@@ -20,6 +22,12 @@ _FAILURE = "failure"
 _METRIC = "metric"
 _LARGE = "large loss"
 _MIXES = "mixes samples"
+_SHOWN = "shown"
+
+PARTS = (
+    "Each replica runs the step on its part of a batch: if it is written for "
+    "batches of one size, write `tf.shape(x)[0]` instead of the number."
+)
 
 _SAYS_SO = (
     "`weigh_samples=True` of the strategy says that losses are means over "
@@ -38,7 +46,7 @@ def of_reductions(
             "Whether the loss of a custom step, or what a step keeps, is a "
             "mean or a sum over samples is measured on a few samples, which "
             f"failed: {reductions.failure}. It is taken for a mean. "
-            f"{_SAYS_SO}",
+            f"{_SAYS_SO} {PARTS}",
         )
         return
     kinds = {key[0] for key in reductions.found}
@@ -64,6 +72,37 @@ def of_reductions(
     for key, found in reductions.found.items():
         if key[0] == "state" and found.doubt == STATE:
             _of_state(model, str(key[1]))
+    if is_custom:
+        of_shown(model, reductions, {each.doubt for each in losses.values()})
+
+
+def of_shown(
+    model: keras.Model, reductions: Reductions, known: Collection[str] = ()
+) -> None:
+    """Warns of logs, and of what goes into metrics, that may be wrong.
+
+    Args:
+        model: The model.
+        reductions: Those of its step.
+        known: Doubts that losses have, which need not be said again.
+    """
+    names = [
+        (f"metric {key[1]!r}" if key[0] == "metric" else f"log {key[-1]!r}")
+        for key, found in reductions.found.items()
+        if key[0] in SHOWN and found.doubt and found.doubt not in known
+    ]
+    if names:
+        _once(
+            model,
+            _SHOWN,
+            "What a step shows of a batch is not known to be the mean, the "
+            "sum, the largest or the smallest of that of its parts. "
+            f"Received: {', '.join(dict.fromkeys(names))}. The mean over the "
+            "replicas is shown, which may differ from one device. Return "
+            "`metric.result()` of a metric whose variables are sums over "
+            "samples, and compute the rest, such as a root or a quotient, in "
+            "its `result`.",
+        )
 
 
 def _of_loss(

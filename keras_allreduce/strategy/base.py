@@ -64,10 +64,12 @@ class StrategyBase(tf.distribute.Strategy):
         There too it is the number of all for a function that sums or gathers
         over the replicas itself.
         """
-        if replica.sees_one_device() and (
-            replica.is_measured() or not distribute.caller_communicates()
-        ):
-            return 1
+        if replica.sees_one_device():
+            if not distribute.caller_communicates():
+                return 1
+            if replica.is_measured():  # And gathers only if there are several.
+                replica.current().recorder.communicates = True
+                return 1
         return int(super().num_replicas_in_sync)
 
     @property
@@ -80,12 +82,14 @@ class StrategyBase(tf.distribute.Strategy):
         """The steps that the fit output shows; `None` if `fit_log=False`."""
         return self.step_log if self._fit_log else None
 
+    samples_to_measure = first_batch.SAMPLES
+
     def prepare_model(self, model: keras.Model, batch: Any) -> None:
         """Prepares the first step of a model; nothing is traced yet.
 
         Args:
             model: The model, which Keras is about to build.
-            batch: A first batch of one replica, for its shapes.
+            batch: Some of its samples, or a first batch of one replica.
         """
         first_batch.remember(model, batch)
         keras_threads.make_generator_of_unseeded(self)

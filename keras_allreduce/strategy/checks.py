@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import keras
 import tensorflow as tf
 
+from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.compat import keras_door, versions
 
 
@@ -35,9 +36,10 @@ def check_model(model: keras.Model, strategy: Any) -> None:
 
     Raises:
         ValueError: If the model or its optimizer was made outside the scope
-            of the strategy, or if it is compiled with `jit_compile=True`
-            and Keras would compile all replicas as one program. On GPUs
-            TensorFlow would then sum gradients by its own ops.
+            of the strategy, if a layer is stateful, or if it is compiled with
+            `jit_compile=True` and Keras would compile all replicas as one
+            program. On GPUs TensorFlow would then sum gradients by its own
+            ops.
     """
     optimizer = getattr(model, "optimizer", None)
     for what, variables in (
@@ -54,6 +56,14 @@ def check_model(model: keras.Model, strategy: Any) -> None:
                     "model and `compile`."
                 )
     replicas = strategy.num_replicas_in_sync
+    stateful = keras_compat.stateful_layers(model) if replicas > 1 else []
+    if stateful:
+        raise ValueError(
+            "A stateful layer keeps a state for each row of a batch of one "
+            "size, and a replica has some of the rows. Received: layer "
+            f"{stateful[0].name!r} with stateful=True, on {replicas} replicas. "
+            "Use `stateful=False`, or train on one device."
+        )
     if (
         getattr(model, "jit_compile", False) is True
         and replicas > 1

@@ -12,8 +12,10 @@ from keras_allreduce.compat.datasets import (
     yields_arrays_of_python,
 )
 from keras_allreduce.compat.keras_calls import KerasCall
+from keras_allreduce.compat.split_datasets import first_dimension
 from keras_allreduce.input.dataset import know_steps, own
 from keras_allreduce.input.shuffled_arrays import shuffled
+from keras_allreduce.one_device import shares
 from keras_allreduce.one_device.replicas import Replicas
 
 
@@ -35,8 +37,11 @@ def distribute(
         ValueError: If Keras has it distributed, and a part of its batches has
             no samples to split.
     """
-    if num_replicas > 1 and keras_calls.current_call() is not None:
+    call = keras_calls.current_call()
+    if num_replicas > 1 and call is not None:
         _check_batches(dataset)
+        if keras_calls.arrays(call.epoch_iterator) is None:
+            dataset = _with_rows_checked(dataset)
     if yields_arrays_of_python(dataset):
         dataset = dataset.map(_copied)
     return own(split(dataset))
@@ -59,10 +64,47 @@ def _check_batches(dataset: Any) -> None:
         if found:
             where = "".join(f"[{key!r}]" for key in path)
             raise ValueError(
-                "Every part of a batch has one row for each sample, which are "
-                f"split over the replicas. Received: {found} in "
-                f"batch{where}. {remedy}"
+                f"{shares.ROWS} Received: {found} in batch{where}. {remedy}"
             )
+
+
+def _with_rows_checked(dataset: Any) -> Any:
+    """A data set that raises if parts of a batch differ in length."""
+    spec = getattr(dataset, "element_spec", None)
+    sizes = {
+        part.shape[0]
+        for part in tf.nest.flatten(spec)
+        if isinstance(part, _TENSORS) and part.shape.rank
+    }
+    if len(tf.nest.flatten(spec)) < 2 or (len(sizes) == 1 and sizes != {None}):
+        return dataset
+
+    @tf.autograph.experimental.do_not_convert
+    def checked(*batch: Any) -> Any:
+        first, *rest = (
+            first_dimension(part)
+            for part in tf.nest.flatten(batch)
+            if part is not None
+        )
+        checks = [
+            tf.debugging.assert_equal(
+                size,
+                first,
+                message=f"{shares.ROWS} Received: parts of these lengths. "
+                f"{shares.ROWS_REMEDY}",
+            )
+            for size in rest
+        ]
+        with tf.control_dependencies(checks):
+            batch = tf.nest.map_structure(
+                lambda part: part if part is None else tf.identity(part), batch
+            )
+        return batch if len(batch) > 1 else batch[0]
+
+    return dataset.map(checked)
+
+
+_TENSORS = tf.TensorSpec | tf.SparseTensorSpec | tf.RaggedTensorSpec
 
 
 def share_steps(

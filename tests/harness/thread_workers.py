@@ -137,10 +137,16 @@ class Worker(MultiWorkerAllReduceStrategy):
 
 
 def results(name, devices):
+    """What a program of the table comes to on each worker."""
+    return results_of(lambda strategy: run(name, strategy)[0], devices)
+
+
+def results_of(program, devices):
     """What a program comes to on each worker.
 
     Args:
-        name: Name of the program.
+        program: Trains under the strategy that it is called with, and calls
+            `data.begin_fit` before it does.
         devices: `devices[worker][replica]`.
     """
     size, key = len(devices), CollectiveGroup(1, "").key
@@ -153,7 +159,7 @@ def results(name, devices):
         turns[rank].acquire()
         try:
             strategy = Worker(rank, size, devices[rank], key)
-            found[rank], _ = run(name, strategy)
+            found[rank] = program(strategy)
         except BaseException as error:  # noqa: BLE001 - Raised below.
             errors[rank] = error
             turns[(rank + 1) % size].release()
@@ -175,7 +181,7 @@ def results(name, devices):
             thread.start()
         for thread in threads:
             thread.join(DEADLINE_SECONDS)
-            assert not thread.is_alive(), f"{name} hangs on {size} workers"
+            assert not thread.is_alive(), f"It hangs on {size} workers"
     for error in errors:
         if error is not None:
             raise error

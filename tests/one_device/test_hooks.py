@@ -39,7 +39,8 @@ class Fails(Custom):
     test_step = train_step
 
     def predict_step(self, data):
-        return self.train_step((data, self(data) + 1.0))["own"]
+        logs = self.train_step((data, self(data) + 1.0))
+        return logs["own"] * tf.ones_like(data)
 
 
 def methods():

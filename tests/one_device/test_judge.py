@@ -88,8 +88,33 @@ def test_dropout_does_not_hide_a_mean_nor_a_sum(of_batch, kind, rate, seed):
     def dropped(part):
         return of_batch(part * (rng.uniform(size=part.shape) > rate))
 
-    found = judge_of(dropped, samples, count=16)
+    found = judge_of(dropped, samples, count=64)
     assert (found.kind, found.is_exact) == (kind, True)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "of_batch",
+    [
+        lambda part: (part @ part.T @ part).mean(axis=0) / len(part),
+        lambda part: part.max(axis=0),
+        lambda part: np.sqrt(np.var(part, axis=0)),
+    ],
+    ids=["pairs", "maximum", "deviation"],
+)
+def test_noise_of_two_samples_hides_no_comparison(of_batch, seed):
+    samples = np.random.default_rng(seed).normal(0.5, 1.0, size=[2, 20])
+    rng = np.random.default_rng(seed)
+
+    def dropped(part):
+        return of_batch(part * (rng.uniform(size=part.shape) > 0.2))
+
+    rounds = [
+        [dropped(part) for part in (samples, samples[:1], samples[1:])]
+        for _ in range(8)
+    ]
+    found = judged(*(np.stack(each) for each in zip(*rounds, strict=True)))
+    assert found.doubt in (COMPARES, UNDECIDED)
 
 
 @pytest.mark.parametrize("seed", range(20))

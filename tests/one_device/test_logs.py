@@ -76,7 +76,7 @@ class Subset(Guide):
 
 
 class Numbers(Guide):
-    """Integers, one of which is 0 in the first batch, rows and a vector."""
+    """Counts, some 0 in the first batch, extremes, rows and vectors."""
 
     def updated(self, loss, y, y_pred):
         wrong = tf.cast((y - 0.5) * (y_pred - 0.5) <= 0, tf.int32)
@@ -86,9 +86,51 @@ class Numbers(Guide):
             "samples": tf.shape(y)[0],
             "late": tf.reduce_sum(tf.cast(y == 0, tf.int32)),
             "constant": tf.constant(7),
+            "late number": tf.reduce_sum(tf.cast(y == 0, tf.float32)),
+            "late share": tf.reduce_mean(tf.cast(y == 0, tf.float32)),
+            "largest": tf.reduce_max(y_pred),
+            "largest integer": tf.reduce_max(tf.cast(9 * y_pred, tf.int32)),
+            "smallest": tf.reduce_min(y_pred),
+            "sums": tf.reduce_sum(tf.concat([y, y_pred], 1), 0),
             "rows": tf.reshape(y_pred, [-1]),
             "vector": tf.reduce_mean(tf.concat([y, y_pred], 1), 0),
         }
+
+
+class Unknown(Guide):
+    """Logs that are neither means nor sums, and one that is a mean."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.error = keras.metrics.MeanSquaredError(name="error")
+
+    def updated(self, loss, y, y_pred):
+        self.error.update_state(y, y_pred)
+        return {
+            "loss": loss,
+            "root": tf.sqrt(self.error.result()),
+            "twice": 2 * self.error.result(),
+            "deviation": tf.math.reduce_std(y_pred),
+        }
+
+
+class OfSums(Guide):
+    """A loss that is a sum, also in a metric, and a mean."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.own = keras.metrics.Mean(name="own")
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = 0.01 * tf.reduce_sum((y_pred - y) ** 2)
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        self.own.update_state(loss)
+        mean = tf.reduce_mean(y_pred)
+        return {"own": self.own.result(), "again": loss, "mean": mean}
 
 
 class Last(keras.metrics.Metric):
@@ -126,6 +168,19 @@ class Largest(Last):
     def update_state(self, y_true, y_pred, sample_weight=None):
         new = keras.ops.max(keras.ops.abs(y_true - y_pred))
         self.value.assign(keras.ops.maximum(self.value, new))
+
+
+class SmallestFromZero(Last):
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        new = keras.ops.min(y_pred)
+        self.value.assign(keras.ops.minimum(self.value, new))
+
+
+def share_of_right(y_true, y_pred):
+    """Of those that count, as in the transformer of tensorflow.org."""
+    counts = tf.cast(y_true > 0, tf.float32)
+    right = tf.cast(y_pred > 0, tf.float32) * counts
+    return tf.reduce_sum(right) / (1e-3 + tf.reduce_sum(counts))
 
 
 class All(keras.callbacks.Callback):
@@ -169,8 +224,12 @@ def train(strategy, kind, metrics, **arguments):
     return logs.logs, history.history
 
 
-def assert_as_on_one_device(kind, metrics=list, replicas=2, **arguments):
-    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:replicas])
+def assert_as_on_one_device(
+    kind, metrics=list, replicas=2, options=(), **arguments
+):
+    strategy = keras_allreduce.AllReduceStrategy(
+        DEVICES[:replicas], **dict(options)
+    )
     found = train(strategy, kind, metrics, **arguments)
     expected = train(tf.distribute.get_strategy(), kind, metrics, **arguments)
     keras.tree.assert_same_structure(found, expected)
@@ -211,13 +270,40 @@ def test_numbers_rows_and_vectors_are_those_of_the_batch():
     assert_as_on_one_device(Numbers, replicas=3)
 
 
+def test_other_logs_are_warned_about_by_name():
+    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:2])
+    with pytest.warns(UserWarning, match="What a step shows") as caught:
+        train(strategy, Unknown, list)
+    said = " ".join(str(each.message) for each in caught)
+    assert said.count("log 'deviation', log 'root', log 'twice'.") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eagerly", [True, False], ids=["eager", "traced"])
+def test_losses_that_are_said_to_be_sums_are_shown_as_sums(eagerly):
+    assert_as_on_one_device(
+        OfSums, options={"weigh_samples": False}, run_eagerly=eagerly
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "metric",
-    [Last, lambda: Last("average", 0.9), MeanOfBatches, Largest],
-    ids=["last value", "moving average", "mean of batches", "maximum"],
+    [
+        Last,
+        lambda: Last("average", 0.9),
+        MeanOfBatches,
+        Largest,
+        SmallestFromZero,
+        lambda: share_of_right,
+        lambda: keras.losses.Tversky(),
+    ],
+    ids=[
+        *("last value", "moving average", "mean of batches", "maximum"),
+        *("minimum from 0", "function of a batch", "loss of a batch"),
+    ],
 )
-def test_custom_metrics_that_are_no_sums_are_as_on_one_device(metric):
+def test_metrics_that_are_no_sums_are_as_on_one_device(metric):
     assert_as_on_one_device(Guide, lambda: [metric()])
 
 

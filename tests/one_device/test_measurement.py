@@ -1,6 +1,7 @@
 """Measuring a step leaves no trace, and happens once."""
 
 import random
+import types
 import warnings
 
 import keras
@@ -84,13 +85,15 @@ def test_all_that_a_step_changes_is_put_back():
         np.testing.assert_equal(other, one)
 
 
-def test_metrics_that_an_eager_step_updates_are_put_back():
+def test_metrics_and_generators_of_an_eager_step_are_put_back():
     model, strategy = restless(run_eagerly=True)
+    drawn = model.generator.state.numpy().tolist()
     data = (tf.constant(X), tf.constant(Y))
     found = measurement.measure(model, model.train_step, data, strategy)
     assert not found.failure
     for variable in model.shown.variables:
         assert float(variable) == 0
+    assert model.generator.state.numpy().tolist() == drawn
 
 
 def test_hooks_and_shadows_are_gone_after_a_step():
@@ -140,19 +143,19 @@ def test_keras_own_step_is_not_measured(monkeypatch):
 def test_what_cannot_be_measured_is_taken_for_a_mean_with_a_warning():
     class OfThisSize(Custom):
         def train_step(self, data):
-            # Fails on the three samples of half a measurement.
+            # Fails on the eight samples of half a measurement.
             x = tf.ensure_shape(data[0], [None, 6])
-            tf.debugging.assert_greater(tf.shape(x)[0], 4)
+            tf.debugging.assert_greater(tf.shape(x)[0], 8)
             return super().train_step(data)
 
     with keras_allreduce.AllReduceStrategy(DEVICES[:2]).scope():
         model = OfThisSize()
         model.compile(sgd(), "mse")
     with pytest.warns(UserWarning, match="which failed"):
-        model.fit(X[:26], Y[:26], batch_size=13, verbose=0)
+        model.fit(X[:52], Y[:52], batch_size=26, verbose=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.fit(X[:26], Y[:26], batch_size=13, verbose=0)
+        model.fit(X[:52], Y[:52], batch_size=26, verbose=0)
 
 
 def test_an_example_is_made_up_where_none_was_seen():
@@ -164,6 +167,39 @@ def test_an_example_is_made_up_where_none_was_seen():
     for parts in zip(whole, first, second, strict=True):
         sizes = [part.shape[0] for part in parts]
         assert sizes == [sizes[1] * 2, sizes[1], sizes[1]]
+
+
+def of_generator():
+    for start in range(0, 26, 13):
+        yield X[start : start + 13].copy(), Y[start : start + 13].copy()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda: (X, Y),
+        lambda: (tf.data.Dataset.from_tensor_slices((X, Y)).batch(20),),
+        lambda: (of_generator(),),
+    ],
+    ids=["arrays", "dataset", "generator"],
+)
+def test_a_built_model_is_measured_on_samples_of_its_data(data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        measurement,
+        "measure",
+        lambda model, _step, given, _: (
+            seen.append(first_batch.like(model, given)) or Reductions()
+        ),
+    )
+    with keras_allreduce.AllReduceStrategy(DEVICES[:2]).scope():
+        model = Custom()
+        model.build([None, 6])
+        model.compile(sgd())
+    model.fit(*data(), verbose=0, shuffle=False)
+    (x, y), *_ = seen
+    np.testing.assert_array_equal(x, X[: len(x)])
+    np.testing.assert_array_equal(y, Y[: len(y)])
 
 
 def test_one_sample_is_measured_twice():
@@ -207,9 +243,10 @@ class Coins:
 
     keys = (("gradient", 0),)
     communicates = False
-    is_random = True
+    ends = terms = types.MappingProxyType({})
 
-    def __init__(self, of_samples, seed):
+    def __init__(self, of_samples, seed, is_random):
+        self.is_random = is_random
         self._of_samples = of_samples
         self._rng = np.random.default_rng(seed)
 
@@ -224,15 +261,19 @@ class Coins:
         pass
 
 
+# That it draws is not known of a step that runs eagerly.
+@pytest.mark.parametrize("is_random", [True, None])
 @pytest.mark.parametrize(
     ("of_samples", "kind"), [(np.mean, "mean"), (np.sum, "sum")]
 )
-def test_coins_that_fall_alike_are_no_difference(of_samples, kind, monkeypatch):
+def test_coins_that_fall_alike_are_no_difference(
+    of_samples, kind, is_random, monkeypatch
+):
     data = tf.constant([[1.0, 0.2], [0.3, -1.0]])
     monkeypatch.setattr(first_batch, "like", lambda model, data: data)
     # Seeds whose first two rounds are alike, and halves unlike the whole.
     for seed in (31, 34, 49, 53):
-        trial = Coins(of_samples, seed)
+        trial = Coins(of_samples, seed, is_random)
         monkeypatch.setattr(measurement, "Trial", lambda *_, t=trial: t)
         found = measurement.measure(dense(), None, data, None)
         assert found.of("gradient", 0).kind == kind, seed

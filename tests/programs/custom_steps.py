@@ -85,6 +85,48 @@ def mean_divided_by_the_replicas():
     return fit(Custom(loss_of))
 
 
+def cross_replica_concat(tensor, strategy):
+    """The rows of all replicas, as SimCLR joins them."""
+    if strategy.num_replicas_in_sync <= 1:
+        return tensor
+    replicas = strategy.num_replicas_in_sync
+    context = tf.distribute.get_replica_context()
+    parts = tf.scatter_nd(
+        [[context.replica_id_in_sync_group]],
+        [tensor],
+        tf.concat([[replicas], tf.shape(tensor)], axis=0),
+    )
+    parts = context.all_reduce(tf.distribute.ReduceOp.SUM, parts)
+    return tf.reshape(parts, [-1, *parts.shape[2:]])
+
+
+@program(
+    replicas=(2, 3),
+    fast=True,
+    feature="SimCLR's concat over the replicas, even batches",
+)
+def joins_the_rows_of_all_replicas():
+    strategy = tf.distribute.get_strategy()
+
+    def features(model, x):
+        hidden = model.hidden(x)
+        joined = tf.concat([hidden, model.out(hidden)], axis=1)
+        return tf.math.l2_normalize(joined, axis=1)
+
+    def loss_of(model, x, y):
+        one, other = features(model, x), features(model, 0.9 * x + 0.1)
+        every = cross_replica_concat(other, strategy)
+        count = tf.shape(x)[0]
+        context = tf.distribute.get_replica_context()
+        labels = tf.range(count) + context.replica_id_in_sync_group * count
+        losses = keras.losses.sparse_categorical_crossentropy(
+            labels, tf.matmul(one, every, transpose_b=True), from_logits=True
+        )
+        return tf.reduce_mean(losses)
+
+    return fit(Custom(loss_of), samples=24, batch_size=12)
+
+
 @program(
     feature="Custom `train_step`, with `compute_loss`",
 )

@@ -77,6 +77,11 @@ def before_fit(function):
         _before_fit = stock
 
 
+def begin_fit():
+    """To be called when a model is compiled."""
+    _before_fit()
+
+
 OF_FIT = (
     "batch_size",
     "callbacks",
@@ -111,7 +116,7 @@ def fit(
                 lambda array: array[:rows], of_fit[name]
             )
     of_fit = {"shuffle": False, "verbose": 0} | of_fit
-    _before_fit()
+    begin_fit()
     history = model.fit(x, epochs=epochs, **of_fit).history
     return {"weights": weights_of_all_replicas(model), "history": history}
 

@@ -277,3 +277,87 @@ def test_a_data_set_without_a_batch_ends_in_keras_own_warning():
     empty = tf.data.Dataset.from_tensor_slices((X[:0], Y[:0])).batch(2)
     with pytest.warns(UserWarning, match="ran out of data"):
         assert model.fit(empty, verbose=0).history == {}
+
+
+def fitted(*data, **arguments):
+    with AllReduceStrategy(DEVICES[:2]).scope():
+        model = Regression()
+        model.compile("sgd", "mse")
+    return model.fit(*data, verbose=0, **arguments)
+
+
+def graphs_of_several_rows():
+    yield np.ones([6, 4], "float32"), np.ones([4, 1], "float32")
+
+
+def with_a_table():
+    rows = tf.data.Dataset.from_tensor_slices((X, Y)).batch(6)
+    table = tf.ones([5, 4])
+    return rows.map(lambda x, y: ({"left": x, "right": table}, y))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [graphs_of_several_rows, with_a_table],
+    ids=lambda each: each.__name__,
+)
+def test_parts_of_a_batch_with_other_rows_end_in_an_error(data):
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match="one row for each"
+    ):
+        fitted(data())
+
+
+def test_a_batch_with_other_rows_is_an_error():
+    with AllReduceStrategy(DEVICES[:2]).scope():
+        model = Regression()
+        model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"Received: parts of \[4, 6\] rows"):
+        model.train_on_batch(X[:6], Y[:4])
+
+
+def test_a_stateful_layer_is_an_error():
+    with AllReduceStrategy(DEVICES[:2]).scope():
+        inputs = keras.Input([3, 4], batch_size=4)
+        layers = [keras.layers.LSTM(3, stateful=True), keras.layers.Dense(1)]
+        model = keras.Sequential([inputs, *layers])
+        model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="stateful=True, on 2 replicas"):
+        model.fit(np.ones([8, 3, 4]), np.ones([8, 1]), batch_size=4, verbose=0)
+
+
+class OfOneSize(Regression):
+    """A step for batches of six samples."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            error = tf.reshape(self(x), [6, 1]) - y
+            loss = tf.reduce_mean(error * error)
+        weights = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        return {"loss": loss}
+
+
+def test_a_step_for_batches_of_one_size_says_what_to_write():
+    with AllReduceStrategy(DEVICES[:2]).scope():
+        model = OfOneSize()
+        model.compile("sgd")
+    with (
+        pytest.warns(UserWarning, match=r"write `tf.shape\(x\)\[0\]`"),
+        pytest.raises(ValueError, match="reshape"),
+    ):
+        model.fit(X, Y, batch_size=6, verbose=0)
+
+
+class OneNumber(keras.Model):
+    def call(self, x):
+        return keras.ops.mean(x)
+
+
+def test_a_prediction_of_one_number_for_a_batch_is_an_error():
+    with AllReduceStrategy(DEVICES[:2]).scope():
+        model = OneNumber()
+        model.compile()
+    with pytest.raises(ValueError, match="one row for each sample"):
+        model.predict(X, verbose=0)

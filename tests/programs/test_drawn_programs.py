@@ -1,9 +1,10 @@
 """Programs drawn at random train on replicas as on one device.
 
 Each draw is a kind of loss x a mask x noise x clipping x what the step keeps x
-a metric x a batch size x 2 to 4 replicas, with a seed that the id of the test
-names. Noise is scaled by a weight that is 0 while the program trains, so that
-its results can be compared, and not 0 in the second state that is measured.
+a metric x a log x a batch size x 2 to 4 replicas, or 2 workers that are threads
+x eager or traced, with a seed that the id of the test names. Noise is scaled by
+a weight that is 0 while the program trains, so that its results can be
+compared, and not 0 in the second state that is measured.
 """
 
 import contextlib
@@ -14,12 +15,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import thread_workers
 from five_devices import DEVICES
 
 import keras_allreduce
+from programs import data
 
-NUM_SAMPLES = 23
-IN_FAST_TIER = 6
+NUM_SAMPLES = 17
+IN_FAST_TIER = 20
 AT_NIGHT = 200
 
 
@@ -33,8 +36,12 @@ class Program:
     is_clipped: bool
     kept: str
     metric: str
+    is_metric_returned: bool
+    log: str
     batch_size: int
     replicas: int
+    workers: int
+    is_eager: bool
 
 
 def draw(seed):
@@ -43,15 +50,26 @@ def draw(seed):
     def one_of(*values):
         return values[rng.integers(len(values))]
 
+    workers = one_of(1, 1, 1, 1, 1, 1, 2)
+    is_noisy = one_of(False, True)
+    loss = one_of("mean", "sum", "constant", "ratio", "ratio and penalty")
     return Program(
-        loss=one_of("mean", "sum", "constant", "ratio", "ratio and penalty"),
+        loss=loss,
         is_masked=one_of(False, True),
-        is_noisy=one_of(False, True),
+        is_noisy=is_noisy,
         is_clipped=one_of(False, True),
         kept=one_of("nothing", "mean", "average of means", "count", "sums"),
         metric=one_of("none", "Mean", "Sum"),
+        is_metric_returned=one_of(False, True),
+        log=one_of("none", "largest", "count", "sums", "share"),
         batch_size=int(rng.integers(5, 14)),
-        replicas=int(rng.integers(2, 5)),
+        replicas=1 if workers > 1 else one_of(2, 2, 2, 3, 4),
+        workers=workers,
+        # A ratio is seen in a graph. Noise takes long in eager rounds.
+        is_eager=one_of(False, True)
+        and not is_noisy
+        and "ratio" not in loss
+        and workers == 1,
     )
 
 
@@ -128,10 +146,19 @@ class Drawn(keras.Model):
         logs = {"own": loss}
         if self.shown is not None:
             self.shown.update_state(loss)
-        return logs
+            if self.program.is_metric_returned:
+                logs["shown so far"] = self.shown.result()
+        log = {
+            "none": lambda: None,
+            "largest": lambda: tf.reduce_max(x),
+            "count": lambda: tf.shape(x)[0],
+            "sums": lambda: tf.reduce_sum(x, axis=0),
+            "share": lambda: tf.reduce_mean(tf.cast(y > 0.9, tf.float32)),
+        }[self.program.log]()
+        return logs if log is None else {**logs, "log": log}
 
 
-def train(program, replicas):
+def train(program, strategy=None):
     """Weights and what was kept, logs and metrics, warnings."""
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(5)
@@ -139,9 +166,7 @@ def train(program, replicas):
     x = rng.normal(size=(NUM_SAMPLES, 4)).astype("float32")
     x[-1, 0] = 1.0  # Every batch has a sample that is not masked.
     y = np.tanh(x[:, :2]).astype("float32")
-    scope = contextlib.nullcontext()
-    if replicas > 1:
-        scope = keras_allreduce.AllReduceStrategy(DEVICES[:replicas]).scope()
+    scope = contextlib.nullcontext() if strategy is None else strategy.scope()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with scope:
@@ -149,8 +174,9 @@ def train(program, replicas):
             # To trace a step takes longer than to run it so few times.
             model.compile(
                 keras.optimizers.SGD(0.05, momentum=0.5),
-                run_eagerly=replicas == 1,
+                run_eagerly=strategy is None or program.is_eager,
             )
+            data.begin_fit()
             history = model.fit(
                 x,
                 y,
@@ -159,7 +185,7 @@ def train(program, replicas):
                 shuffle=False,
                 verbose=0,
             ).history
-    if model.shown is not None:
+    if model.shown is not None and program.workers == 1:
         history["shown"] = float(model.shown.result())
     weights = [each.numpy() for each in (*model.net.weights, model.kept)]
     messages = [str(each.message) for each in caught]
@@ -169,17 +195,29 @@ def train(program, replicas):
 
 def check(seed):
     program = draw(seed)
-    found, logs, warned = train(program, program.replicas)
-    wanted, wanted_logs, _ = train(program, 1)
-    assert not warned, f"{warned} of {program}"
-    for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(
-            one, other, rtol=1e-4, atol=1e-5, err_msg=str(program)
+    if program.workers > 1:
+        devices = [[each] for each in DEVICES[: program.workers]]
+        results = thread_workers.results_of(
+            lambda strategy: train(program, strategy), devices
         )
-    for name, values in wanted_logs.items():
-        np.testing.assert_allclose(
-            logs[name], values, rtol=1e-4, err_msg=f"{name} of {program}"
-        )
+    else:
+        replicas = DEVICES[: program.replicas]
+        strategy = keras_allreduce.AllReduceStrategy(replicas)
+        results = [train(program, strategy)]
+    wanted, wanted_logs, _ = train(program)
+    for found, logs, warned in results:
+        assert not warned, f"{warned} of {program}"
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(
+                one, other, rtol=1e-4, atol=1e-5, err_msg=str(program)
+            )
+        for name, values in wanted_logs.items():
+            np.testing.assert_allclose(
+                *(logs[name], values),
+                rtol=1e-4,
+                atol=1e-6,
+                err_msg=f"{name} of {program}",
+            )
 
 
 @pytest.mark.parametrize("seed", range(IN_FAST_TIER))
