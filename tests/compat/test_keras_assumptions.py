@@ -47,6 +47,8 @@ class SpyStrategy(tf.distribute.MirroredStrategy):
 class StrategyBehindDoor(SpyStrategy):
     """The same, whose models the door knows; notes their steps."""
 
+    samples_to_measure = 4
+
     def __init__(self):
         keras_door.install()
         self.steps = []
