@@ -11,6 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from scripts_of_docs import (
     PRELUDE,
     REPORT,
@@ -104,33 +105,70 @@ def test_the_script_from_horovod_trains_two_workers(tmp_path):
     }
 
 
-def test_the_warm_up_is_horovods_and_leaves_the_rate_to_others_then():
+def rates_of(batches, epochs=5, more=(), steps_per_execution=1, **warm_up):
+    """Rate of each execution: 3 epochs of warm-up to 4 times the rate."""
     names = {"keras": keras}
     code = side(BLOCKS["horovod"], "-")
     exec(re.search(r"class WarmUp.*?(?=\n\n\n)", code, re.DOTALL)[0], names)
     seen = []
 
     class Rates(keras.callbacks.Callback):
-        def on_train_batch_begin(self, batch, logs=None):
+        def on_train_batch_end(self, batch, logs=None):
             seen.append(float(self.model.optimizer.learning_rate))
 
     model = keras.Sequential([keras.layers.Dense(1)])
-    model.compile(keras.optimizers.SGD(0.04), "mse")
-    # 2 steps in an epoch, 3 epochs of warm-up to 4 times the rate. The loss
-    # never falls by 10, so each epoch after the first is a plateau.
+    model.compile(
+        keras.optimizers.SGD(0.04),
+        "mse",
+        steps_per_execution=steps_per_execution,
+    )
+    warm_up = names["WarmUp"](0.04, 4, epochs=3, **warm_up)
+    model.fit(
+        batches,
+        epochs=epochs,
+        callbacks=[warm_up, Rates(), *more],
+        verbose=0,
+    )
+    return seen
+
+
+def batches(steps):
+    ones = np.ones([2 * steps, 1], "float32")
+    return tf.data.Dataset.from_tensor_slices((ones, ones)).batch(2)
+
+
+RISING = [0.015, 0.02, 0.025, 0.03, 0.035, 0.04]
+
+
+def test_the_warm_up_is_horovods_and_leaves_the_rate_to_others_then():
+    # The loss never falls by 10, so each epoch after the first is a plateau.
     plateau = keras.callbacks.ReduceLROnPlateau(
         monitor="loss", factor=0.5, patience=2, min_delta=10
     )
-    model.fit(
-        np.ones([4, 1]),
-        np.ones([4, 1]),
-        batch_size=2,
-        epochs=5,
-        callbacks=[names["WarmUp"](4, epochs=3), Rates(), plateau],
-        verbose=0,
-    )
-    assert seen[:6] == pytest.approx([0.015, 0.02, 0.025, 0.03, 0.035, 0.04])
+    seen = rates_of(batches(2), more=[plateau])
+    assert seen[:6] == pytest.approx(RISING)
     assert seen[6:] == pytest.approx([0.02, 0.02, 0.02, 0.02])
+
+
+def test_the_warm_up_reaches_the_rate_in_executions_of_many_steps():
+    seen = rates_of(batches(7), steps_per_execution=8)
+    first = 0.01 * (1 + 1 / 7)
+    expected = [first, first + 0.01, first + 0.02, 0.04, 0.04]
+    assert seen == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "first_epoch"),
+    [(None, [0.01, 0.01]), (2, RISING[:2])],
+    ids=["counted", "passed"],
+)
+def test_the_warm_up_needs_no_known_number_of_steps(
+    steps_per_epoch, first_epoch
+):
+    unknown = batches(2).filter(lambda *batch: True)
+    seen = rates_of(unknown, epochs=4, steps_per_epoch=steps_per_epoch)
+    expected = [*first_epoch, *RISING[2:], 0.04, 0.04]
+    assert seen == pytest.approx(expected)
 
 
 def test_the_arguments_that_are_named_exist():
