@@ -13,7 +13,8 @@ steps, keeps it in the state of a pack, and sums the pack itself:
                                   exchange(tensor): encode, cross, decode, sum
 
 A new format is a subclass of `WireFormat`, given to a strategy as
-`compression=`. Those in `WIRE_FORMATS` have a name besides.
+`compression=`. Those in `WIRE_FORMATS` have a name besides: they are exact for
+small integers, and round each element relative to its own size.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,6 +44,10 @@ class WireFormat:
             state["error"].assign(wanted - sent)
             return exchange(sent)
     ```
+
+    A format may lose anything that training can do without. Only those in
+    `WIRE_FORMATS`, which have a name for `wire_dtype`, promise more: small
+    integers are exact, and the rounding of an element is relative to it.
 
     Attributes:
         name: The plan line shows it, and all workers must have the same.

@@ -11,6 +11,8 @@ import pytest
 import toy_wire_format
 import workers
 
+from keras_allreduce.workers import wire_formats
+
 pytestmark = pytest.mark.slow
 
 ROUNDING = {
@@ -19,6 +21,10 @@ ROUNDING = {
     "float16": 2.0**-11,
     toy_wire_format.NAME: 2.0**-11,
 }
+
+
+def test_the_rounding_of_every_named_format_is_tested():
+    assert set(wire_formats.wire_dtypes()) <= set(ROUNDING)
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 workers", "3 workers"])
