@@ -136,8 +136,6 @@ class Reader(dict):
             plain = build_model()
             loss = tf.reduce_mean(tf.square(plain(x) - y))
         self.update(
-            AllReduceTensorBoard=keras_allreduce.AllReduceTensorBoard,
-            CSVLogger=keras.callbacks.CSVLogger,
             batches=dataset,
             counts=tf.identity,
             dataset=dataset,
