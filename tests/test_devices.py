@@ -190,6 +190,33 @@ def test_a_model_made_outside_the_scope():
             model.fit(X, Y, verbose=0)
 
 
+@pytest.mark.parametrize("is_built", [True, False])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_model_made_and_trained_outside_but_compiled_inside(
+    replicas, optimizer, is_built
+):
+    strategy = AllReduceStrategy(DEVICES[:replicas])
+    model = make_model()
+    what = r"variable '\S+/kernel' of the model"
+    if not is_built:
+        model = keras.Sequential([keras.layers.Dense(1)], name="mine")
+        what = "model 'mine'"
+    with strategy.scope():
+        model.compile(optimizer, "mse")
+    rule = (
+        "A model must be made and compiled inside the scope of the strategy "
+        rf"that trains it\. Received: {what}, made outside\. Put "
+    )
+    with pytest.raises(ValueError, match=rule):
+        model.fit(X, Y, verbose=0)
+    with pytest.raises(ValueError, match=rule):
+        model.train_on_batch(X, Y)
+    # Nothing is updated in it.
+    model.evaluate(X, Y, verbose=0)
+    model.predict(X, verbose=0)
+
+
 def test_a_model_made_in_the_scope_of_another_strategy():
     stock = tf.distribute.MirroredStrategy(
         DEVICES[:2], tf.distribute.ReductionToOneDevice()

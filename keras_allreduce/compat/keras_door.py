@@ -247,6 +247,8 @@ def _function_made(step: str, consequence: str, stock: Any) -> Any:
 
     @functools.wraps(stock)
     def make(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if step == "train_step":
+            _check_optimizer(model)
         before = getattr(model, name, None)
         with _not_compiled_around(model):
             result = stock(model, *args, **kwargs)
@@ -260,6 +262,22 @@ def _function_made(step: str, consequence: str, stock: Any) -> Any:
         return result
 
     return make
+
+
+def _check_optimizer(model: Any) -> None:
+    """Raises if a strategy made the optimizer of a model that is not its own.
+
+    The optimizer would make its variables outside of the scope.
+    """
+    if _is_ours(model):
+        return  # The step says it.
+    optimizer = getattr(model, "optimizer", None)
+    for variable in getattr(optimizer, "variables", ()):
+        value = getattr(variable, "value", None)
+        strategy = getattr(value, "distribute_strategy", None)
+        refuse = getattr(strategy, "refuse_model_made_outside", None)
+        if refuse is not None:
+            refuse(model)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import tensorflow as tf
@@ -27,7 +27,11 @@ from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.reduce.compiled_parts import parts_of
 from keras_allreduce.reduce.cost_model import Link
 from keras_allreduce.reduce.plan import ReducePlan
-from keras_allreduce.strategy.checks import check_backend, check_model
+from keras_allreduce.strategy.checks import (
+    check_backend,
+    check_model,
+    made_outside,
+)
 
 
 class StrategyBase(tf.distribute.Strategy):
@@ -93,6 +97,16 @@ class StrategyBase(tf.distribute.Strategy):
         """
         first_batch.remember(model, batch)
         keras_threads.make_generator_of_unseeded(self)
+
+    def refuse_model_made_outside(self, model: keras.Model) -> NoReturn:
+        """Raises: a model that was made outside has an optimizer from here.
+
+        Args:
+            model: The model, which Keras is about to train outside.
+        """
+        for variable in model.variables:
+            raise made_outside(f"variable {variable.path!r} of the model")
+        raise made_outside(f"model {model.name!r}")
 
     def all_reduce_stats(self) -> ReduceStats | None:
         """Cost of the all-reduce in the steps run since the last call.

@@ -48,13 +48,7 @@ def check_model(model: keras.Model, strategy: Any) -> None:
     ):
         for variable in variables:
             if not _made_in_scope(variable, strategy):
-                raise ValueError(
-                    "A model must be made and compiled inside the scope of "
-                    "the strategy that trains it. Received: variable "
-                    f"{variable.path!r} of the {what}, made outside. Put "
-                    "`with strategy.scope():` around both the making of the "
-                    "model and `compile`."
-                )
+                raise made_outside(f"variable {variable.path!r} of the {what}")
     replicas = strategy.num_replicas_in_sync
     stateful = keras_compat.stateful_layers(model) if replicas > 1 else []
     if stateful:
@@ -75,6 +69,15 @@ def check_model(model: keras.Model, strategy: Any) -> None:
             f"replicas and Keras {keras.__version__}, which can no longer be "
             "told the difference. Leave `jit_compile` out of `compile`."
         )
+
+
+def made_outside(what: str) -> ValueError:
+    """The error of a model that was not made, or compiled, in the scope."""
+    return ValueError(
+        "A model must be made and compiled inside the scope of the strategy "
+        f"that trains it. Received: {what}, made outside. Put `with "
+        "strategy.scope():` around both the making of the model and `compile`."
+    )
 
 
 def _made_in_scope(variable: Any, strategy: Any) -> bool:

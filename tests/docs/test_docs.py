@@ -28,7 +28,11 @@ TESTS = {
 }
 
 # Documented by TensorFlow, or called by compat/keras_door.py alone.
-NOT_FOR_USERS = {*dir(tf.distribute.Strategy), "prepare_model"}
+NOT_FOR_USERS = {
+    *dir(tf.distribute.Strategy),
+    "prepare_model",
+    "refuse_model_made_outside",
+}
 
 # Pages of the site that are made of files elsewhere: see docs/hooks.py.
 MADE = {"results.md", "changelog.md", "contributing.md"}
