@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import keras
 import tensorflow as tf
@@ -28,6 +28,7 @@ from keras_allreduce.reduce.compiled_parts import parts_of
 from keras_allreduce.reduce.cost_model import Link
 from keras_allreduce.reduce.plan import ReducePlan
 from keras_allreduce.strategy.checks import (
+    check_attribute,
     check_backend,
     check_model,
     made_outside,
@@ -39,6 +40,13 @@ class StrategyBase(tf.distribute.Strategy):
 
     To be mixed into a strategy of TensorFlow's.
     """
+
+    if not TYPE_CHECKING:  # Any name would be an attribute then.
+
+        def __getattr__(self, name: str) -> Any:
+            check_attribute(self, name)
+            # Again: a property may have failed, and says why.
+            return object.__getattribute__(self, name)
 
     def _init_options(self, weigh_samples: bool | None, fit_log: bool) -> None:
         check_backend()
