@@ -4,11 +4,12 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from keras_allreduce import environment
 from keras_allreduce.addresses import parse_addresses
@@ -17,6 +18,8 @@ from keras_allreduce.launch import gpus
 from keras_allreduce.launch.output import tag
 
 _LEAST_COLUMNS = 20
+
+_PYTHON = re.compile(r"python[\d.]*")
 
 _DESCRIPTION = """
 Starts the workers of a training script that uses MultiWorkerAllReduceStrategy,
@@ -178,7 +181,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _OfAnotherLauncher(argparse.Action):
+    """An option of mpirun, horovodrun or torchrun: an error that names ours."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        parser.error(
+            f"There is no option {option_string}. Received: {option_string} "
+            f"{values}. {self.const}"
+        )
+
+
+_WORKERS = "Pass --workers W, the number of workers on this host."
+_HOSTS = "Pass --hosts A:PORT,B:PORT, the same on every host, and --host-index."
+_THEIRS = {
+    ("-n", "-np", "--np", "--num-proc"): _WORKERS,
+    ("--nproc-per-node", "--nproc_per_node"): (
+        f"{_WORKERS} A worker may have several GPUs: --devices-per-worker."
+    ),
+    ("-H", "--host", "--nnodes"): _HOSTS,
+}
+"""What to write instead, by the options of other launchers."""
+
+
 def _add_options(add: Callable[..., Any]) -> None:
+    for names, ours in _THEIRS.items():
+        add(
+            *names,
+            action=_OfAnotherLauncher,
+            const=ours,
+            help=argparse.SUPPRESS,
+        )
     add("--workers", type=int, metavar="W", help="workers on this host")
     add(
         "--devices-per-worker",
@@ -292,6 +330,11 @@ def _check_command(given: argparse.Namespace) -> None:
     if given.module is None:
         if given.script is None:
             raise ValueError("Pass a training script, or -m and a module.")
+        if _PYTHON.fullmatch(Path(given.script).name):
+            raise ValueError(
+                "A training script is expected, which runs in this Python. "
+                f"Received: {given.script!r}. Leave `{given.script}` out."
+            )
         if not Path(given.script).is_file():
             raise ValueError(f"There is no script {given.script!r}.")
         return

@@ -1,6 +1,7 @@
 """From the command line of the launcher to each worker's environment."""
 
 import json
+import sys
 
 import pytest
 
@@ -142,6 +143,19 @@ BAD = {
     "port zero": ("--hosts a:0 --host-index 0", "host:port of each"),
     "bare IPv6": ("--hosts fd00::1:80 --host-index 0", "host:port of each"),
     "no hosts": ("--hosts= --host-index 0", "host:port of each"),
+    "workers of mpirun": (
+        "-np 2",
+        "There is no option -np. Received: -np 2. Pass --workers W",
+    ),
+    "processes of mpirun": ("-n 2", "There is no option -n. Received: -n 2."),
+    "hosts of horovodrun": ("-H a:1,b:1", "Pass --hosts A:PORT,B:PORT"),
+    "workers of torchrun": (
+        "--nproc-per-node 2",
+        "There is no option --nproc-per-node. Received: --nproc-per-node 2. "
+        "Pass --workers W",
+    ),
+    "its older spelling": ("--nproc_per_node=2", "Pass --workers W"),
+    "after an option of ours": ("--workers 2 -np 2", "Pass --workers W"),
     "unknown option": ("--worker 2", "unrecognized arguments: --worker"),
 }
 
@@ -162,6 +176,21 @@ def test_a_script_that_is_not_there_is_named(capsys):
         parse(["--workers", "2", "no/such.py"])
     assert error.value.code == 2
     assert "There is no script 'no/such.py'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "python", ["python", "python3", "python3.12", sys.executable]
+)
+def test_a_script_needs_no_python_before_it(python, script, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(["--workers", "2", python, script])
+    assert error.value.code == 2
+    assert f"Leave `{python}` out." in capsys.readouterr().err
+
+
+def test_arguments_of_the_script_may_be_called_as_others_options(script):
+    options = parse(["--workers", "2", script, "-np", "3", "python"])
+    assert options.command == (script, "-np", "3", "python")
 
 
 BAD_COMMANDS = {
