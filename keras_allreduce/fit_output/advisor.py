@@ -38,11 +38,12 @@ class Advisor:
         if not self._first_steps:
             self._first_end, self._first_steps = self._last_end, steps
 
-    def line(self, logs: Mapping[str, Any]) -> str | None:
+    def line(self, logs: Mapping[str, Any], epochs: int) -> str | None:
         """The hint, if there is one; after that never again.
 
         Args:
             logs: Logs of the epoch, including those of an `AllReduceLogger`.
+            epochs: Epochs of this `fit`.
         """
         steps = self._last_steps - self._first_steps
         found = self._log.steps(self._model)
@@ -57,6 +58,9 @@ class Advisor:
                 times.ready,
                 times.done,
                 step.plan,
+                self._last_steps,
+                self._last_steps * epochs,
+                self._first_steps,
                 self._tables(step),
                 float(logs.get("lateness_ms", math.nan)),
                 int(logs.get("last_worker", 0)),

@@ -2,7 +2,8 @@
 
 Each rule looks at one possible change and returns its largest possible gain,
 from the times of the measured steps. The hint names the largest gain, if it is
-a tenth of a step or more. No TensorFlow in here.
+a tenth of a step or more, and a second or more of the whole `fit`. No
+TensorFlow in here.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,14 @@ from keras_allreduce.reduce.plan import ReducePlan
 WORTH = 0.1
 """Share of a step that a hint must be worth."""
 
+WORTH_MS_OF_FIT = 1000.0
+"""Milliseconds that it must be worth in all epochs of a `fit`."""
+
 MIN_STEPS = 5
 """Steps that must have been measured."""
+
+MOST_STEPS_PER_CALL = 8
+"""Of more steps in one call, the hint would save little more."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,15 @@ class Measured:
     """Measurements of one epoch.
 
     Attributes:
-        step_ms: Milliseconds from one step to the next, on average.
+        step_ms: Milliseconds from one step to the next, on average, without
+            the first call of the train function, which traces.
         between_ms: The part of it between two calls of the train function.
         ready: `ready[step, pack]` in seconds.
         done: `done[step, pack]` in seconds.
         plan: The plan of the step.
+        steps_of_epoch: Steps of one epoch.
+        steps_of_fit: Steps of all its epochs.
+        steps_per_call: Steps of one call of the train function.
         tables: Bytes of the whole variable of each sparse pack.
         lateness_ms: How much later than the first the last worker comes to a
             step; `nan` if not known.
@@ -56,6 +67,9 @@ class Measured:
     ready: np.ndarray
     done: np.ndarray
     plan: ReducePlan
+    steps_of_epoch: int
+    steps_of_fit: int
+    steps_per_call: int = 1
     tables: Sequence[int] = ()
     lateness_ms: float = float("nan")
     last_worker: int = 0
@@ -91,7 +105,9 @@ def hint(measured: Measured, options: Options) -> str | None:
     """
     if measured.ready.shape[0] < MIN_STEPS or not measured.step_ms > 0:
         return None
-    least = WORTH * measured.step_ms
+    least = max(
+        WORTH * measured.step_ms, WORTH_MS_OF_FIT / measured.steps_of_fit
+    )
     found = [
         advice
         for rule in (_straggler, _one_pack, _sparse, _between)
@@ -107,7 +123,10 @@ def hint(measured: Measured, options: Options) -> str | None:
 def _of_step(ms: float, measured: Measured) -> str:
     share = ms / measured.step_ms
     step = milliseconds(measured.step_ms)
-    return f"{milliseconds(ms)} of {step} per step ({share:.0%})"
+    return (
+        f"{milliseconds(ms)} of {step} per step ({share:.0%}, without the "
+        "first step)"
+    )
 
 
 def _straggler(measured: Measured, _options: Options) -> _Advice | None:
@@ -166,10 +185,15 @@ def _sparse(measured: Measured, options: Options) -> _Advice | None:
 
 
 def _between(measured: Measured, _options: Options) -> _Advice | None:
+    # Keras calls the function at least once per epoch.
+    steps = min(MOST_STEPS_PER_CALL, measured.steps_of_epoch)
+    if steps <= measured.steps_per_call:
+        return None
     between = measured.between_ms
     return _Advice(
-        between,
+        between * (1 - measured.steps_per_call / steps),
         f"{_of_step(between, measured)} pass between two steps, in Keras and "
-        "in callbacks. compile(steps_per_execution=8) pays this once every 8 "
+        f"in callbacks. compile(steps_per_execution={steps}) pays this once "
+        f"every {steps} steps; batch callbacks then run once per {steps} "
         "steps.",
     )

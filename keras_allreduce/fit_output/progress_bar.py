@@ -92,7 +92,9 @@ class FitProgbar(keras.callbacks.ProgbarLogger):
     ) -> None:
         if self._epoch:
             self._epoch.read(self.seen)
-        hint = self._advisor and self._advisor.line(logs or {})
+        # It is that of the first epoch, `initial_epoch`.
+        epochs = (self.params or {}).get("epochs", epoch + 1) - epoch
+        hint = self._advisor and self._advisor.line(logs or {}, epochs)
         self._advisor = None
         logs = logs or {}
         known = readable.logged(logs)

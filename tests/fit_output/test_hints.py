@@ -1,5 +1,7 @@
 """Hints from steps that were drawn by hand: sure and worth it, or none."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -30,7 +32,9 @@ def plan(sizes, num_sparse=0):
     )
 
 
-def measured(packs, sizes, step_ms=100.0, between_ms=1.0, **more):
+def measured(
+    packs, sizes, step_ms=100.0, between_ms=1.0, steps=100, epochs=10, **more
+):
     """Steps of packs that are in flight `[from, to]`, in ms."""
     times = np.array([packs] * STEPS, dtype=float) / 1e3
     times += np.arange(STEPS)[:, None, None] * step_ms / 1e3
@@ -41,6 +45,8 @@ def measured(packs, sizes, step_ms=100.0, between_ms=1.0, **more):
         times[:, :, 0],
         times[:, :, 1],
         plan(sizes, num_sparse),
+        steps,
+        steps * epochs,
         **more,
     )
 
@@ -50,9 +56,11 @@ EXPOSED = ([[0, 10], [20, 40], [50, 90]], [MIB, 2 * MIB, 4 * MIB])
 
 def test_a_hint_says_what_how_much_and_how_to_hide_it():
     assert hint(measured(*EXPOSED, between_ms=30.0), Options()) == (
-        "hint: 30ms of 100ms per step (30%) pass between two steps, in Keras "
-        "and in callbacks. compile(steps_per_execution=8) pays this once every "
-        "8 steps. (KERAS_ALLREDUCE_HINT=0 hides this line.)"
+        "hint: 30ms of 100ms per step (30%, without the first step) pass "
+        "between two steps, in Keras and in callbacks. "
+        "compile(steps_per_execution=8) pays this once every 8 steps; batch "
+        "callbacks then run once per 8 steps. "
+        "(KERAS_ALLREDUCE_HINT=0 hides this line.)"
     )
 
 
@@ -137,14 +145,53 @@ def test_the_largest_gain_is_told():
     late = {"lateness_ms": 25.0, "last_worker": 3}
     seen = measured(*EXPOSED, between_ms=24.0, **late)
     assert "worker 3 comes last" in hint(seen, Options())
-    seen = measured(*EXPOSED, between_ms=26.0, **late)
+    seen = measured(*EXPOSED, between_ms=30.0, **late)
     assert "steps_per_execution" in hint(seen, Options())
 
 
 def test_a_few_steps_are_not_enough():
     seen = measured(*EXPOSED)
-    few = Measured(seen.step_ms, 90.0, seen.ready[:4], seen.done[:4], seen.plan)
+    few = replace(
+        seen, between_ms=90.0, ready=seen.ready[:4], done=seen.done[:4]
+    )
+    assert hint(replace(seen, between_ms=90.0), Options())
     assert hint(few, Options()) is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "per_call", "advised"),
+    [
+        (100, 1, "steps_per_execution=8)"),
+        (7, 1, "steps_per_execution=7)"),
+        (100, 2, "steps_per_execution=8)"),
+    ],
+)
+def test_no_more_steps_per_call_are_advised_than_an_epoch_has(
+    steps, per_call, advised
+):
+    seen = measured(
+        *EXPOSED, between_ms=60.0, steps=steps, steps_per_call=per_call
+    )
+    assert advised in hint(seen, Options())
+
+
+@pytest.mark.parametrize(("steps", "per_call"), [(100, 8), (6, 6), (1, 1)])
+def test_as_many_steps_per_call_as_are_advised_are_enough(steps, per_call):
+    seen = measured(
+        *EXPOSED,
+        between_ms=60.0,
+        steps=steps,
+        epochs=1000,
+        steps_per_call=per_call,
+    )
+    assert hint(seen, Options()) is None
+
+
+@pytest.mark.parametrize(("epochs", "is_said"), [(4, False), (5, True)])
+def test_less_than_a_second_of_the_whole_fit_is_not_said(epochs, is_said):
+    # 7/8 of 24 ms in each of 10 steps: 0.21 s per epoch.
+    seen = measured(*EXPOSED, between_ms=24.0, steps=10, epochs=epochs)
+    assert (hint(seen, Options()) is not None) == is_said
 
 
 def test_what_would_be_exposed_without_some_packs():
