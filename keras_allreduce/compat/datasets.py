@@ -55,6 +55,30 @@ def seeds_of_shuffles(dataset: Any) -> list[tuple[int, int]]:
     return found
 
 
+def shards_of(dataset: Any) -> list[tuple[int, int]]:
+    """`num_shards` and `index` of each `shard` of a data set.
+
+    None if the data set is not divided again over the workers. TensorFlow
+    divides it again wherever `shard` is, by files too.
+    """
+    policies = tf.data.experimental.AutoShardPolicy
+    policy = dataset.options().experimental_distribute.auto_shard_policy
+    if policy in (policies.OFF, policies.HINT):
+        return []
+    return _shards_of(dataset)
+
+
+def _shards_of(dataset: Any) -> list[tuple[int, int]]:
+    found = []
+    if type(dataset).__name__ == "_ShardDataset":
+        values = dataset._num_shards, dataset._index
+        if all(hasattr(each, "numpy") for each in values):
+            found.append((int(values[0]), int(values[1])))
+    for source in dataset._inputs():
+        found += _shards_of(source)
+    return found
+
+
 def batch_sizes(dataset: Any) -> list[int]:
     """Sizes of the batches that a data set makes, the outermost first."""
     found = []

@@ -88,9 +88,13 @@ class Calls:
             _STEPS: data_fingerprint.steps_of_epochs(*steps),
             **data_fingerprint.facts_of(iterator, dataset),
         }
-        fingerprint = Fingerprint(facts, offer=_offer(iterator))
+        fingerprint = Fingerprint(
+            facts, offer=_offer(iterator) | data_fingerprint.shards(dataset)
+        )
         found = self._check.state(fingerprint)
         self._check.raise_differences(CALLS, found, _remedy(found))
+        if data_fingerprint.are_shards(found):
+            data_fingerprint.warn_of_shards()
         seed = int(found[0].offer[_SEED])
         epochs = _Epochs(number, _Seeds.agreed(iterator, found, seed))
         epochs.warn(found)

@@ -27,6 +27,9 @@ REMEDY = (
 FIRST_BATCH, TARGETS = "first batch", "its targets"
 """Names of what `of_batch` returns."""
 
+SHARDS = "shards"
+"""Name of what `shards` returns."""
+
 _MOST_ROWS = 64
 _MOST_BYTES = 2**20
 _MOST_VALUES = 4096
@@ -78,6 +81,36 @@ def facts_of(epoch_iterator: Any, dataset: Any) -> dict[str, str]:
     if not datasets.is_deterministic(dataset):
         _warn_of_order("is not deterministic (`deterministic=False`)")
     return facts
+
+
+def shards(dataset: Any) -> dict[str, str]:
+    """The `shard`s of a data set that is divided again, for `are_shards`.
+
+    Args:
+        dataset: The `tf.data.Dataset` that Keras has made of the data.
+    """
+    return {SHARDS: str(datasets.shards_of(dataset))}
+
+
+def are_shards(found: Sequence[Fingerprint]) -> bool:
+    """Whether each worker has taken another shard of its data.
+
+    Args:
+        found: The fingerprints of all workers, which offer `shards`.
+    """
+    return len({each.offer.get(SHARDS) for each in found}) > 1
+
+
+def warn_of_shards() -> None:
+    """Warns that a part of each worker's shard is trained on by nobody."""
+    warnings.warn(
+        "All workers must read the same samples in the same order, and take "
+        "their part of each batch. Received: a data set of which each worker "
+        "has taken another part with `shard`, so that most of each part is "
+        "never read. Remove `shard`, or set `AutoShardPolicy.OFF` in "
+        "`with_options`.",
+        stacklevel=2,
+    )
 
 
 def of_batch(batch: Any) -> dict[str, str]:

@@ -379,6 +379,23 @@ def warnings_of_order(strategy, index):
 
 
 @case
+def warnings_of_shards(strategy, index):
+    model = made(strategy)
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).shard(2, index)
+    off = tf.data.Options()
+    off.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.OFF
+    )
+    said = []
+    for each in (data.batch(22), data.batch(11).with_options(off)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.fit(each, epochs=2, verbose=0)
+        said.append([str(one.message) for one in caught])
+    return said
+
+
+@case
 def warnings_of_generators(strategy, index):
     def batches(first):
         for number in range(first, first + 6):

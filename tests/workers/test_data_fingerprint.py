@@ -9,7 +9,9 @@ from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.consistency_check import ConsistencyCheck
 from keras_allreduce.workers.data_fingerprint import (
     are_other_samples,
+    are_shards,
     of_batch,
+    shards,
     steps_of_epochs,
 )
 from keras_allreduce.workers.errors import WorkersDifferError
@@ -61,6 +63,41 @@ def test_the_steps_of_epochs_are_those_that_keras_makes(
 
 def test_an_epoch_of_unknown_length_says_so():
     assert steps_of_epochs(None, None) == "not known"
+
+
+def with_policy(dataset, policy):
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = policy
+    return dataset.with_options(options)
+
+
+POLICIES = tf.data.experimental.AutoShardPolicy
+
+
+@pytest.mark.parametrize("policy", [POLICIES.AUTO, POLICIES.DATA])
+def test_shards_are_seen_wherever_they_are(policy):
+    data = tf.data.Dataset.range(8).shard(2, 1).shuffle(8, seed=1).batch(2)
+    assert shards(with_policy(data, policy)) == {"shards": "[(2, 1)]"}
+
+
+@pytest.mark.parametrize("policy", [POLICIES.OFF, POLICIES.HINT])
+def test_shards_of_data_that_is_not_divided_again_do_not_count(policy):
+    data = tf.data.Dataset.range(8).shard(2, 1).batch(2)
+    assert shards(with_policy(data, policy)) == {"shards": "[]"}
+
+
+@pytest.mark.parametrize(
+    ("offered", "are"),
+    [
+        (["[(2, 0)]", "[(2, 1)]"], True),
+        (["[(2, 0)]", "[(2, 0)]"], False),
+        (["[]", "[]"], False),
+        (["[(2, 0)]"], False),
+    ],
+)
+def test_workers_with_other_shards_are_found(offered, are):
+    found = [Fingerprint({}, offer={"shards": each}) for each in offered]
+    assert are_shards(found) == are
 
 
 CLUSTER = Cluster(

@@ -96,6 +96,7 @@ SHARED = [
     "train_on_batch",
     "numbers",
     "warnings_of_order",
+    "warnings_of_shards",
     "warnings_of_generators",
     "what_may_differ",
     "explained_once",
@@ -204,6 +205,17 @@ def test_variables_of_workers_are_numbers(found):
 def test_an_order_that_cannot_be_known_is_warned_of(found):
     warnings = shared(found, "warnings_of_order")
     assert sum("shuffles without a seed" in each for each in warnings) == 1
+
+
+def test_a_shard_of_each_worker_is_warned_of_once(found):
+    counts = [
+        sum(
+            "Remove `shard`, or set `AutoShardPolicy.OFF`" in each
+            for each in said
+        )
+        for said in shared(found, "warnings_of_shards")
+    ]
+    assert counts == [1, 0]
 
 
 def test_what_each_worker_has_of_its_own_ends_no_job(found):
