@@ -34,6 +34,7 @@ class Clustered:
         """Calls `run`, which has to trace what it is about."""
         with tempfile.TemporaryDirectory() as folder:
             writer = tf.summary.create_file_writer(folder)
+            tf.summary.trace_off()  # Keras's TensorBoard may leave it on.
             tf.summary.trace_on(graph=True)
             run()
             with writer.as_default():

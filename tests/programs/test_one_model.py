@@ -51,7 +51,8 @@ def test_a_whole_number_that_is_a_mean_is_rounded_as_on_one_device():
         model = keras.Sequential([layer, keras.layers.Dense(1)])
         model.compile("sgd", "mse")
     # Replicas have 3 and 4; the mean of both, 3.5, is rounded to 4.
-    model.fit(np.array([[3.0], [4.0]]), np.ones([2, 1]), verbose=0)
+    x = np.array([[3.0], [4.0]] * 8)
+    model.fit(x, np.ones([16, 1]), batch_size=2, verbose=0)
     assert [part.numpy() for part in layer.mean.value.values] == [4, 4]
 
 
@@ -110,6 +111,7 @@ class ShowsNoise(keras.Model):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:What a step shows")
 def test_replicas_draw_different_numbers_without_a_seed():
     strategy = on(3)
     with strategy.scope():
