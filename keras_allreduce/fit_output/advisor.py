@@ -60,7 +60,7 @@ class Advisor:
                 step.plan,
                 self._last_steps,
                 self._last_steps * epochs,
-                self._first_steps,
+                self._model.steps_per_execution,
                 self._tables(step),
                 float(logs.get("lateness_ms", math.nan)),
                 int(logs.get("last_worker", 0)),

@@ -93,7 +93,7 @@ class FitProgbar(keras.callbacks.ProgbarLogger):
         if self._epoch:
             self._epoch.read(self.seen)
         # It is that of the first epoch, `initial_epoch`.
-        epochs = (self.params or {}).get("epochs", epoch + 1) - epoch
+        epochs = self.epochs - epoch
         hint = self._advisor and self._advisor.line(logs or {}, epochs)
         self._advisor = None
         logs = logs or {}

@@ -220,6 +220,17 @@ class TestTheHint:
         ]
         assert output[2].startswith("6/6")
 
+    def test_it_knows_the_steps_of_the_fit(self, strategy, monkeypatch):
+        seen = []
+        monkeypatch.setattr(
+            advisor, "hint", lambda measured, _: seen.append(measured)
+        )
+        model = make_model(strategy, steps_per_execution=2)
+        fit(model, batch_size=4, initial_epoch=1, epochs=4)
+        (found,) = seen
+        assert (found.steps_of_epoch, found.steps_of_fit) == (6, 18)
+        assert found.steps_per_call == 2
+
     def test_the_environment_hides_it(self, clock, capsys, monkeypatch):
         monkeypatch.setenv("KERAS_ALLREDUCE_HINT", "0")
         model = make_model(AllReduceStrategy(DEVICES[:2]))
