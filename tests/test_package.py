@@ -155,7 +155,7 @@ def test_the_extra_asks_for_the_floors_that_a_strategy_checks():
 def test_no_link_on_the_index_leads_nowhere(metadata):
     page = metadata.get_payload()
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert "docs/fit_output.md" in page
+    assert "docs/xla.md" in page
     anchors = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
     anchors = {heading.lower().replace(" ", "-") for heading in anchors}
     for link in re.findall(r"\]\(([^)]+)\)", page):
