@@ -19,7 +19,15 @@ from keras_allreduce.devices import on_each
 from keras_allreduce.one_device import compiled_update, replica
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.reduce.observe import BatchRecord, observe
+from keras_allreduce.reduce.packing import nbytes_of
 from keras_allreduce.reduce.process_group import all_reduce_max
+
+LARGE_BYTES = 64 * 1024
+"""Mean size of gradients from which one update and copies take less time.
+
+With 8 KiB a step of 2 replicas took 1.09 times as long, with 2.7 MiB 0.84
+times: see "Steps with Adam" in benchmarks/RESULTS.md.
+"""
 
 
 def sum_when_applied(
@@ -192,12 +200,12 @@ def is_done_once(
     """Whether the first replica of a worker updates for all of them.
 
     All come to the same, so on CPUs one update and a copy that shares memory
-    take less time than an update of each. On GPUs a copy takes more. It has to
-    be known what an update writes: the variables of an optimizer of Keras's,
-    and those that it is given. A variable that is written row by row is
-    copied whole when it is read, and an optimizer without slots writes as much
-    as is copied, so these update each replica; as do accumulators, which
-    hold what belongs to a replica.
+    take less time than an update of each, if the variables are large. On GPUs
+    a copy takes more. It has to be known what an update writes: the variables
+    of an optimizer of Keras's, and those that it is given. A variable that is
+    written row by row is copied whole when it is read, and an optimizer without
+    slots writes as much as is copied, so these update each replica; as do
+    accumulators, which hold what belongs to a replica.
 
     Args:
         replicas: The replicas of this worker.
@@ -215,8 +223,17 @@ def is_done_once(
         and keras_config.is_of_keras(optimizer)
         and keras_compat.has_slots(optimizer)
         and not keras_compat.accumulates(optimizer)
-        and not any(isinstance(each, tf.IndexedSlices) for each in gradients)
+        and _are_dense_and_large(gradients)
     )
+
+
+def _are_dense_and_large(gradients: Sequence[Any]) -> bool:
+    """Whether gradients are dense, with many bytes each on average."""
+    given = [each for each in gradients if each is not None]
+    if any(isinstance(each, tf.IndexedSlices) for each in given):
+        return False
+    sizes = [nbytes_of(tf.convert_to_tensor(each)) or 0 for each in given]
+    return sum(sizes) >= LARGE_BYTES * len(sizes)
 
 
 def take_over(

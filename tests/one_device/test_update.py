@@ -13,17 +13,18 @@ X = np.ones([8, 3], "float32")
 Y = np.zeros([8, 1], "float32")
 
 
-def model_under(strategy, optimizer):
+def model_under(strategy, optimizer, units=1):
     with strategy.scope():
-        model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
+        model = keras.Sequential([keras.Input([3]), keras.layers.Dense(units)])
         model.compile(optimizer(), "mse")
     return model
 
 
 def step_of(model):
     """The graph of a train step."""
+    y = np.zeros([8, *model.output_shape[1:]], "float32")
     data = model.distribute_strategy.experimental_distribute_dataset(
-        tf.data.Dataset.from_tensor_slices((X, Y)).repeat().batch(4)
+        tf.data.Dataset.from_tensor_slices((X, y)).repeat().batch(4)
     )
     model.make_train_function()
     step = tf.function(
@@ -135,18 +136,20 @@ class OfTheUser(keras.optimizers.Adam):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "times"),
+    ("optimizer", "units", "times"),
     [
-        (lambda: keras.optimizers.Adam(0.1), 1),
-        (lambda: keras.optimizers.Adam(0.1, global_clipnorm=1.0), 1),
+        (lambda: keras.optimizers.Adam(0.1), 10_000, 1),
+        (lambda: keras.optimizers.Adam(0.1, global_clipnorm=1.0), 10_000, 1),
+        # Copies would cost as much as updates.
+        (lambda: keras.optimizers.Adam(0.1), 100, 3),
         # Who knows what it keeps elsewhere?
-        (lambda: OfTheUser(0.1), 3),
+        (lambda: OfTheUser(0.1), 10_000, 3),
     ],
 )
-def test_the_first_replica_updates_for_all_on_cpus(optimizer, times):
+def test_the_first_replica_updates_for_all_on_cpus(optimizer, units, times):
     strategy = keras_allreduce.AllReduceStrategy(DEVICES[:3])
-    model = model_under(strategy, optimizer)
-    model.fit(X, Y, batch_size=6, verbose=0)
+    model = model_under(strategy, optimizer, units)
+    model.fit(X, np.zeros([8, units]), batch_size=6, verbose=0)
     for variable in [*model.variables, *model.optimizer.variables]:
         first, *others = variable.value.values
         for other in others:
