@@ -196,7 +196,9 @@ class CurrentStep:
 
         If that is one number for a batch, it is that of the whole batch.
         """
-        if not keras_losses.has_function_of_samples(metric, y_pred):
+        if self._replicas is not None and (
+            not keras_losses.has_function_of_samples(metric, y_pred)
+        ):
             given = y_true, y_pred
             if whole_batch.may_gather(self._replicas, *given):
                 replica.current().functions[id(metric)] = given

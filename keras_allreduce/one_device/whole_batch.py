@@ -146,10 +146,8 @@ def bytes_of_a_sample(*values: Any) -> int:
     return total
 
 
-def may_gather(replicas: Replicas | None, *values: Any) -> bool:
+def may_gather(replicas: Replicas, *values: Any) -> bool:
     """Whether tensors are sent to all workers: large ones and strings not."""
-    if replicas is None:
-        return False
     return replicas.group.size == 1 or (
         bytes_of_a_sample(*values) <= MOST_BYTES_OF_A_SAMPLE
         and all(leaf.dtype.size for leaf in _find_rows(values))

@@ -99,6 +99,29 @@ def test_large_samples_and_strings_are_not_sent(samples, is_gathered):
     assert not losses.gathered
 
 
+@pytest.mark.filterwarnings("error:.*cannot be sent")
+def test_a_metric_in_predict_sends_nothing_and_says_nothing():
+    class Watches(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(1)
+            self.seen = keras.metrics.MeanMetricWrapper(
+                batch_losses.root_mean_square
+            )
+
+        def call(self, x):
+            return self.dense(x)
+
+        def predict_step(self, data):
+            outputs = self(data)
+            self.seen.update_state(tf.zeros_like(outputs), outputs)
+            return outputs
+
+    with AllReduceStrategy(DEVICES[:2]).scope():
+        model = Watches()
+    assert model.predict(np.ones([4, 3]), verbose=0).shape == (4, 1)
+
+
 def test_a_step_is_measured_with_a_mean_in_the_place_of_the_loss():
     rows = tf.constant([[1.0, 2], [3, 4], [5, 6], [7, 8]])
     for value in (tf.constant(9.0), tf.zeros([4]), tf.zeros([4, 5])):
