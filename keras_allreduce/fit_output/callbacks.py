@@ -39,18 +39,16 @@ class AllReduceLogger(keras.callbacks.Callback):
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         self._epoch.begin()
-        self._steps = 0
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        self._steps = batch + 1
-        self._epoch.refresh(self._steps, NEVER)
+        self._epoch.refresh(batch + 1, NEVER)
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        self._epoch.read(self._steps)
+        self._epoch.read()
         stats = self._epoch.stats
         if stats is not None and logs is not None:
             logs["all_reduce_ms"] = stats.all_reduce_ms
@@ -109,12 +107,10 @@ class AllReduceTensorBoard(keras.callbacks.TensorBoard):
     ) -> None:
         super().on_epoch_begin(epoch, logs)
         self._reduce_epoch.begin()
-        self._reduce_batch = 0
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        self._reduce_batch = batch + 1
         self._reduce_epoch.refresh(batch + 1, NEVER)
         added = {}
         if tf.summary.should_record_summaries():
@@ -124,7 +120,7 @@ class AllReduceTensorBoard(keras.callbacks.TensorBoard):
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        self._reduce_epoch.read(self._reduce_batch)
+        self._reduce_epoch.read()
         shown = _scalars(self._reduce_epoch.stats)
         for name, value in (logs or {}).items():
             if name in _FROM_LOGGER:

@@ -99,11 +99,11 @@ class EpochMeter:
         waited = time.monotonic() - self._time_of_read
         # The first step of all is not counted: wait for the second.
         if unread > 1 and (waited >= seconds or unread >= ROWS // 2):
-            self.read(steps)
+            self._steps_at_read = steps
+            self.read()
 
-    def read(self, steps: int) -> None:
-        """Reads now, after `steps` steps of the epoch."""
-        self._steps_at_read = steps
+    def read(self) -> None:
+        """Reads now."""
         new = self._meter.read()
         if new is not None:
             self.stats = merge(self.stats, new)

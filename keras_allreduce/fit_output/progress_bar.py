@@ -91,7 +91,7 @@ class FitProgbar(keras.callbacks.ProgbarLogger):
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         if self._epoch:
-            self._epoch.read(self.seen)
+            self._epoch.read()
         # It is that of the first epoch, `initial_epoch`.
         epochs = self.epochs - epoch
         hint = self._advisor and self._advisor.line(logs or {}, epochs)

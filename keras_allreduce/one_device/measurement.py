@@ -144,12 +144,10 @@ def _takes_more(trial: Trial, rounds: list[Probe], tolerance: float) -> bool:
     Few random numbers, such as a dropout of two samples, may be equal in some
     rounds and then look like a difference: no doubt is due to few rounds.
     """
-    if trial.is_random is False and _are_equal(rounds):
-        return False
+    if _are_equal(rounds):
+        return trial.is_random is not False and len(rounds) < FEWEST_ROUNDS
     if len(rounds) < FEWEST_ROUNDS:
         return True
-    if _are_equal(rounds):
-        return False
     values = _Values.of(trial.keys, rounds)
     most = MOST_EAGER_ROUNDS if trial.is_random is None else MOST_ROUNDS
     return any(

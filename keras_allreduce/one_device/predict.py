@@ -63,10 +63,11 @@ def _on_replica(
     keras_threads.take_over(settings)
     this = Replica(has_samples=has_samples, num_replicas=count)
     with replica.running(this, step):
-        if has_samples is None:
-            return _with_rows(fn(data, *args, **kwargs))
-        data = empty_replica.with_a_sample(data, has_samples, spare)
+        if has_samples is not None:
+            data = empty_replica.with_a_sample(data, has_samples, spare)
         outputs = _with_rows(fn(data, *args, **kwargs))
+        if has_samples is None:
+            return outputs
         return keras.tree.map_structure(
             partial(empty_replica.rows_if, has_samples), outputs
         )

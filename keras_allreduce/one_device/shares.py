@@ -201,13 +201,18 @@ def extreme(value: tf.Tensor, replicas: Replicas, *, is_max: bool) -> Any:
 
     @tf.autograph.experimental.do_not_convert
     def merge(_strategy: tf.distribute.Strategy, values: Any) -> Any:
-        with tf.device("/cpu:0"):
-            own = tf.reduce_max(tf.stack(replicas.local_values(values)), axis=0)
-            largest = all_reduce_max(replicas.group, own)
-        return place([largest] * len(replicas.devices), replicas.devices)
+        return largest(values, replicas)
 
     context = tf.distribute.get_replica_context()
     return sign * context.merge_call(merge, args=(signed,))
+
+
+def largest(value: Any, replicas: Replicas) -> Any:
+    """The largest of a distributed value, on each device; in a merge_call."""
+    with tf.device("/cpu:0"):
+        own = tf.reduce_max(tf.stack(replicas.local_values(value)), axis=0)
+        of_all = all_reduce_max(replicas.group, own)
+    return place([of_all] * len(replicas.devices), replicas.devices)
 
 
 def _first_part(data: Any) -> Any:

@@ -15,12 +15,12 @@ import tensorflow as tf
 from keras_allreduce import xla_clusters
 from keras_allreduce.compat import distribute, keras_config
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.devices import on_each
+from keras_allreduce.devices import is_gpu
 from keras_allreduce.one_device import compiled_update, replica
 from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.shares import largest
 from keras_allreduce.reduce.observe import BatchRecord, observe
 from keras_allreduce.reduce.packing import nbytes_of
-from keras_allreduce.reduce.process_group import all_reduce_max
 
 LARGE_BYTES = 64 * 1024
 """Mean size of gradients from which one update and copies take less time.
@@ -138,18 +138,7 @@ def largest_of_assigned(
         return list(gradients)
 
     def merge(_strategy: Any, values: Sequence[Any]) -> list[Any]:
-        largest = []
-        for value in values:
-            with tf.device("/cpu:0"):
-                local = tf.stack(replicas.local_values(value))
-                of_all = all_reduce_max(replicas.group, tf.reduce_max(local, 0))
-            parts = on_each(
-                replicas.devices,
-                tf.identity,
-                [of_all] * len(replicas.devices),
-            )
-            largest.append(distribute.PerReplica(tuple(parts)))
-        return largest
+        return [largest(value, replicas) for value in values]
 
     found = list(gradients)
     merged = _merge(merge, [gradients[index] for index in assigned])
@@ -216,10 +205,7 @@ def is_done_once(
     return (
         bool(variables)
         and not replica.is_measured()
-        and all(
-            tf.DeviceSpec.from_string(device).device_type == "CPU"
-            for device in replicas.devices
-        )
+        and not any(map(is_gpu, replicas.devices))
         and keras_config.is_of_keras(optimizer)
         and keras_compat.has_slots(optimizer)
         and not keras_compat.accumulates(optimizer)

@@ -66,7 +66,8 @@ class Transport(Protocol):
         algorithm: Algorithm,
         specs: Sequence[GradientSpec],
     ) -> ReducePlan:
-        """Returns `plan` with this transport's part of the line."""
+        """Returns `plan` with this transport's part of the line, if any."""
+        return plan
 
 
 class InProcess(Transport):
@@ -102,12 +103,3 @@ class InProcess(Transport):
     ) -> list[Any]:
         """Gathers the rows of all replicas on `owner`, for all."""
         return sparse.all_reduce(replicas, devices, owner)
-
-    def describe(
-        self,
-        plan: ReducePlan,
-        algorithm: Algorithm,
-        specs: Sequence[GradientSpec],
-    ) -> ReducePlan:
-        """Returns the plan as it is."""
-        return plan

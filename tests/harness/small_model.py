@@ -39,20 +39,25 @@ def stock():
     )
 
 
+def summed_in_turn(kernels):
+    """Sums of gradients that backprop finishes one after another."""
+    with tf.GradientTape() as tape:
+        y = tf.ones([1, kernels[0].shape[0]])
+        for kernel in kernels:
+            y = tf.tanh(tf.matmul(y, kernel))
+    gradients = tape.gradient(y, kernels)
+    return tf.distribute.get_replica_context().all_reduce("SUM", gradients)
+
+
 def custom_step(strategy, num_kernels=3):
     """A step of a custom loop; backprop finishes one kernel after another."""
     with strategy.scope():
         kernels = [tf.Variable(tf.ones([4, 4])) for _ in range(num_kernels)]
 
     def step():
-        with tf.GradientTape() as tape:
-            y = tf.ones([1, 4])
-            for kernel in kernels:
-                y = tf.tanh(tf.matmul(y, kernel))
-        gradients = tape.gradient(y, kernels)
-        context = tf.distribute.get_replica_context()
-        summed = context.all_reduce("SUM", gradients)
-        for kernel, gradient in zip(kernels, summed, strict=True):
+        for kernel, gradient in zip(
+            kernels, summed_in_turn(kernels), strict=True
+        ):
             kernel.assign_sub(gradient)
 
     return lambda: strategy.run(step)
