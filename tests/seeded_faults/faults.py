@@ -255,9 +255,9 @@ FAULTS = [
     Fault(
         "float8",
         "float8: mean of the largest values, not the largest",
-        "one_device/update.py",
-        "tf.reduce_max(local, 0)",
-        "tf.reduce_mean(local, 0)",
+        "one_device/shares.py",
+        "own = tf.reduce_max(",
+        "own = tf.reduce_mean(",
         ("test_one_model.py -k float8",),
     ),
     Fault(
