@@ -33,8 +33,8 @@ class Clustered:
     def of(cls, run):
         """Calls `run`, which has to trace what it is about."""
         with tempfile.TemporaryDirectory() as folder:
+            _forget_traces()
             writer = tf.summary.create_file_writer(folder)
-            tf.summary.trace_off()  # Keras's TensorBoard may leave it on.
             tf.summary.trace_on(graph=True)
             run()
             with writer.as_default():
@@ -65,6 +65,14 @@ class Clustered:
     def share(self):
         """Share of the matmuls and convolutions that are in programs."""
         return 1 - _heavy(self.outside) / _heavy(self.traced)
+
+
+def _forget_traces():
+    """Drops what others have traced: Keras's TensorBoard may leave it on."""
+    with tf.summary.create_noop_writer().as_default():
+        tf.summary.trace_off()
+        tf.summary.trace_on(graph=True)
+        tf.summary.trace_export("others", step=0)
 
 
 def _heavy(ops):
