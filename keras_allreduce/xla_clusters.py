@@ -29,8 +29,10 @@ SMALLEST = 5
 # the functions in it.
 _KEY = "keras_allreduce_xla"
 
-# Not for XLA even where it has a kernel: clocks, and ops that leave the device.
-_NEVER = ("Timestamp", "Collective", "Nccl")
+# Not for XLA even where it has a kernel: clocks, ops that leave the device, and
+# those whose values decide a shape: XLA pads it, and what is computed from the
+# row splits of a ragged tensor no longer fits.
+_NEVER = ("Timestamp", "Collective", "Nccl", "Where", "Unique")
 
 # Ops that cost nothing.
 _TRIVIAL = frozenset(
@@ -209,7 +211,9 @@ def _tidy(ops: Sequence[tf.Operation], coverage: Coverage) -> None:
             xla.unmark(op)
             for graph in xla.graphs_of_functions(op):
                 coverage.outside.update(_computing(_all_ops(graph)))
-        elif xla.has_kernel(op, _kind_of(op.device)):
+        elif xla.has_kernel(
+            op, _kind_of(op.device)
+        ) and not xla.is_moved_to_host(op):
             marked.append(op)
         else:
             xla.unmark(op)

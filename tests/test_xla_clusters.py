@@ -76,6 +76,34 @@ class TestMarks:
         after = [op for op in traced(outer, FLOATS[0]) if op.name == "after"]
         assert not xla.is_marked(after[0])
 
+    def test_a_shape_that_values_decide_stays_outside(self):
+        def step(*m):
+            positive = tf.boolean_mask(m[0], tf.reduce_sum(m[0], axis=1) > 0)
+            return chain(m[0], m[1:]), tf.matmul(positive, m[0])
+
+        ops, _ = on_replicas(step, *FLOATS)
+        assert len(of_type(ops, "Where")) == 2
+        assert not any(map(xla.is_marked, of_type(ops, "Where")))
+        assert all(map(xla.is_marked, of_type(ops, "MatMul")))
+
+    def test_a_slice_that_begins_anywhere_runs_on_any_cpu_device(self):
+        """TensorFlow computes its size on the first, which XLA refuses."""
+
+        def step(x, begin):
+            product = tf.matmul(x, x)
+            return tf.matmul(tf.slice(product, begin, [-1, 4]), product)
+
+        strategy = AllReduceStrategy(DEVICES[:2], fit_log=False)
+
+        @tf.function
+        def outer(*args):
+            with xla_clusters.marking():
+                result = strategy.run(step, args)
+            return strategy.experimental_local_results(result)
+
+        for found in outer(tf.eye(4), tf.constant([1, 0])):
+            assert found.numpy().tolist() == tf.eye(4)[1:].numpy().tolist()
+
     def test_strings_stay_outside_and_are_counted(self):
         def step(*m):
             text = tf.strings.join([tf.strings.as_string(m[0]), "x"])

@@ -63,6 +63,19 @@ def has_kernel(op: tf.Operation, device_type: str) -> bool:
     )
 
 
+def is_moved_to_host(op: tf.Operation) -> bool:
+    """Whether TensorFlow puts what an op needs on another device than its own.
+
+    Before it compiles a program, TensorFlow replaces each slice of constant
+    size that does not begin at a constant, and computes the new one's size on
+    the first CPU device. XLA refuses a program of two CPU devices.
+    """
+    if op.type != "Slice" or op.inputs[1].op.type == "Const":
+        return False
+    device = tf.DeviceSpec.from_string(op.device)
+    return device.device_type == "CPU" and bool(device.device_index)
+
+
 def graphs_of_functions(op: tf.Operation) -> list[tf.Graph]:
     """The graphs of the functions that an op calls, as far as they are known.
 

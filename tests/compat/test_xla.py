@@ -94,6 +94,37 @@ class TestMarks:
             assert xla.outer_tensor(y) is y
 
 
+class TestHost:
+    """TensorFlow computes the size of a slice on the first CPU device."""
+
+    @staticmethod
+    def sliced(device):
+        @tf.function(autograph=False)
+        def function(x, begin):
+            with tf.device(device), tf.xla.experimental.jit_scope():
+                return tf.matmul(x, tf.slice(tf.matmul(x, x), begin, [-1, 4]))
+
+        return function
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_xla_refuses_a_program_of_two_cpu_devices(self, number):
+        function = self.sliced(f"/cpu:{number}")
+        arguments = tf.eye(4), tf.constant([0, 0])
+        (op,) = (
+            op
+            for op in function.get_concrete_function(
+                *arguments
+            ).graph.get_operations()
+            if op.type == "Slice"
+        )
+        assert xla.is_moved_to_host(op) == bool(number)
+        if number:
+            with pytest.raises(tf.errors.InternalError, match="Multiple CPU"):
+                function(*arguments)
+        else:
+            function(*arguments)
+
+
 class TestOptimizer:
     """TensorFlow's, which runs before the clustering."""
 
