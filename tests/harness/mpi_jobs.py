@@ -34,6 +34,16 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "-1",
 }
 
+# What Open MPI calls in the place of ssh: the host, and a command there. A host
+# name of its own keeps ranks of two namespaces from sharing memory.
+_AGENT = """#!/bin/sh
+while [ "${{1#-}}" != "$1" ]; do shift; done
+number=$(( ${{1##*.}} - 1 ))
+shift
+exec ip netns exec {name}-$number unshare --uts \\
+  sh -c "hostname worker-$number; $*"
+"""
+
 # Every rank of Open MPI, MPICH and Intel MPI finds its own folder.
 _COMMAND = (
     'cd "$0/${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" && echo $$ > pid && '
@@ -66,6 +76,23 @@ def mpirun():
     """Path of `mpirun`: that of this environment, or else the system's."""
     own = Path(sys.executable).with_name("mpirun")
     return str(own) if own.exists() else shutil.which("mpirun")
+
+
+def environment_of(network, folder):
+    """What lets an `mpirun` in the first namespace start ranks in all.
+
+    Args:
+        network: A network of `namespaces.py`.
+        folder: Where it may leave a script.
+    """
+    agent = Path(folder, "agent.sh")
+    agent.write_text(_AGENT.format(name=network.name))
+    agent.chmod(0o755)
+    return {
+        "PRTE_MCA_plm_ssh_agent": str(agent),
+        "OMPI_MCA_pml": "ob1",
+        "OMPI_MCA_btl": "self,tcp",
+    }
 
 
 def run(*words):
