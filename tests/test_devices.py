@@ -181,13 +181,16 @@ OUTSIDE = (
 )
 
 
-def test_a_model_made_outside_the_scope():
-    strategy = AllReduceStrategy(DEVICES[:2])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_model_made_outside_the_scope(replicas):
+    strategy = AllReduceStrategy(DEVICES[:replicas])
     model = make_model()
     with strategy.scope():
         model.compile("sgd", "mse")
         with pytest.raises(ValueError, match=OUTSIDE.format(what="model")):
             model.fit(X, Y, verbose=0)
+        if replicas == 1:  # As under MirroredStrategy.
+            assert model.predict(X, verbose=0).shape == (4, 1)
 
 
 @pytest.mark.parametrize("is_built", [True, False])

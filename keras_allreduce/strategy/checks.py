@@ -84,10 +84,8 @@ def made_outside(what: str) -> ValueError:
 
 def _made_in_scope(variable: Any, strategy: Any) -> bool:
     value = getattr(variable, "value", None)
-    if not isinstance(value, tf.distribute.DistributedValues):
-        # One device, or a variable that is not built yet.
-        return value is None or strategy.num_replicas_in_sync == 1
-    return strategy.extended.variable_created_in_scope(value)
+    # A variable that is not built yet has none.
+    return value is None or strategy.extended.variable_created_in_scope(value)
 
 
 _Init = TypeVar("_Init", bound=Callable[..., None])

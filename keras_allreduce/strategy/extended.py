@@ -221,9 +221,11 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         """Runs a step of Keras, so that it sees one device."""
         strategy = self._container_strategy()
         began = time.time()
-        check_model(model, strategy)
         trains = step_name == "train_step"
-        if strategy.num_replicas_in_sync == 1:
+        is_alone = strategy.num_replicas_in_sync == 1
+        if trains or not is_alone:
+            check_model(model, strategy)
+        if is_alone:
             if trains:
                 strategy.step_log.add_alone(model)
             return run(fn, *args)
