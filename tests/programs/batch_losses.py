@@ -104,7 +104,7 @@ def fit_heads(heads, inputs, losses, y, kind=keras.Model, **arguments):
     return fit(kind(inputs, outputs), losses, y=y, **arguments)
 
 
-@case(on="workers")
+@case(on="workers", nightly="replicas")
 def one_value_for_all_samples():
     heads = {
         name: keras.Sequential(
@@ -129,7 +129,7 @@ def negatives_as_a_vector():
     return fit(dense(), in_batch_negatives)
 
 
-@case()
+@case(nightly="replicas")
 def weights_of_samples():
     flat = [keras.layers.Dense(1), keras.layers.Reshape([])]
     return fit_heads(
@@ -186,7 +186,7 @@ def fit_tokens(losses, mask_zero=False, **layers):
     )
 
 
-@case()
+@case(nightly="replicas")
 def means_of_tokens():
     class MeanOfTokens(keras.losses.Loss):
         def call(self, y_true, y_pred):
@@ -201,7 +201,7 @@ def means_of_tokens():
     )
 
 
-@case()
+@case(nightly="replicas")
 def a_class_with_its_own_call():
     class MeanOfTokens(keras.losses.Loss):
         def __call__(self, y_true, y_pred, sample_weight=None):
@@ -278,7 +278,7 @@ def a_custom_step_that_asks_for_the_loss():
     )
 
 
-@case()
+@case(nightly="replicas")
 def a_custom_loss_around_that_of_compile():
     class Model(keras.Sequential):
         def compute_loss(self, x=None, y=None, y_pred=None, *args, **kwargs):
@@ -333,25 +333,25 @@ def several_steps_per_execution():
     )
 
 
-@case(on="workers")
+@case(on="workers", nightly="replicas workers")
 def an_eager_step():
     return fit(dense(), root_mean_square, run_eagerly=True)
 
 
-@case()
+@case(nightly="replicas")
 def class_weights():
     y = np.arange(27) % 3
     counts = {0: 1.0, 1: 2.0, 2: 0.5}
     return fit(dense(), values_of_tokens, y=y, class_weight=counts)
 
 
-@case()
+@case(nightly="replicas")
 def one_sample_at_a_time():
     data = tf.data.Dataset.from_tensor_slices((X[:4], Y[:4])).batch(1)
     return fit(dense(), root_mean_square, data)
 
 
-@case(on="workers")
+@case(on="workers", nightly="workers")
 def ragged_targets():
     y = tf.RaggedTensor.from_tensor(Y, 1 + np.arange(27) % 3)
     data = tf.data.Dataset.from_tensor_slices((X, y)).batch(13)

@@ -59,7 +59,7 @@ def one_sample_in_all():
     return fit(dense(), samples=1, metrics=["mae"])
 
 
-@program
+@program(nightly="replicas")
 def batches_of_two():
     return fit(dense(), samples=11, batch_size=2)
 
@@ -69,7 +69,11 @@ def batches_of_varying_size():
     return fit(dense(), dataset_of_batches(0, 32, 33, 40, 66))
 
 
-@program(on="workers", feature="`PyDataset`, batches of 24, 1, 2 and 39")
+@program(
+    on="workers",
+    feature="`PyDataset`, batches of 24, 1, 2 and 39",
+    nightly="workers",
+)
 def pydataset():
     return fit(dense(), Batches(0, 24, 25, 27, 66))
 
@@ -105,23 +109,23 @@ def generator_with_validation():
     return found | {"later": later}
 
 
-@program
+@program(nightly="replicas")
 def generator_with_steps_per_epoch():
     bounds = range(0, 66, 6)
     return fit(dense(), batches(*bounds), steps_per_epoch=4)
 
 
-@program(on="workers")
+@program(on="workers", nightly="workers")
 def batches_of_unknown_size():
     return fit(dense(), dataset(X[:27]).prefetch(1), metrics=["mae"])
 
 
-@program(on="workers")
+@program(on="workers", nightly="replicas")
 def shuffled():
     return fit(dense(), samples=50, shuffle=True, batch_size=16)
 
 
-@program(on="workers")
+@program(on="workers", nightly="workers")
 def validation_on_uneven_batches():
     return fit(
         dense(),
@@ -131,7 +135,7 @@ def validation_on_uneven_batches():
     )
 
 
-@program
+@program(nightly="replicas")
 def validation_split():
     return fit(dense(), metrics=["mae"], batch_size=9, validation_split=0.3)
 
@@ -171,7 +175,7 @@ class Penalty(keras.layers.Layer):
         return x
 
 
-@program(feature="`fit(x)` without targets, uneven batches")
+@program(feature="`fit(x)` without targets, uneven batches", nightly="replicas")
 def no_targets():
     data = tf.data.Dataset.from_tensor_slices(X[:39]).batch(13)
     return fit(dense(Penalty()), data, loss=None)

@@ -49,6 +49,7 @@ class Custom(keras.Model):
     logs_of_worker=True,
     fast=True,
     feature="Custom `train_step`, with a plain mean",
+    nightly="workers",
 )
 def plain_mean():
     return fit(Custom())
@@ -67,7 +68,7 @@ def plain_sum():
     return fit(Custom(loss_of), optimizer=sgd(0.003))
 
 
-@program
+@program(nightly="replicas")
 def mean_over_a_constant_batch():
     def loss_of(model, x, y):
         losses = tf.reduce_mean(tf.square(y - model(x)), axis=-1)
@@ -76,7 +77,7 @@ def mean_over_a_constant_batch():
     return fit(Custom(loss_of))
 
 
-@program
+@program(nightly="replicas")
 def mean_divided_by_the_replicas():
     def loss_of(model, x, y):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
@@ -127,9 +128,7 @@ def joins_the_rows_of_all_replicas():
     return fit(Custom(loss_of), samples=24, batch_size=12)
 
 
-@program(
-    feature="Custom `train_step`, with `compute_loss`",
-)
+@program(feature="Custom `train_step`, with `compute_loss`", nightly="replicas")
 def computed_loss():
     return fit(Custom(lambda model, x, y: model.compute_loss(x, y, model(x))))
 
@@ -152,7 +151,7 @@ class CustomLoss(keras.Sequential):
         return sum_squared(y, y_pred)
 
 
-@program
+@program(nightly="replicas")
 def custom_compute_loss():
     model = CustomLoss([keras.Input([6]), keras.layers.Dense(1)])
     return fit(model, optimizer=sgd(0.003), metrics=["mae"])
@@ -211,17 +210,18 @@ class Clips(Custom):
 @program(
     logs_of_worker=True,
     feature="`train_step` that clips with `tf.clip_by_global_norm`",
+    nightly="replicas",
 )
 def clips_gradients_itself():
     return fit(Clips())
 
 
-@program
+@program(nightly="replicas")
 def optimizer_that_clips():
     return fit(Custom(), optimizer=sgd(0.3, clipnorm=0.1))
 
 
-@program
+@program(nightly="replicas")
 def optimizer_that_accumulates():
     optimizer = sgd(0.3, gradient_accumulation_steps=2)
     return fit(Custom(), optimizer=optimizer)
@@ -256,7 +256,7 @@ class UpdatesItself(Custom):
         return {"own": loss}
 
 
-@program
+@program(nightly="replicas")
 def no_optimizer():
     return fit(UpdatesItself())
 
@@ -297,9 +297,7 @@ class Functions(Custom):
         return {"own": loss}
 
 
-@program(
-    feature="`train_step` that is a `tf.function`",
-)
+@program(feature="`train_step` that is a `tf.function`", nightly="replicas")
 def steps_that_are_tf_functions():
     return fit(Functions(), optimizer=sgd(0.1, clipnorm=0.1))
 
@@ -343,6 +341,7 @@ class Adversaries(keras.Model):
 @program(
     logs_of_worker=True,
     feature="Two optimizers in a dict, no `call`, no targets",
+    nightly="replicas",
 )
 def adversaries():
     model = Adversaries()
@@ -387,6 +386,7 @@ class Keeps(Custom):
     logs_of_worker=True,
     fast=True,
     feature="`train_step` that keeps an average of the weights, and counts",
+    nightly="workers",
 )
 def state_that_a_step_keeps():
     return fit(Keeps())
@@ -456,7 +456,7 @@ class KeepsVariables(Custom):
         return super().train_step(data)
 
 
-@program
+@program(nightly="replicas")
 def state_in_variables_of_tensorflow():
     model = KeepsVariables()
     found = fit(model)
@@ -487,7 +487,7 @@ class ByHand(keras.Sequential):
         return {"own": ops.mean(ops.square(error))}
 
 
-@program
+@program(nightly="replicas")
 def gradient_by_hand():
     def update(model, gradient, kernel):
         model.optimizer.apply([gradient], [kernel])
@@ -495,10 +495,7 @@ def gradient_by_hand():
     return fit(ByHand(update), optimizer=sgd(0.1, clipnorm=0.5))
 
 
-@program(
-    on="workers",
-    logs_of_worker=True,
-)
+@program(on="workers", logs_of_worker=True, nightly="replicas workers")
 def gradient_by_hand_that_is_a_sum():
     def update(model, gradient, kernel):
         model.optimizer.apply_gradients([(gradient, kernel)])
@@ -517,7 +514,7 @@ def weights_that_a_step_updates_itself():
     return fit(ByHand(update))
 
 
-@program
+@program(nightly="replicas")
 def weights_that_a_step_updates_by_a_sum():
     def update(model, gradient, kernel):
         kernel.assign(kernel - 0.01 * gradient)
@@ -525,7 +522,7 @@ def weights_that_a_step_updates_by_a_sum():
     return fit(ByHand(update, is_sum=True))
 
 
-@program
+@program(nightly="replicas")
 def step_of_an_optimizer_that_is_called_itself():
     def update(model, gradient, kernel):
         model.optimizer.update_step(gradient, kernel, 0.1)
@@ -549,7 +546,7 @@ def optimizer_that_overrides_apply():
     return fit(dense(), optimizer=Overrides())
 
 
-@program
+@program(nightly="replicas")
 def optimizer_that_overrides_apply_in_a_custom_step():
     optimizer = Overrides()
 
@@ -559,7 +556,7 @@ def optimizer_that_overrides_apply_in_a_custom_step():
     return fit(ByHand(update))
 
 
-@program
+@program(nightly="replicas")
 def optimizer_that_overrides_apply_gradients():
     class Own(keras.optimizers.SGD):
         def apply_gradients(self, grads_and_vars):
@@ -584,13 +581,13 @@ class Momentum(tf.Module):
         variable.assign_sub(0.05 * self.slot)
 
 
-@program
+@program(nightly="replicas")
 def optimizer_that_is_a_module():
     own = Momentum()
     return fit(ByHand(lambda model, *pair: own.apply(*pair)))
 
 
-@program
+@program(nightly="replicas")
 def optimizer_that_is_a_module_and_a_tape():
     own = Momentum()
 

@@ -6,7 +6,7 @@ from programs.data import SIZE, TOKENS, X, Y, dense, fit, of_tokens, sgd
 from programs.table import program
 
 
-@program(on="workers", feature="`clipnorm`")
+@program(on="workers", feature="`clipnorm`", nightly="replicas workers")
 def clipnorm():
     return fit(dense(), optimizer=sgd(0.3, clipnorm=0.05))
 
@@ -46,7 +46,7 @@ def gradient_accumulation_with_embedding():
     return embedding_trained_with(sgd(0.3, gradient_accumulation_steps=2))
 
 
-@program
+@program(nightly="replicas")
 def gradient_accumulation_in_several_steps_per_execution():
     return fit(
         dense(),
@@ -62,7 +62,7 @@ def ema():
     return fit(dense(), optimizer=sgd(0.1, use_ema=True, ema_momentum=0.8))
 
 
-@program(feature="`ema_overwrite_frequency`")
+@program(feature="`ema_overwrite_frequency`", nightly="replicas")
 def ema_overwrite_frequency():
     averages = {"use_ema": True, "ema_momentum": 0.8}
     optimizer = sgd(0.1, **averages, ema_overwrite_frequency=2)
@@ -74,7 +74,7 @@ def scaled(inner, **arguments):
     return keras.optimizers.LossScaleOptimizer(inner, **arguments)
 
 
-@program
+@program(nightly="replicas")
 def loss_scale():
     optimizer = scaled(sgd(0.1), dynamic_growth_steps=3)
     return fit(dense(), optimizer=optimizer)
@@ -88,7 +88,7 @@ def loss_scale_with_an_overflow_on_the_last_replica():
     return fit(dense(keras.layers.Dense(3)), x, optimizer=optimizer)
 
 
-@program
+@program(nightly="replicas")
 def loss_scale_with_accumulation():
     optimizer = scaled(sgd(0.1, gradient_accumulation_steps=2))
     return fit(dense(), optimizer=optimizer)
@@ -123,18 +123,18 @@ def adamw():
     return fit(dense(), optimizer=keras.optimizers.AdamW(0.01))
 
 
-@program(tolerance=1e-5)
+@program(tolerance=1e-5, nightly="replicas")
 def adam_with_ema():
     averages = {"use_ema": True, "ema_overwrite_frequency": 2}
     return fit(dense(), optimizer=keras.optimizers.Adam(0.003, **averages))
 
 
-@program(feature="Learning rate schedule, momentum")
+@program(feature="Learning rate schedule, momentum", nightly="replicas")
 def learning_rate_schedule():
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
     return fit(dense(), optimizer=sgd(schedule, momentum=0.9))
 
 
-@program
+@program(nightly="replicas")
 def constraint():
     return fit(dense(keras.layers.Dense(4, kernel_constraint="non_neg")))

@@ -103,7 +103,7 @@ def dropout():
     return {"masks": masks}
 
 
-@program
+@program(nightly="replicas")
 def frozen_layer():
     return fit(dense(keras.layers.Dense(4, trainable=False)))
 
@@ -117,7 +117,7 @@ def gradient_that_does_not_exist():
     return fit(model)
 
 
-@program(feature="LoRA")
+@program(feature="LoRA", nightly="replicas")
 def lora():
     model = dense()
     model.layers[0].enable_lora(2)
@@ -139,7 +139,7 @@ class Compiled(keras.layers.Layer):
         return self.dense(x)
 
 
-@program
+@program(nightly="replicas")
 def layer_that_xla_compiles():
     model = keras.Sequential(
         [keras.Input([6]), Compiled(), keras.layers.Dense(1)]
@@ -160,7 +160,7 @@ def nested_inputs():
     return fit(model, {"a": X[:, :2], "rest": [X[:, 2:4], X[:, 4:]]})
 
 
-@program(on="workers", feature="String inputs")
+@program(on="workers", feature="String inputs", nightly="replicas workers")
 def text_inputs():
     words = np.array(["a b", "b c", "c a a", "d", "a d b", "c"] * 12)
     vectorize = keras.layers.TextVectorization(output_sequence_length=4)

@@ -73,7 +73,7 @@ def heads(*names, **arguments):
     )
 
 
-@program(on="workers mpi")
+@program(on="workers mpi", nightly="workers")
 def losses_of_every_kind():
     metrics = {"mean": ["mae"], "classes": ["accuracy"]}
     return heads(*LOSSES, metrics=metrics)
@@ -95,7 +95,7 @@ def weighted_mean():
     )
 
 
-@program
+@program(nightly="replicas")
 def weighted_mean_on_even_batches():
     return heads(
         "weighted_mean", sample_weight=WEIGHTS, samples=24, batch_size=12
@@ -132,17 +132,17 @@ def sample_weight():
     return fit(dense(), sample_weight=WEIGHTS, weighted_metrics=["mae"])
 
 
-@program(feature="`class_weight`")
+@program(feature="`class_weight`", nightly="replicas")
 def class_weight():
     return fit(dense(), y=CLASSES, class_weight={0: 1.0, 1: 3.0})
 
 
-@program
+@program(nightly="replicas")
 def summed_loss_of_one_output():
     return fit(dense(), loss=mse("sum"), optimizer=sgd(0.001))
 
 
-@program
+@program(nightly="replicas")
 def loss_with_a_dimension_more():
     return fit(of_tokens(), TOKENS, TOKENS[..., None] / 20)
 
@@ -151,6 +151,7 @@ def loss_with_a_dimension_more():
     on="workers",
     fast=True,
     feature="Loss with a mask (`mask_zero`, one output per token)",
+    nightly="workers",
 )
 def masked_loss():
     return fit(of_tokens(mask_zero=True), TOKENS, TOKENS[..., None] / 20)
@@ -189,17 +190,17 @@ ADDED = {
 }
 
 
-@program(feature="Regularizers")
+@program(feature="Regularizers", nightly="replicas")
 def regularizers():
     return fit(dense(keras.layers.Dense(4, kernel_regularizer="l2")))
 
 
-@program(feature="`add_loss` of a mean")
+@program(feature="`add_loss` of a mean", nightly="replicas")
 def added_mean():
     return fit(dense(Adds(ADDED["mean"])))
 
 
-@program(feature="`add_loss` of a sum")
+@program(feature="`add_loss` of a sum", nightly="replicas")
 def added_sum():
     return fit(dense(Adds(ADDED["sum"])))
 

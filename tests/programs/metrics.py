@@ -81,6 +81,7 @@ class Smallest(Largest):
     on="workers",
     feature="Metrics that are a maximum, a minimum, one value",
     fast=True,
+    nightly="workers",
 )
 def metrics_whose_state_is_no_sum():
     def one_value(y_true, y_pred):
@@ -120,7 +121,10 @@ class Guide(keras.Model):
 
 
 @program(
-    on="workers", feature="A step that returns some of the metrics", fast=True
+    on="workers",
+    feature="A step that returns some of the metrics",
+    fast=True,
+    nightly="workers",
 )
 def step_of_the_guide():
     inputs = keras.Input([6])

@@ -26,6 +26,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 # Products on GPUs in float32, not in the 11 bits of TF32.
@@ -51,6 +52,8 @@ class Program:
         tolerance: How far weights may differ; logs may ten times as far.
         feature: Its row in the table of features, if it has one.
         fast: Whether `make test-fast` runs it on three replicas.
+        nightly: Where it runs at night only, of `replicas`, `workers` and
+            `devices`: what it is about is seen elsewhere at each push.
         is_like_one: Whether all that it returns is as on one device; else a
             test of its own says what is.
         may_be_nan: Whether its loss is NaN on a batch without what it counts.
@@ -66,6 +69,7 @@ class Program:
     tolerance: float = 1e-6
     feature: str = ""
     fast: bool = False
+    nightly: frozenset[str] = frozenset()
     is_like_one: bool = True
     may_be_nan: bool = False
     logs_of_worker: bool = False
@@ -78,16 +82,22 @@ COMPARING: dict[str, Callable[[], Any]] = {}
 """Programs whose loss compares samples of a batch with each other."""
 
 
-def program(train=None, *, on="", options=(), **settings):
+def program(train=None, *, on="", nightly="", options=(), **settings):
     """Adds a program to the table."""
 
     def add(train):
         name = train.__name__
-        places = frozenset(on.split())
+        places, at_night = frozenset(on.split()), frozenset(nightly.split())
         assert name not in PROGRAMS, name
         assert places <= PLACES, on
+        assert at_night <= {*places, "replicas"}, nightly
         PROGRAMS[name] = Program(
-            name, train, on=places, options=tuple(options), **settings
+            name,
+            train,
+            on=places,
+            nightly=at_night,
+            options=tuple(options),
+            **settings,
         )
         return train
 
@@ -105,6 +115,19 @@ def programs_on(place):
         name
         for name, each in PROGRAMS.items()
         if place in each.on and each.is_like_one
+    ]
+
+
+def cells_on(place):
+    """The same, each with its mark."""
+    return [
+        pytest.param(
+            name,
+            marks=pytest.mark.nightly
+            if place in PROGRAMS[name].nightly
+            else (),
+        )
+        for name in programs_on(place)
     ]
 
 

@@ -11,11 +11,11 @@ def cells():
     """Each program on each of its numbers of replicas."""
     for name, each in PROGRAMS.items():
         for replicas in each.replicas:
-            is_fast = each.fast and replicas == 3
+            marks = [] if each.fast and replicas == 3 else [pytest.mark.slow]
+            if "replicas" in each.nightly:
+                marks.append(pytest.mark.nightly)
             yield pytest.param(
-                *(name, replicas),
-                id=f"{name}-{replicas}",
-                marks=() if is_fast else pytest.mark.slow,
+                *(name, replicas), id=f"{name}-{replicas}", marks=marks
             )
 
 

@@ -44,7 +44,7 @@ def eagerly():
     )
 
 
-@program(on="devices", tolerance=1e-5)
+@program(on="devices", tolerance=1e-5, nightly="replicas")
 def compiled_by_xla():
     layer = keras.layers.BatchNormalization(synchronized=True)
     return fit(
@@ -62,6 +62,7 @@ def compiled_by_xla():
     logs_of_worker=True,
     fast=True,
     feature="`train_on_batch`, 24, 25 and 1 samples",
+    nightly="workers",
 )
 def train_on_batch():
     model = dense()
@@ -164,7 +165,12 @@ def go_on(model):
     return {"weights": weights_of_all_replicas(model), "history": history}
 
 
-@program(on="workers", tolerance=1e-5, feature="Save, load, go on training")
+@program(
+    on="workers",
+    tolerance=1e-5,
+    feature="Save, load, go on training",
+    nightly="workers",
+)
 def saved_by_every_worker():
     model = dense(keras.layers.BatchNormalization(synchronized=True))
     with tempfile.TemporaryDirectory() as folder:

@@ -48,12 +48,12 @@ def agree(name, results):
     programs.agree_on_workers(name, found_by_all(name, results))
 
 
-@pytest.mark.parametrize("name", programs.programs_on("workers"))
+@pytest.mark.parametrize("name", programs.cells_on("workers"))
 def test_workers_train_as_one_device_does(name, on_workers):
     agree(name, on_workers)
 
 
-@pytest.mark.parametrize("name", programs.programs_on("devices"))
+@pytest.mark.parametrize("name", programs.cells_on("devices"))
 def test_workers_of_two_devices_train_as_one_does(
     name, on_workers_of_two_devices
 ):
