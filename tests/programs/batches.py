@@ -40,6 +40,7 @@ def uneven_last_batch():
 @program(
     replicas=(2, 3, 4),
     on="threads workers devices mpi",
+    nightly="devices",
     feature="Last batch smaller than the replicas",
     fast=True,
 )

@@ -33,6 +33,7 @@ def clipvalue_with_embedding():
 
 @program(
     on="threads workers mpi",
+    nightly="mpi",
     feature="`gradient_accumulation_steps`",
     fast=True,
 )

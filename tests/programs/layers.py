@@ -51,6 +51,7 @@ def synchronized(samples):
 
 @program(
     on="threads devices mpi",
+    nightly="mpi",
     fast=True,
     feature="Last batch uneven, `BatchNormalization(synchronized=True)`",
 )

@@ -52,8 +52,8 @@ class Program:
         tolerance: How far weights may differ; logs may ten times as far.
         feature: Its row in the table of features, if it has one.
         fast: Whether `make test-fast` runs it on three replicas.
-        nightly: Where it runs at night only, of `replicas`, `workers` and
-            `devices`: what it is about is seen elsewhere at each push.
+        nightly: Where it runs at night only, of `replicas` and what `on` says:
+            what it is about is seen elsewhere at each push.
         is_like_one: Whether all that it returns is as on one device; else a
             test of its own says what is.
         may_be_nan: Whether its loss is NaN on a batch without what it counts.

@@ -34,7 +34,7 @@ def steps_per_execution():
     )
 
 
-@program(on="threads workers devices mpi", fast=True)
+@program(on="threads workers devices mpi", nightly="devices mpi", fast=True)
 def eagerly():
     return fit(
         dense(),
@@ -90,6 +90,7 @@ def early_stopping():
 
 @program(
     on="devices",
+    nightly="devices",
     feature="`evaluate` and `predict`, last batch smaller than the replicas",
 )
 def evaluate_and_predict():

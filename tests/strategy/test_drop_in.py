@@ -223,6 +223,7 @@ def test_one_device_is_training_without_a_strategy():
     assert history == expected_history
 
 
+@pytest.mark.nightly
 def test_four_devices_give_the_same_up_to_rounding():
     # Sums of more than two terms depend on their order.
     model, _, history = train(ours(DEVICES[:4]), dense)

@@ -54,6 +54,7 @@ def test_a_proxy_is_not_asked_for_the_workers():
     assert results == [True, True]
 
 
+@pytest.mark.nightly
 def test_a_job_that_is_suspended_as_a_whole_goes_on():
     with workers.running("fit_epochs", 60) as pair:
         while not all("has ended" in worker.output for worker in pair):

@@ -38,7 +38,7 @@ def over_mpi(request):
     return test_multi_worker.of_cases(mpi_jobs.results, "cases", request)
 
 
-@pytest.mark.parametrize("name", programs.programs_on("mpi"))
+@pytest.mark.parametrize("name", programs.cells_on("mpi"))
 def test_workers_train_as_one_device_does(name, over_mpi):
     test_multi_worker.agree(name, over_mpi)
 
@@ -108,7 +108,9 @@ class TestEverySum(test_wire.TestEverySum):
     """Those of `test_wire.py`, with the fixture of this file."""
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    "size", [2, pytest.param(3, marks=pytest.mark.nightly)]
+)
 def test_collectives_run_in_any_order(size):
     results = mpi_jobs.results("run_collectives_of_mpi", num_workers=size)
     parts = [np.arange(4.0) + rank for rank in range(size)]
@@ -159,6 +161,7 @@ def test_a_killed_worker_ends_all_and_is_named_by_mpirun():
     assert "signal 9" in output
 
 
+@pytest.mark.nightly
 @EITHER
 def test_a_frozen_worker_ends_all_in_an_error(index):
     code, output = ends("fit_and_signal", "SIGSTOP", index, 600)
@@ -204,6 +207,7 @@ def test_workers_that_differ_all_say_in_what():
             assert ") has float32 [8, 7]" in rank.output
 
 
+@pytest.mark.nightly
 @EITHER
 def test_a_worker_that_never_makes_a_strategy_is_named(index):
     code, output = ends("start_without", index, 3)
@@ -234,6 +238,7 @@ def test_mpi4py_without_an_mpi_is_one_clear_error():
     assert 'or pass `transport="grpc"`' in output
 
 
+@pytest.mark.nightly
 def test_another_mpi_than_that_of_mpirun_is_one_clear_error():
     # Each is alone in the world of MPI, as no mpirun has started it.
     told = [
