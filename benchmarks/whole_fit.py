@@ -21,6 +21,10 @@ output, for what those cost. With `--against`, "other checkout" is
 AllReduceStrategy of another commit. A strategy that fails has the first line
 of its error in the table.
 
+"JAX DataParallel" is Keras on JAX (`pip install jax`) with
+`keras.distribution.DataParallel` over as many CPU devices, compiled as Keras
+compiles there. On torch Keras has `DataParallel` between processes only.
+
 Before that, all start from the same weights and train one step on the same
 batch; its time, from the call of `fit`, is the first step, with tracing. The
 weights must then agree with those of "no strategy": each to rounding, or with
@@ -34,6 +38,7 @@ TensorFlow itself; on GPUs, the most that a replica had of its GPU.
 import argparse
 import contextlib
 import faulthandler
+import importlib.util
 import io
 import json
 import os
@@ -68,9 +73,17 @@ STOCK = [
 ]
 OURS, OURS_NO_CLOCKS = "AllReduceStrategy", "no clocks"
 OTHER = "other checkout"
+JAX = "JAX DataParallel"
 # Ends the name of a strategy under which the model is compiled with XLA.
 XLA = " XLA"
-STRATEGIES = [ALONE, *STOCK, OURS_NO_CLOCKS, OURS, "AllReduceStrategy nccl"]
+STRATEGIES = [
+    ALONE,
+    *STOCK,
+    OURS_NO_CLOCKS,
+    OURS,
+    "AllReduceStrategy nccl",
+    JAX,
+]
 NEED_GPUS = ["NcclAllReduce", "AllReduceStrategy nccl"]
 
 
@@ -120,6 +133,13 @@ def strategies() -> dict[str, Callable[[list[str]], Any]]:
             devices, cross_device_ops=cross_device_ops()
         )
 
+    def sharded_by_jax(_devices: list[str]):
+        import keras
+
+        distribution = keras.distribution.DataParallel()
+        keras.distribution.set_distribution(distribution)
+        return distribution
+
     def without_clocks(devices: list[str]):
         strategy = keras_allreduce.AllReduceStrategy(devices, fit_log=False)
         # Clocks are made for the steps that are noted here.
@@ -140,6 +160,7 @@ def strategies() -> dict[str, Callable[[list[str]], Any]]:
         OURS_NO_CLOCKS: without_clocks,
         OURS: keras_allreduce.AllReduceStrategy,
         OTHER: keras_allreduce.AllReduceStrategy,
+        JAX: sharded_by_jax,
     }
 
 
@@ -186,7 +207,7 @@ class Trainer:
 
         if self._on_gpus:
             keras.config.set_dtype_policy(GPU_POLICY)
-        if self._strategy.removesuffix(XLA) != ALONE:
+        if self._strategy.removesuffix(XLA) not in (ALONE, JAX):
             self._devices = command_line.devices(self._replicas, self._on_gpus)
         elif self._on_gpus:
             self._devices = command_line.devices(1, on_gpus=True)
@@ -196,7 +217,7 @@ class Trainer:
             self._model = models.compiled(
                 setup,
                 optimizer=self._optimizer,
-                jit_compile=self._strategy.endswith(XLA),
+                jit_compile=self._strategy.endswith((XLA, JAX)),
             )
         x, y = models.batch(setup, self._batch_size)
         self._labels = y.size
@@ -242,9 +263,8 @@ class Trainer:
 
     def overlap(self) -> float | None:
         """Share of the all-reduce that was hidden since the last call."""
-        read = getattr(
-            self._model.distribute_strategy, "all_reduce_stats", None
-        )
+        strategy = getattr(self._model, "distribute_strategy", None)
+        read = getattr(strategy, "all_reduce_stats", None)
         stats = read and read()
         return stats and stats.overlap
 
@@ -401,6 +421,22 @@ def difference_of_all(got: Path, expected: Path, initial: Path) -> float:
     return float(np.sqrt(difference / update)) / TOLERANCE_OF_ALL
 
 
+def jax_environment(devices: int) -> dict[str, str]:
+    """Variables that let Keras train on JAX and some CPU devices."""
+    return {
+        "KERAS_BACKEND": "jax",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+
+
+def why_no_jax(args: argparse.Namespace) -> str:
+    """Why Keras on JAX cannot take part; empty: it can."""
+    if not importlib.util.find_spec("jax"):
+        return "JAX is not installed (pip install jax)"
+    return "only CPU devices are compared" if args.gpus else ""
+
+
 def measure(
     model: str, replicas: int, size: Size, args: argparse.Namespace
 ) -> tuple[dict[str, Entry], str]:
@@ -426,7 +462,9 @@ def measure(
                 name,
                 [sys.executable, __file__, "--rival", json.dumps(options)],
                 folder / f"stderr-{number}",
-                command_line.package_of(package) | hidden,
+                command_line.package_of(package)
+                | hidden
+                | (jax_environment(replicas) if name == JAX else {}),
             )
             after = folder / f"after-{number}.npz"
             entries[name] = Entry(stack.enter_context(rival), after)
@@ -650,6 +688,9 @@ def main() -> None:
         for model in args.models
     }
     print(environment(args, sizes), flush=True)
+    if JAX in args.strategies and why_no_jax(args):
+        print(f"\nLeft out: {JAX}, as {why_no_jax(args)}.")
+        args.strategies.remove(JAX)
     for replicas in args.replicas:
         print(
             f"\n{replicas} replicas:\n\n"
