@@ -73,7 +73,6 @@ class StepLog:
         self.options = Options()
         self.may_hint = os.environ.get(environment.HINT) != "0"
         self._steps: list[TracedStep] = []
-        self._alone: weakref.WeakSet[Any] = weakref.WeakSet()
         self._told: weakref.WeakKeyDictionary[Any, set[str]] = (
             weakref.WeakKeyDictionary()
         )
@@ -158,10 +157,6 @@ class StepLog:
             for step in self._steps
             if model is None or step.model() is model
         ]
-
-    def add_alone(self, model: Any) -> None:
-        """Notes that `model` trains on one replica and reduces nothing."""
-        self._alone.add(model)
 
     def untold_plans(self, model: Any) -> list[str]:
         """Plans of `model` that this has not returned before."""

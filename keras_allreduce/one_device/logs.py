@@ -25,6 +25,7 @@ from keras_allreduce.one_device.metric_results import (
 )
 from keras_allreduce.one_device.reduction import Reductions, log_key
 from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.shares import BatchShares
 from keras_allreduce.reduce import packing
 from keras_allreduce.reduce.packing import scale
 from keras_allreduce.reduce.process_group import ProcessGroup
@@ -69,18 +70,14 @@ class Logs:
         self,
         outputs: Any,
         results: Mapping[Path, MetricResult],
-        shares: Any,
-        has_samples: Any,
+        shares: BatchShares,
     ) -> Any:
         """The logs of the batch, which are not distributed.
 
         Args:
             outputs: Distributed logs of the replicas.
             results: The results of metrics among them.
-            shares: Distributed share of each replica in the batch, times the
-                number of replicas; `None`: all are 1.
-            has_samples: Distributed bool, false on empty replicas. `None`:
-                none is empty.
+            shares: How the batch is divided.
         """
         found = dict(keras.tree.flatten_with_path(outputs))
         parts = {
@@ -91,14 +88,12 @@ class Logs:
         rows = [path for path, each in parts.items() if self._are_rows(each)]
         means = [path for path in parts if parts[path] and path not in rows]
         for path in rows:
-            found[path] = self._rows(parts[path], has_samples, found[path])
+            found[path] = self._rows(
+                parts[path], shares.has_samples, found[path]
+            )
         states = GatheredStates(results)
         with tf.device("/cpu:0"):
-            weights = [
-                tf.cast(share, tf.float64)
-                for share in self._replicas.local_values(shares)
-                or [1.0] * len(self._replicas.devices)
-            ]
+            weights = shares.weights(len(self._replicas.devices))
             local = [
                 *states.local_sums(),
                 *(self._sum(path, parts[path], weights) for path in means),

@@ -28,6 +28,7 @@ from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import facts, first_batch, replica, warn
 from keras_allreduce.one_device.probe import Failure, probe
 from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.shares import BatchShares
 from keras_allreduce.reduce.packing import scale
 from keras_allreduce.reduce.process_group import all_reduce_max
 
@@ -78,12 +79,11 @@ class SharedMetricState:
         self._updated[id(metric)] = metric
         return update(*args, **kwargs)
 
-    def agree(self, shares: Any) -> None:
+    def agree(self, shares: BatchShares) -> None:
         """Gives all replicas the state of one device, where it is no sum.
 
         Args:
-            shares: Distributed share of each replica in the batch, times the
-                number of replicas. `None`: all are 1.
+            shares: How the batch is divided.
         """
         for metric in self._updated.values():
             kinds = self._kinds.get(metric, [])
@@ -99,7 +99,9 @@ class SharedMetricState:
                         self._agreed(kind, variable.value, shares),
                     )
 
-    def _agreed(self, kind: str, variable: Any, shares: Any) -> tf.Tensor:
+    def _agreed(
+        self, kind: str, variable: Any, shares: BatchShares
+    ) -> tf.Tensor:
         """The value of all replicas of all workers."""
         group = self._replicas.group
         with tf.device("/cpu:0"):
@@ -110,11 +112,7 @@ class SharedMetricState:
                 least = tf.reduce_min(tf.stack(parts), 0)
                 return -all_reduce_max(group, -least)
             parts = [tf.cast(part, tf.float64) for part in parts]
-            weights = [
-                tf.cast(share, tf.float64)
-                for share in self._replicas.local_values(shares)
-                or [1.0] * len(parts)
-            ]
+            weights = shares.weights(len(parts))
             total = tf.add_n(list(map(scale, parts, weights)))
             count = group.size * len(parts)
             return group.all_reduce(total / count, "metric")

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,6 +178,23 @@ def sees_one_device() -> bool:
 def updates_locally() -> bool:
     """Whether this thread updates variables with reduced values."""
     return current_of_thread().updates_locally
+
+
+def merged(merge: Callable[..., Any], *values: Any) -> Any:
+    """Calls `merge` once for all replicas; in the thread of each.
+
+    Args:
+        merge: Called with the strategy and the distributed `values`. What it
+            needs beside them is bound to it, and stays as it is.
+        *values: Those of this replica.
+
+    Returns:
+        The part of this replica in what `merge` returns.
+    """
+    context = tf.distribute.get_replica_context()
+    return context.merge_call(
+        tf.autograph.experimental.do_not_convert(merge), args=values
+    )
 
 
 def running(

@@ -28,16 +28,6 @@ class Replicas(Protocol):
         Empty if `value` is not distributed.
         """
 
-    def shares_of(self, amounts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Share of each replica in the sum of all workers' amounts.
-
-        Args:
-            amounts: float32 scalars, one for each of `devices`.
-
-        Returns:
-            float32 scalars: the shares times the number of all replicas.
-        """
-
     def sum_gradients(
         self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()
     ) -> list[Any]:

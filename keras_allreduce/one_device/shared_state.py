@@ -28,6 +28,7 @@ from keras_allreduce.one_device.moving_statistics import (
 )
 from keras_allreduce.one_device.reduction import FIRST, SUM, Reductions
 from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.shares import BatchShares
 from keras_allreduce.reduce import packing
 
 
@@ -68,14 +69,11 @@ class SharedState:
                     before *= tf.cast(found.decay, before.dtype)
             self._assigned[id(variable)] = variable, found.kind, before
 
-    def agree(self, shares: Any, has_samples: Any) -> None:
+    def agree(self, shares: BatchShares) -> None:
         """Gives every replica of all workers the state of one device.
 
         Args:
-            shares: Distributed share of each replica in the batch, times the
-                number of replicas. `None`: all are 1.
-            has_samples: Distributed bool, false on empty replicas. `None`:
-                none is empty.
+            shares: How the batch is divided.
         """
         groups: dict[Any, list[Any]] = {}
         for variable, kind, before in self._assigned.values():
@@ -87,11 +85,11 @@ class SharedState:
             variables = [variable for variable, _ in members]
             if kind == SUM:
                 befores = [before for _, before in members]
-                self._add_up(variables, befores, has_samples)
+                self._add_up(variables, befores, shares.has_samples)
             elif kind == FIRST:
                 self._take_first(variables)
             else:
-                self._take_means(variables, shares)
+                self._take_means(variables, shares.share)
 
     def _add_up(
         self, variables: Sequence[Any], befores: Sequence[Any], has_samples: Any

@@ -14,9 +14,13 @@ import numpy as np
 import tensorflow as tf
 
 from keras_allreduce.compat import distribute
+from keras_allreduce.devices import on_each
 from keras_allreduce.one_device import replica
 from keras_allreduce.one_device.replicas import Replicas
-from keras_allreduce.reduce.process_group import all_reduce_max
+from keras_allreduce.reduce.process_group import (
+    ProcessGroup,
+    all_reduce_max,
+)
 
 ROWS = (
     "Every part of a batch has one row for each sample, which are split over "
@@ -53,6 +57,13 @@ class BatchShares:
         """The arguments of `Replica`, distributed."""
         return self.share, self.correction, self.has_samples
 
+    def weights(self, num_replicas: int) -> list[tf.Tensor]:
+        """`share` of each of the replicas of this worker, as float64."""
+        parts = (
+            [1.0] * num_replicas if self.share is None else self.share.values
+        )
+        return [tf.cast(part, tf.float64) for part in parts]
+
 
 def shares_of_batch(
     data: Any, replicas: Replicas, *, counts_weights: bool
@@ -74,7 +85,7 @@ def shares_of_batch(
         if sizes is not None:
             # Known without the other workers: no forward pass waits for them.
             has_samples = place([n > 0 for n in sizes], replicas.devices)
-            shares = replicas.shares_of(sizes)
+            shares = shares_of(sizes, replicas.group)
         corrections = None
         if counts_weights:
             weights = replicas.local_values(_sample_weight(data))
@@ -106,31 +117,24 @@ def place(values: Sequence[tf.Tensor] | None, devices: Sequence[str]) -> Any:
     """
     if values is None:
         return None
-    placed = []
-    for value, device in zip(values, devices, strict=True):
-        with tf.device(device):
-            placed.append(tf.identity(value))
-    return distribute.PerReplica(tuple(placed))
+    return distribute.PerReplica(tuple(on_each(devices, tf.identity, values)))
 
 
 def shares_of(
-    amounts: Sequence[tf.Tensor],
-    total: tf.Tensor | None = None,
-    count: int | None = None,
+    amounts: Sequence[tf.Tensor], group: ProcessGroup
 ) -> list[tf.Tensor]:
     """Share of each replica in the batch, times the number of replicas.
 
     Args:
-        amounts: float32 scalars, one per replica.
-        total: Their sum, if there are more replicas than these.
-        count: The number of all replicas, likewise.
+        amounts: float32 scalars, one for each replica of this process.
+        group: All processes.
 
     Returns:
-        float32 scalars whose mean is 1, or all 0 if all amounts are.
+        float32 scalars whose mean over all processes is 1, or all 0 if all
+        amounts are.
     """
-    if total is None:
-        total = tf.add_n(list(amounts))
-    replicas = float(count or len(amounts))
+    total = group.all_reduce(tf.add_n(list(amounts)), "batch")
+    replicas = float(group.size * len(amounts))
     return [
         tf.math.divide_no_nan(amount * replicas, total) for amount in amounts
     ]
@@ -177,7 +181,6 @@ def divided(data: Any, replicas: Replicas) -> Any:
 def part_of_sum(value: tf.Tensor, replicas: Replicas) -> tf.Tensor:
     """A scalar of this replica over its sum on all; in a replica's thread."""
 
-    @tf.autograph.experimental.do_not_convert
     def merge(_strategy: tf.distribute.Strategy, values: Any) -> Any:
         parts = replicas.local_values(values)
         with tf.device("/cpu:0"):
@@ -187,8 +190,7 @@ def part_of_sum(value: tf.Tensor, replicas: Replicas) -> tf.Tensor:
             replicas.devices,
         )
 
-    context = tf.distribute.get_replica_context()
-    return context.merge_call(merge, args=(value,))
+    return replica.merged(merge, value)
 
 
 def extreme(value: tf.Tensor, replicas: Replicas, *, is_max: bool) -> Any:
@@ -199,12 +201,10 @@ def extreme(value: tf.Tensor, replicas: Replicas, *, is_max: bool) -> Any:
     if has_samples is not None:
         signed = tf.where(has_samples, signed, value.dtype.min)
 
-    @tf.autograph.experimental.do_not_convert
     def merge(_strategy: tf.distribute.Strategy, values: Any) -> Any:
         return largest(values, replicas)
 
-    context = tf.distribute.get_replica_context()
-    return sign * context.merge_call(merge, args=(signed,))
+    return sign * replica.merged(merge, signed)
 
 
 def largest(value: Any, replicas: Replicas) -> Any:
@@ -271,8 +271,9 @@ def _corrections(
     """Share of each replica in the sample weights, over that in samples."""
     if not sample_weights:
         return None
-    wanted = replicas.shares_of(
-        [tf.reduce_sum(tf.cast(w, tf.float32)) for w in sample_weights]
+    wanted = shares_of(
+        [tf.reduce_sum(tf.cast(w, tf.float32)) for w in sample_weights],
+        replicas.group,
     )
     if shares is None:
         return wanted

@@ -151,17 +151,15 @@ class Step:
             outputs = call_for_each_replica(  # [4]
                 _do_not_convert(on), (shares.of_replicas(), data, *rest), kwargs
             )
-        state.agree(shares.share, shares.has_samples)  # [5]
-        self._metrics.agree(shares.share)
+        state.agree(shares)  # [5]
+        self._metrics.agree(shares)
         logs = Logs(
             reductions,
             self._replicas,
             self._group_of_logs(),
             static_samples(data, self._replicas),
         )
-        return logs.of_one_device(  # [6]
-            outputs, self._results, shares.share, shares.has_samples
-        )
+        return logs.of_one_device(outputs, self._results, shares)  # [6]
 
     @contextlib.contextmanager
     def _errors_explained(self, known: Reductions) -> Iterator[None]:
@@ -248,9 +246,7 @@ class Step:
         self, reductions: Reductions, shares: BatchShares, state: SharedState
     ) -> CurrentStep:
         """What takes part in the code of the step on every replica."""
-        sums = SynchronizedSums(
-            self._replicas, shares.has_samples, in_backprop=False
-        )
+        sums = SynchronizedSums(self._replicas, shares.has_samples)
         gradients = None
         if self._trains:
             optimizer = getattr(self._model, "optimizer", None)

@@ -7,9 +7,8 @@ the forward pass, and their gradients do in backprop.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import tensorflow as tf
-
 from keras_allreduce.compat import distribute
+from keras_allreduce.devices import on_each
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.reduce import packing
 
@@ -21,19 +20,16 @@ class SynchronizedSums:
         replicas: The replicas of this worker.
         has_samples: Distributed bool, false on empty replicas. `None`: none
             is left out.
-        in_backprop: Whether the step may be in backprop from the start.
 
     Attributes:
         in_backprop: Whether a sum may now be that of a gradient.
         used: Whether a layer has summed over the replicas.
     """
 
-    def __init__(
-        self, replicas: Replicas, has_samples: Any, *, in_backprop: bool
-    ):
+    def __init__(self, replicas: Replicas, has_samples: Any):
         self._replicas = replicas
         self._has_samples = has_samples
-        self.in_backprop = in_backprop
+        self.in_backprop = False
         self.used = False
 
     def sum(
@@ -66,12 +62,11 @@ class SynchronizedSums:
         """A distributed value, with 0 in the place of empty replicas."""
         if self._has_samples is None:
             return value
-        parts = []
-        for part, has_samples in zip(
+        counts = self._has_samples.values
+        parts = on_each(
+            [count.device for count in counts],
+            packing.scale,
             self._replicas.local_values(value),
-            self._has_samples.values,
-            strict=True,
-        ):
-            with tf.device(has_samples.device):
-                parts.append(packing.scale(part, has_samples))
+            counts,
+        )
         return distribute.PerReplica(tuple(parts))

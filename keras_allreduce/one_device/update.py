@@ -84,7 +84,7 @@ def sum_when_applied(
 
     dense = [tf.convert_to_tensor(gradients[index]) for index in moving]
     reduced = list(gradients)
-    for index, total in zip(moving, _merge(merge, dense), strict=True):
+    for index, total in zip(moving, replica.merged(merge, dense), strict=True):
         reduced[index] = total
     return reduced
 
@@ -112,7 +112,7 @@ def sum_over_replicas(
     def merge(_strategy: Any, moved: Sequence[Any]) -> list[Any]:
         return replicas.sum_gradients(moved, weights)
 
-    sums = _merge(merge, [reduced[index] for index in moving])
+    sums = replica.merged(merge, [reduced[index] for index in moving])
     for index, total in zip(moving, sums, strict=True):
         reduced[index] = total
     return reduced
@@ -141,7 +141,7 @@ def largest_of_assigned(
         return [largest(value, replicas) for value in values]
 
     found = list(gradients)
-    merged = _merge(merge, [gradients[index] for index in assigned])
+    merged = replica.merged(merge, [gradients[index] for index in assigned])
     for index, value in zip(assigned, merged, strict=True):
         found[index] = value
     return found
@@ -160,16 +160,6 @@ def _moving(
             and keras_compat.takes_gradient_as_value(variables[index])
         )
     ]
-
-
-def _merge(merge: Callable[..., Any], gradients: Sequence[Any]) -> Any:
-    """Calls `merge` once, with the gradients of all replicas."""
-    context = tf.distribute.get_replica_context()
-    # Only the gradients are arguments: merge_call makes one distributed value
-    # of the replicas' arguments; bound values stay as they are.
-    return context.merge_call(
-        tf.autograph.experimental.do_not_convert(merge), args=(gradients,)
-    )
 
 
 def _take(gradient: tf.Tensor, accumulator: tf.Variable) -> tf.Tensor:

@@ -24,6 +24,7 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import distribute, keras_losses
+from keras_allreduce.devices import on_each
 from keras_allreduce.one_device import empty_replica, replica
 from keras_allreduce.one_device.replica import Replica
 from keras_allreduce.one_device.replicas import Replicas
@@ -167,7 +168,6 @@ def _find_rows(values: Any) -> list[Any]:
 def _on_all_replicas(own: Sequence[Any], replicas: Replicas) -> list[Rows]:
     """Gathers tensors of this replica from all replicas of all workers."""
 
-    @tf.autograph.experimental.do_not_convert
     def merge(_strategy: Any, values: Sequence[Any]) -> tuple[Any, list[Any]]:
         devices = replicas.devices
         local = [
@@ -194,32 +194,30 @@ def _on_all_replicas(own: Sequence[Any], replicas: Replicas) -> list[Rows]:
         ]
         return distribute.PerReplica(positions), [
             [
-                _on_each(devices, part)
+                _without_gradient(part, devices)
                 for worker in everyone
                 for part in worker[number]
             ]
             for number in range(len(values))
         ]
 
-    context = tf.distribute.get_replica_context()
-    position, found = context.merge_call(merge, args=(list(own),))
+    position, found = replica.merged(merge, list(own))
     return [
         Rows(each, parts, position)
         for each, parts in zip(own, found, strict=True)
     ]
 
 
-def _on_each(devices: Sequence[str], value: Any) -> Any:
+def _without_gradient(value: Any, devices: Sequence[str]) -> Any:
     """A distributed value that is the same on all devices."""
-    placed = []
-    for device in devices:
-        with tf.device(device):
-            placed.append(
-                tf.nest.map_structure(
-                    tf.stop_gradient, value, expand_composites=True
-                )
-            )
-    return distribute.PerReplica(tuple(placed))
+
+    def stopped(each: Any) -> Any:
+        return tf.nest.map_structure(
+            tf.stop_gradient, each, expand_composites=True
+        )
+
+    parts = on_each(devices, stopped, [value] * len(devices))
+    return distribute.PerReplica(tuple(parts))
 
 
 def _split(value: Any) -> list[tf.Tensor]:

@@ -11,11 +11,7 @@ import tensorflow as tf
 from keras_allreduce.compat import distribute, variables, versions
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.input.dataset import own
-from keras_allreduce.one_device import (
-    predict,
-    replica,
-    shares,
-)
+from keras_allreduce.one_device import predict, replica
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.step import Step
 from keras_allreduce.reduce.observe import observe
@@ -169,10 +165,6 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
             return (value,)
         return ()
 
-    def shares_of(self, amounts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Share of each replica in the batch, times the number of replicas."""
-        return shares.shares_of(amounts)
-
     def sum_gradients(
         self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()
     ) -> list[Any]:
@@ -226,8 +218,6 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         if trains or not is_alone:
             check_model(model, strategy)
         if is_alone:
-            if trains:
-                strategy.step_log.add_alone(model)
             return run(fn, *args)
         step = Step(
             model,

@@ -14,7 +14,6 @@ from keras_allreduce.devices import (
     on_each,
     on_gpus,
 )
-from keras_allreduce.one_device import shares
 from keras_allreduce.reduce import packing
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.reduce.process_group import ProcessGroup
@@ -119,13 +118,6 @@ class MultiWorkerAllReduceExtended(
                 float(wait[0])
                 for (wait,) in self._workers.all_gather_tensors([own], "waits")
             ]
-        )
-
-    def shares_of(self, amounts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Share of each replica of this worker in the whole batch."""
-        total = self._workers.all_reduce(tf.add_n(list(amounts)), "batch")
-        return shares.shares_of(
-            amounts, total=total, count=self._num_replicas_in_sync
         )
 
     def sum_gradients(

@@ -96,7 +96,6 @@ class ExtendedOfWorker(AllReduceExtended):
     def _num_replicas_in_sync(self):
         return self._workers.size * len(self.worker_devices)
 
-    shares_of = MultiWorkerAllReduceExtended.shares_of
     sum_gradients = MultiWorkerAllReduceExtended.sum_gradients
     _sum_over_replicas = MultiWorkerAllReduceExtended._sum_over_replicas
 

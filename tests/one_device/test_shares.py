@@ -14,6 +14,7 @@ from keras_allreduce.one_device.shares import (
     shares_of,
     shares_of_batch,
 )
+from keras_allreduce.reduce.process_group import ProcessGroup
 
 
 def constants(*values):
@@ -34,26 +35,36 @@ def of(data, counts_weights=False):
 
 
 STRATEGY = keras_allreduce.AllReduceStrategy(DEVICES[:2])
+ALONE = STRATEGY.extended.group
+
+
+class TwoWorkers(ProcessGroup):
+    """The other one has 12 samples."""
+
+    size = 2
+
+    def all_reduce(self, value, name):
+        return value + 12
 
 
 def test_shares_have_mean_1():
-    shares = shares_of(constants(3, 1))
+    shares = shares_of(constants(3, 1), ALONE)
     np.testing.assert_array_equal(shares, [1.5, 0.5])
 
 
 @given(st.lists(st.integers(0, 64), min_size=1, max_size=8))
 def test_shares_are_those_of_the_samples(counts):
-    shares = np.asarray(shares_of(constants(*counts)))
+    shares = np.asarray(shares_of(constants(*counts), ALONE))
     expected = np.asarray(counts) * len(counts) / max(1, sum(counts))
     np.testing.assert_allclose(shares, expected, rtol=1e-6)
 
 
 def test_shares_of_nothing_are_0():
-    np.testing.assert_array_equal(shares_of(constants(0, 0)), [0, 0])
+    np.testing.assert_array_equal(shares_of(constants(0, 0), ALONE), [0, 0])
 
 
 def test_shares_may_be_those_of_one_worker_among_several():
-    shares = shares_of(constants(3, 1), total=tf.constant(16.0), count=4)
+    shares = shares_of(constants(3, 1), TwoWorkers(ALONE.gradient_ops))
     np.testing.assert_array_equal(shares, [0.75, 0.25])
 
 

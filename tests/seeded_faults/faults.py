@@ -104,7 +104,7 @@ FAULTS = [
         "share_count",
         "share of a batch counts this worker's replicas only",
         "one_device/shares.py",
-        "replicas = float(count or len(amounts))",
+        "replicas = float(group.size * len(amounts))",
         "replicas = float(len(amounts))",
         ("test_shares.py", "test_threads.py -k uneven_batches"),
     ),
