@@ -11,11 +11,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce.one_device.moving_statistics import (
-    is_replicas_own,
-    moving_statistics,
-)
+from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.shared_state import synchronized_variables
 
 
 def spare_sample(data: Any, replicas: Replicas) -> Any:
@@ -77,12 +75,36 @@ def state(model: keras.Model) -> list[tuple[Any, tf.Tensor]]:
     results = [
         variable
         for variable in model.metrics_variables
-        if is_replicas_own(variable.value)
+        if _is_replicas_own(variable.value)
     ]
     return [
         (variable.value, tf.identity(variable.value))
-        for variable in (*moving_statistics(model), *results)
+        for variable in (*_moving_statistics(model), *results)
     ]
+
+
+def _moving_statistics(model: keras.Model) -> list[Any]:
+    """Variables in which each replica gathers statistics on its own.
+
+    Not those of synchronized layers, which are the statistics of all replicas
+    that have samples. Frozen weights are among them: nobody updates those.
+    """
+    shared = synchronized_variables(model)
+    return [
+        variable
+        for variable in model.non_trainable_variables
+        if tf.as_dtype(variable.dtype).is_floating
+        and keras_compat.identity_of(variable) not in shared
+        and _is_replicas_own(variable.value)
+    ]
+
+
+def _is_replicas_own(variable: Any) -> bool:
+    """Whether a replica updates its part of `variable` on its own."""
+    return isinstance(variable, tf.distribute.DistributedValues) and (
+        variable.synchronization == tf.VariableSynchronization.ON_READ
+        or variable.aggregation == tf.VariableAggregation.NONE
+    )
 
 
 def restore(

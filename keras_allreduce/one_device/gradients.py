@@ -24,7 +24,7 @@ import tensorflow as tf
 
 from keras_allreduce.compat import graphs
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.one_device import ratio, reduction, replica
+from keras_allreduce.one_device import reduction, replica
 from keras_allreduce.one_device.reduction import (
     RATIO,
     SUM,
@@ -32,6 +32,7 @@ from keras_allreduce.one_device.reduction import (
     Reductions,
 )
 from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.shares import part_of_denominators
 from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.one_device.update import (
     is_done_once,
@@ -165,7 +166,7 @@ class GradientsOfTheBatch:
                 return None, ()
             return tf.cast(this.has_samples, tf.float32), ()
         if kind == RATIO:
-            part = ratio.part_of_batch(target, self._replicas)
+            part = part_of_denominators(target, self._replicas)
             if part is not None:
                 return part, ()
         scales_gradients = self._may_scale_gradients and not any(

@@ -27,19 +27,14 @@ from keras_allreduce.compat import distribute
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import facts, first_batch, replica, warn
 from keras_allreduce.one_device.probe import Failure, probe
+from keras_allreduce.one_device.reduction import FIRST, MAX, MEAN, MIN, SUM
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shares import BatchShares
 from keras_allreduce.reduce.packing import scale
 from keras_allreduce.reduce.process_group import all_reduce_max
 
-SUM, SAME, MAXIMUM, MINIMUM, MEAN, OTHER = (
-    "sum",
-    "same",
-    "max",
-    "min",
-    "mean",
-    "other",
-)
+# Beside the kinds of a `Reduction`.
+OTHER = "other"
 
 
 class SharedMetricState:
@@ -93,7 +88,7 @@ class SharedMetricState:
                 if kind == SUM:
                     continue
                 distribute.read_from_first(variable.value)
-                if kind != SAME:
+                if kind != FIRST:
                     self._assign(
                         variable.value,
                         self._agreed(kind, variable.value, shares),
@@ -106,9 +101,9 @@ class SharedMetricState:
         group = self._replicas.group
         with tf.device("/cpu:0"):
             parts = [part.read_value() for part in variable.values]
-            if kind == MAXIMUM:
+            if kind == MAX:
                 return all_reduce_max(group, tf.reduce_max(tf.stack(parts), 0))
-            if kind == MINIMUM:
+            if kind == MIN:
                 least = tf.reduce_min(tf.stack(parts), 0)
                 return -all_reduce_max(group, -least)
             parts = [tf.cast(part, tf.float64) for part in parts]
@@ -184,9 +179,9 @@ def _possible(start: Any, whole: Any, first: Any, second: Any) -> list[str]:
 
     is_so = {
         SUM: not np.any(start) and is_near(first + second),
-        SAME: is_near(first) and is_near(second),
-        MAXIMUM: is_near(np.maximum(first, second)),
-        MINIMUM: is_near(np.minimum(first, second)),
+        FIRST: is_near(first) and is_near(second),
+        MAX: is_near(np.maximum(first, second)),
+        MIN: is_near(np.minimum(first, second)),
         MEAN: is_near((first + second) / 2),
     }
     return [kind for kind, so in is_so.items() if so]

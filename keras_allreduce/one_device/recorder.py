@@ -10,7 +10,8 @@ is told a mean or a sum as it will be.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -24,17 +25,64 @@ from keras_allreduce.one_device.shared_state import read_outside_of_branches
 _ELEMENTS = 4096
 
 
-class WholeBatch(Protocol):
-    """Keeps the values of the whole batch, for its halves."""
+class WholeBatch:
+    """Keeps the values of the whole batch, for its halves, in variables.
+
+    Args:
+        size: Samples of the whole batch.
+        device: Where the step runs.
+    """
+
+    def __init__(self, size: int, device: str):
+        self.size = size
+        self._device = device
+        self._variables: dict[Hashable, tf.Variable] = {}
+        self._is_whole: Any = None
+        self._start: Any = None
+
+    def begin(self, share: tf.Tensor, start: tf.Tensor) -> None:
+        """A part of the batch is about to run, from a sample on."""
+        self._is_whole = share >= 1.0
+        self._start = start
+
+    def owns(self, handle: Any) -> bool:
+        """Whether the handle is that of one of its own variables."""
+        return any(handle is each.handle for each in self._variables.values())
 
     def value(self, key: Hashable, own: tf.Tensor) -> tf.Tensor:
         """`own` on the whole batch, and the same value on its halves."""
+        kept = self._variable(key, own.shape, own.dtype)
+        value = tf.where(self._is_whole, own, kept.read_value())
+        kept.assign(value)
+        return value
 
     def rows(self, key: Hashable, own: tf.Tensor) -> tf.Tensor | None:
         """Likewise, of one row per sample; `None` if it is not that."""
+        traced = not tf.executing_eagerly()
+        if traced and own.shape[0] is not None:
+            return None
+        kept = self._variable(key, [self.size, *own.shape[1:]], own.dtype)
+        count = tf.shape(own)[0]
+        rows = kept.read_value()[self._start : self._start + count]
+        if not traced and rows.shape[0] != own.shape[0]:
+            return None
+        value = tf.where(self._is_whole, own, rows)
+        kept.assign(
+            tf.cond(self._is_whole, lambda: own, lambda: kept.read_value())
+        )
+        return value
 
-    def keep(self, variable: Any) -> None:
-        """A variable is about to be assigned."""
+    def _variable(self, key: Hashable, shape: Any, dtype: Any) -> tf.Variable:
+        if key not in self._variables:
+
+            def make() -> tf.Variable:
+                with tf.device(self._device):
+                    return tf.Variable(tf.zeros(shape, dtype), trainable=False)
+
+            # A thread of its own is in no graph, and in no scope.
+            with ThreadPoolExecutor(1) as thread:
+                self._variables[key] = thread.submit(make).result()
+        return self._variables[key]
 
 
 class ValueRecorder:
@@ -43,6 +91,7 @@ class ValueRecorder:
     Args:
         model: The model whose step it is.
         batch: The values of the whole batch.
+        keep: Called with each variable that is about to be assigned.
 
     Attributes:
         model: As above.
@@ -56,11 +105,17 @@ class ValueRecorder:
 
     sums = None
 
-    def __init__(self, model: keras.Model, batch: WholeBatch) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        batch: WholeBatch,
+        keep: Callable[[Any], None],
+    ) -> None:
         self.model = model
         self.values: dict[Key, Any] = {}
         self.communicates = False
         self._batch = batch
+        self._keep = keep
         self.ends: dict[Key, str | None] = {}
         self.terms: dict[Key, Key] = {}
         self._differentiated: dict[int, tuple[tf.Tensor, Key]] = {}
@@ -150,7 +205,7 @@ class ValueRecorder:
 
     def skip(self, skip: Callable[..., Any], generator: Any, delta: Any) -> Any:
         """A generator of TensorFlow's is about to draw."""
-        self._batch.keep(generator.state)
+        self._keep(generator.state)
         return skip(generator, delta)
 
     def all_reduce(
@@ -172,10 +227,10 @@ class ValueRecorder:
         """
         this = replica.current()
         if variable.aggregation != tf.VariableAggregation.NONE:
-            self._batch.keep(variable)
+            self._keep(variable)
         elif id(variable) not in this.assigned:
             this.assigned.add(id(variable))
-            self._batch.keep(variable)
+            self._keep(variable)
             before = read_outside_of_branches(variable)
             key = reduction.state_key(variable)
             self._assigned.append((key, variable, before))

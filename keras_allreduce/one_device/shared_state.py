@@ -21,11 +21,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.compat import keras_door
 from keras_allreduce.one_device import reduction, replica
-from keras_allreduce.one_device.moving_statistics import (
-    synchronized_variables,
-)
 from keras_allreduce.one_device.reduction import FIRST, SUM, Reductions
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shares import BatchShares
@@ -168,6 +166,16 @@ class SharedState:
             for pack, weight in zip(others, weights[1:], strict=True)
         ]
         return tf.add_n([first, *gaps])
+
+
+def synchronized_variables(model: keras.Model) -> frozenset[int]:
+    """Identities of the statistics that all replicas update alike."""
+    return frozenset(
+        keras_compat.identity_of(variable)
+        for layer in keras_compat.layers(model)
+        if keras_compat.is_synchronized(layer)
+        for variable in layer.non_trainable_variables
+    )
 
 
 def read_outside_of_branches(variable: Any) -> tf.Tensor:

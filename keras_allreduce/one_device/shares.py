@@ -13,10 +13,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_allreduce.compat import distribute
+from keras_allreduce.compat import distribute, graphs
 from keras_allreduce.devices import on_each
 from keras_allreduce.one_device import replica
 from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.reduce.packing import scale
 from keras_allreduce.reduce.process_group import (
     ProcessGroup,
     all_reduce_max,
@@ -193,6 +194,34 @@ def part_of_sum(value: tf.Tensor, replicas: Replicas) -> tf.Tensor:
     return replica.merged(merge, value)
 
 
+def part_of_denominators(value: Any, replicas: Replicas) -> tf.Tensor | None:
+    """This replica's part of the denominators of a ratio, in its thread.
+
+    The denominator is seen in the graph of the step.
+
+    Returns:
+        A float32 scalar; `None` where there is no graph to see it in.
+    """
+    count = graphs.denominator(value)
+    if count is None:
+        return None
+    counted = tf.cast(count, tf.float32)
+    return part_of_sum(scale(counted, replica.current().has_samples), replicas)
+
+
+def scaled_ratio(value: Any, replicas: Replicas) -> Any:
+    """A ratio, scaled so that its mean by samples is that of the batch.
+
+    With a_r / n_r on replica r, the batch has sum(a) / sum(n): the mean of the
+    replicas' values, each with its part n_r / sum(n) of all that is counted,
+    such as tokens.
+    """
+    part = part_of_denominators(value, replicas)
+    if part is None:
+        return value
+    return scale(value, part * replica.current().inverse_weight())
+
+
 def extreme(value: tf.Tensor, replicas: Replicas, *, is_max: bool) -> Any:
     """The largest or smallest value of all replicas; in a replica's thread."""
     sign = tf.cast(1 if is_max else -1, value.dtype)
@@ -278,6 +307,6 @@ def _corrections(
     if shares is None:
         return wanted
     return [
-        tf.math.divide_no_nan(scale, share)
-        for scale, share in zip(wanted, shares, strict=True)
+        tf.math.divide_no_nan(of_weights, share)
+        for of_weights, share in zip(wanted, shares, strict=True)
     ]

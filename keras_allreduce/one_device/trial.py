@@ -9,8 +9,7 @@ statistics. A step that Keras runs eagerly runs eagerly here too.
 
 import contextlib
 import random
-from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -25,7 +24,7 @@ from keras_allreduce.compat import (
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import hooks
 from keras_allreduce.one_device.hooks import shadowed
-from keras_allreduce.one_device.recorder import ValueRecorder
+from keras_allreduce.one_device.recorder import ValueRecorder, WholeBatch
 from keras_allreduce.one_device.reduction import Key
 from keras_allreduce.one_device.replica import Replica
 
@@ -82,7 +81,7 @@ class Trial:
             rows: Which rows of the example it has.
         """
         if self._batch is None:
-            self._batch = _WholeBatch(rows.stop, self._device, self._state)
+            self._batch = WholeBatch(rows.stop, self._device)
         if self._run is None:
             keras_threads.take_over(self._settings)
             self._run = (
@@ -121,6 +120,12 @@ class Trial:
         keras_losses.put_back_losses(self._model, self._losses)
         random.setstate(self._pythons_random[0])
         np.random.set_state(self._pythons_random[1])
+
+    def _keep(self, variable: Any) -> None:
+        """A variable is about to be assigned; a trace tells which by itself."""
+        if tf.executing_eagerly():
+            for part in _parts(variable):
+                self._state.add(part.handle, part.dtype)
 
     def _is_eager(self) -> bool:
         return bool(getattr(self._model, "run_eagerly", False))
@@ -169,7 +174,7 @@ class Trial:
         self, batch: Any, share: tf.Tensor, start: tf.Tensor
     ) -> list[tf.Tensor]:
         self._batch.begin(share, start)
-        recorder = ValueRecorder(self._model, self._batch)
+        recorder = ValueRecorder(self._model, self._batch, self._keep)
         this = Replica(share=share, recorder=recorder)
         with (
             hooks.taking_part(recorder, this),
@@ -182,74 +187,6 @@ class Trial:
         self.communicates = recorder.communicates
         self.ends, self.terms = recorder.ends, recorder.terms
         return list(found.values())
-
-
-class _WholeBatch:
-    """See `recorder.WholeBatch`; keeps the values in variables.
-
-    Args:
-        size: Samples of the whole batch.
-        device: Where the step runs.
-        state: The variables that the step uses.
-    """
-
-    def __init__(self, size: int, device: str, state: "_State"):
-        self.size = size
-        self._device = device
-        self._state = state
-        self._variables: dict[Hashable, tf.Variable] = {}
-        self._is_whole: Any = None
-        self._start: Any = None
-
-    def begin(self, share: tf.Tensor, start: tf.Tensor) -> None:
-        """A part of the batch is about to run, from a sample on."""
-        self._is_whole = share >= 1.0
-        self._start = start
-
-    def owns(self, handle: Any) -> bool:
-        """Whether the handle is that of one of its own variables."""
-        return any(handle is each.handle for each in self._variables.values())
-
-    def value(self, key: Hashable, own: tf.Tensor) -> tf.Tensor:
-        """`own` on the whole batch, and the same value on its halves."""
-        kept = self._variable(key, own.shape, own.dtype)
-        value = tf.where(self._is_whole, own, kept.read_value())
-        kept.assign(value)
-        return value
-
-    def rows(self, key: Hashable, own: tf.Tensor) -> tf.Tensor | None:
-        """Likewise, of one row per sample; `None` if it is not that."""
-        traced = not tf.executing_eagerly()
-        if traced and own.shape[0] is not None:
-            return None
-        kept = self._variable(key, [self.size, *own.shape[1:]], own.dtype)
-        count = tf.shape(own)[0]
-        rows = kept.read_value()[self._start : self._start + count]
-        if not traced and rows.shape[0] != own.shape[0]:
-            return None
-        value = tf.where(self._is_whole, own, rows)
-        kept.assign(
-            tf.cond(self._is_whole, lambda: own, lambda: kept.read_value())
-        )
-        return value
-
-    def keep(self, variable: Any) -> None:
-        """A variable is about to be assigned."""
-        if tf.executing_eagerly():
-            for part in _parts(variable):
-                self._state.add(part.handle, part.dtype)
-
-    def _variable(self, key: Hashable, shape: Any, dtype: Any) -> tf.Variable:
-        if key not in self._variables:
-
-            def make() -> tf.Variable:
-                with tf.device(self._device):
-                    return tf.Variable(tf.zeros(shape, dtype), trainable=False)
-
-            # A thread of its own is in no graph, and in no scope.
-            with ThreadPoolExecutor(1) as thread:
-                self._variables[key] = thread.submit(make).result()
-        return self._variables[key]
 
 
 class _State:

@@ -16,7 +16,7 @@ from keras_allreduce import xla_clusters
 from keras_allreduce.compat import distribute, keras_config
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.devices import is_gpu
-from keras_allreduce.one_device import compiled_update, replica
+from keras_allreduce.one_device import replica
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shares import largest
 from keras_allreduce.reduce.observe import BatchRecord, observe
@@ -253,5 +253,53 @@ def update(
     more = () if trainable_variables is None else (trainable_variables,)
     with replica.local_update():
         if xla_clusters.is_marking():
-            return compiled_update.run(lambda g: keras_apply(g, *more), grads)
+            return _update_in_a_program(
+                lambda each: keras_apply(each, *more), grads
+            )
         return keras_apply(grads, *more)  # A custom one may take no more.
+
+
+def _update_in_a_program(
+    apply: Callable[[list[Any]], Any], gradients: Sequence[Any]
+) -> Any:
+    """Calls `apply` with the gradients, as one XLA program if it can be one.
+
+    The gradients come from outside of XLA, and the update (clip, optimizer,
+    constraints) is the end of a step, so it can be a function of its own. Its
+    variables are then written in place, which XLA does not do for ops that are
+    marked one by one.
+
+    It cannot if an op has no kernel of XLA's, or with sparse gradients, as a
+    program has fixed shapes and they have as many rows as a batch needs. On
+    CPUs it is not worth it for plain SGD, whose few ops for each variable cost
+    less than to pass the variable to a program. Then its ops are marked one by
+    one, as all ops of a replica.
+
+    Args:
+        apply: Updates variables; to be called in a graph that is marked.
+        gradients: Tensors or `None`s.
+    """
+    given = [gradient for gradient in gradients if gradient is not None]
+    if not given or not all(
+        isinstance(each, tf.Tensor) and each.shape.is_fully_defined()
+        for each in given
+    ):
+        return apply(list(gradients))
+    results: list[Any] = []
+
+    @tf.function(jit_compile=True, autograph=False)
+    def update(*tensors: tf.Tensor) -> Any:
+        left = iter(tensors)
+        result = apply([g if g is None else next(left) for g in gradients])
+        # Keras's optimizers return nothing, or a variable.
+        results[:] = [result]
+        return result if tf.is_tensor(result) else None
+
+    compiled = update.get_concrete_function(*given)
+    if not xla_clusters.is_worth_a_program(
+        compiled.graph, given[0].device, parts=len(given)
+    ):
+        return apply(list(gradients))
+    with xla_clusters.left_out():
+        tensor = compiled(*given)
+    return results[0] if tensor is None else tensor

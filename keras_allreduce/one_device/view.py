@@ -11,7 +11,6 @@ import tensorflow as tf
 from keras_allreduce.compat import graphs, keras_losses
 from keras_allreduce.one_device import (
     metric_results,
-    ratio,
     reduction,
     replica,
     warn,
@@ -29,7 +28,7 @@ from keras_allreduce.one_device.reduction import (
 )
 from keras_allreduce.one_device.replicas import Replicas
 from keras_allreduce.one_device.shared_state import SharedState
-from keras_allreduce.one_device.shares import extreme
+from keras_allreduce.one_device.shares import extreme, scaled_ratio
 from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.reduce.packing import scale
 
@@ -139,7 +138,7 @@ class CurrentStep:
         if self._replicas is None:
             return value
         if kind == RATIO:
-            return ratio.scaled(value, self._replicas)
+            return scaled_ratio(value, self._replicas)
         if kind in (MAX, MIN):
             return extreme(value, self._replicas, is_max=kind == MAX)
         return value
