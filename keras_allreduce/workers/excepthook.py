@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import tensorflow as tf
 
@@ -28,31 +28,14 @@ from keras_allreduce.workers.errors import (
     WorkerLostError,
     from_tagged,
 )
+from keras_allreduce.workers.health import HealthMonitor
 from keras_allreduce.workers.timing import TIMING
 
-
-class Monitor(Protocol):
-    """The questions to a `health.HealthMonitor`."""
-
-    @property
-    def lost(self) -> str | None:
-        """Which worker failed and how, or `None`."""
-
-    def ask_until_sure(self) -> str | None:
-        """Pings the other workers until one is surely lost; then as `lost`."""
-
-    def say_goodbye(self, seconds: float) -> None:
-        """Tells the others that the script of this worker ends well."""
-
-    def say_failure(self, error: BaseException, seconds: float) -> None:
-        """Tells the others that it ends in an error."""
-
-
-_monitors: weakref.WeakSet[Monitor] = weakref.WeakSet()
+_monitors: weakref.WeakSet[HealthMonitor] = weakref.WeakSet()
 _state: dict[str, Any] = {"installed": False, "failed": False}
 
 
-def install(monitor: Monitor) -> None:
+def install(monitor: HealthMonitor) -> None:
     """Lets the explanation be the last line of a process that fails.
 
     Args:
@@ -116,16 +99,16 @@ def _leave() -> None:
     if exit_code.code():
         _tell_of_failure(SystemExit(exit_code.code()))
         return
-    monitors = [each for each in _monitors if each.lost is None]
+    monitors = [each for each in _monitors if each.failure() is None]
     _for_each(monitors, lambda w: w.say_goodbye(TIMING.linger))
 
 
 def _for_each(
-    monitors: Sequence[Monitor], tell: Callable[[Monitor], None]
+    monitors: Sequence[HealthMonitor], tell: Callable[[HealthMonitor], None]
 ) -> None:
     """Tells the workers of each strategy something, all at once."""
 
-    def tell_quietly(monitor: Monitor) -> None:
+    def tell_quietly(monitor: HealthMonitor) -> None:
         with contextlib.suppress(Exception):
             tell(monitor)
 
@@ -158,9 +141,9 @@ def explain(error: BaseException | None) -> str | None:
     if told is not None:
         return str(told)
     for monitor in list(_monitors):
-        lost = monitor.ask_until_sure()
-        if lost is not None:
-            return lost
+        cause = monitor.cause()
+        if cause is not None:
+            return str(cause)
     return None
 
 

@@ -8,16 +8,20 @@ WorkerGroup.connect
     [5] gradient_ops    what sums gradients
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
+from absl import logging
 
+from keras_allreduce.compat import runtime
 from keras_allreduce.compat.keras_calls import KerasCall
 from keras_allreduce.devices import on_gpus
 from keras_allreduce.reduce.process_group import ProcessGroup
+from keras_allreduce.workers import excepthook
 from keras_allreduce.workers.between_workers import (
     BetweenWorkers,
     WorkerAllReduce,
@@ -30,7 +34,12 @@ from keras_allreduce.workers.consistency_check import (
     environment,
 )
 from keras_allreduce.workers.fingerprint import Fingerprint
-from keras_allreduce.workers.health import HealthMonitor, watch
+from keras_allreduce.workers.health import (
+    AwakeClock,
+    CollectiveTimeout,
+    HealthMonitor,
+)
+from keras_allreduce.workers.heartbeats import Heartbeats
 from keras_allreduce.workers.host_collectives import (
     HostCollectives,
     all_gather_tensors,
@@ -39,6 +48,9 @@ from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.mpi.collectives import MpiCollectives
 from keras_allreduce.workers.mpi.start import MPI, engine_of
 from keras_allreduce.workers.progress import Progress
+from keras_allreduce.workers.stall import StallInspector
+from keras_allreduce.workers.store import KeyValueStore
+from keras_allreduce.workers.timing import TIMING
 from keras_allreduce.workers.weight_fingerprint import WeightCheck
 from keras_allreduce.workers.wire import Wire
 from keras_allreduce.workers.wire_formats import WireFormat
@@ -137,7 +149,7 @@ class WorkerGroup(ProcessGroup):
             WorkerError: If workers differ in what [2] compares, or one fails.
         """
         seconds, progress = options.timeout_seconds, Progress(in_flight)
-        monitor, store = watch(  # [1]
+        monitor, store = _watch(  # [1]
             cluster, owner, seconds, in_flight, progress
         )
         check = ConsistencyCheck(cluster, store, progress, paths)  # [2]
@@ -150,7 +162,7 @@ class WorkerGroup(ProcessGroup):
         if options.transport == MPI:
             between = _over_mpi(cluster, group, seconds, in_flight, monitor)
         nccl = Collectives(gpus, in_flight)
-        weights = WeightCheck(check, Wire(between, workers).all_reduce, cluster)
+        weights = WeightCheck(check, Wire(between, workers).all_reduce)
         calls = Calls(check, progress, weights)
         return cls(workers, check, calls, between, nccl, options)
 
@@ -204,6 +216,64 @@ class WorkerGroup(ProcessGroup):
     def sum_dtype(self, dtype: tf.DType) -> tf.DType:
         """The dtype in which TensorFlow may sum gradients of `dtype`."""
         return self._wire.format_of(dtype).sum_dtype(dtype) or dtype
+
+
+def _watch(
+    cluster: Cluster,
+    owner: Any,
+    timeout_seconds: float,
+    in_flight: InFlight,
+    progress: Progress,
+) -> tuple[HealthMonitor, KeyValueStore | None]:
+    """Watches the other workers for as long as `owner` is there.
+
+    Args:
+        cluster: The workers.
+        owner: A strategy.
+        timeout_seconds: How long a worker waits for the others.
+        in_flight: Counts the collectives.
+        progress: How far this worker is.
+
+    Returns:
+        The monitor, and the store, whose readers fail when it gives up;
+        `None` without TensorFlow's coordination service.
+    """
+    clock = in_flight.clock = AwakeClock()
+    heartbeats = Heartbeats(cluster, min(timeout_seconds, TIMING.silent), clock)
+    store = inspector = None
+    if runtime.has_store():
+        store = KeyValueStore(
+            cluster,
+            timeout_seconds,
+            failure=lambda: monitor.failure(),
+            cause=lambda: monitor.cause(),
+            answers=heartbeats.answers,
+            clock=clock,
+        )
+        inspector = StallInspector(cluster, progress, store, heartbeats.heard)
+        heartbeats.last_words = inspector
+        heartbeats.waits = lambda: inspector.waits
+    else:
+        _say_that_nothing_is_compared()
+    timeout = CollectiveTimeout(
+        in_flight, timeout_seconds, heartbeats.heard_all
+    )
+    monitor = HealthMonitor(
+        cluster, clock, heartbeats, inspector, [timeout.check]
+    )
+    excepthook.install(monitor)
+    monitor.start(owner)
+    return monitor, store
+
+
+@functools.cache
+def _say_that_nothing_is_compared() -> None:
+    logging.warning(
+        "keras_allreduce: TensorFlow's coordination service is switched off. "
+        "Workers train without checks that their models, steps and options "
+        "are the same, and one that has ended counts as failed. Leave "
+        "`service_type` alone to have them."
+    )
 
 
 def _over_mpi(

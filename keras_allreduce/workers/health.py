@@ -8,7 +8,6 @@ was closed, if that. One thread per strategy asks three detectors:
     StallInspector       workers wait for each other in vain
 """
 
-import functools
 import math
 import os
 import signal
@@ -19,10 +18,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
-from absl import logging
 
 from keras_allreduce.compat import runtime
-from keras_allreduce.workers import excepthook
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.errors import (
     WorkerError,
@@ -32,9 +29,7 @@ from keras_allreduce.workers.errors import (
 )
 from keras_allreduce.workers.heartbeats import REFUSALS, Heartbeats, lost_error
 from keras_allreduce.workers.in_flight import InFlight
-from keras_allreduce.workers.progress import Progress
 from keras_allreduce.workers.stall import StallInspector
-from keras_allreduce.workers.store import KeyValueStore
 from keras_allreduce.workers.timing import TIMING
 
 
@@ -105,7 +100,7 @@ class HealthMonitor:
     """Watches the other workers until `stop`, or until one fails.
 
     Then all collectives of this process end in a `tf.errors.UnavailableError`
-    with the message in `lost`.
+    with the message of `failure`.
 
     Args:
         cluster: The workers.
@@ -117,7 +112,6 @@ class HealthMonitor:
             returns an error once it is sure.
 
     Attributes:
-        lost: Which worker failed and how, or `None`.
         on_loss: Called then, after the collectives of TensorFlow have ended.
     """
 
@@ -144,11 +138,6 @@ class HealthMonitor:
             target=self._run, name="keras_allreduce.health", daemon=True
         )
 
-    @property
-    def lost(self) -> str | None:
-        """Which worker failed and how, or `None`."""
-        return None if self._error is None else str(self._error)
-
     def start(self, owner: Any) -> None:
         """Watches for as long as `owner`, a strategy, is there."""
         # Also runs at the end of the process, before TensorFlow is torn down.
@@ -162,26 +151,21 @@ class HealthMonitor:
             self._thread.join()
 
     def failure(self) -> WorkerError | None:
-        """An error with the message in `lost`, or `None`."""
+        """An error that says which worker failed and how, or `None`."""
         found = self._error
         return None if found is None else type(found)(str(found))
 
     def cause(self) -> WorkerError | None:
-        """Pings the other workers until the failed one is certain."""
-        self.ask_until_sure()
-        return self.failure()
-
-    def ask_until_sure(self) -> str | None:
-        """Asks now, after a collective failed, until a closed port is sure."""
+        """Asks the others now, until a closed port is sure; then `failure`."""
         self._heartbeats.needs_all = True
         with tf.init_scope():  # A graph may be traced here.
             for _ in range(REFUSALS + 1):
-                if self.lost is None and not self._stopped.is_set():
+                if self._error is None and not self._stopped.is_set():
                     self._give_up(self._heartbeats.check(all_now=True))
-                if self.lost is not None or not self._heartbeats.are_unsure:
+                if self._error or not self._heartbeats.are_unsure:
                     break
                 time.sleep(TIMING.refused)
-        return self.lost
+        return self.failure()
 
     def say_goodbye(self, seconds: float) -> None:
         """Tells the others that the script of this worker ends as it should.
@@ -222,7 +206,7 @@ class HealthMonitor:
             self._clock.look()
             for detector in self._detectors:
                 self._give_up(detector())
-                if self.lost is not None:
+                if self._error is not None:
                     return
             if time.monotonic() < hear_until and _repeat_sigterm(self._cluster):
                 hear_until = 0
@@ -237,64 +221,6 @@ class HealthMonitor:
                 each()
         if self._inspector is not None:
             self._inspector.say_failure(error, 0.0)
-
-
-def watch(
-    cluster: Cluster,
-    owner: Any,
-    timeout_seconds: float,
-    in_flight: InFlight,
-    progress: Progress,
-) -> tuple[HealthMonitor, KeyValueStore | None]:
-    """Watches the other workers for as long as `owner` is there.
-
-    Args:
-        cluster: The workers.
-        owner: A strategy.
-        timeout_seconds: How long a worker waits for the others.
-        in_flight: Counts the collectives.
-        progress: How far this worker is.
-
-    Returns:
-        The monitor, and the store, whose readers fail when it gives up;
-        `None` without TensorFlow's coordination service.
-    """
-    clock = in_flight.clock = AwakeClock()
-    heartbeats = Heartbeats(cluster, min(timeout_seconds, TIMING.silent), clock)
-    store = inspector = None
-    if runtime.has_store():
-        store = KeyValueStore(
-            cluster,
-            timeout_seconds,
-            failure=lambda: monitor.failure(),
-            cause=lambda: monitor.cause(),
-            answers=heartbeats.answers,
-            clock=clock,
-        )
-        inspector = StallInspector(cluster, progress, store, heartbeats.heard)
-        heartbeats.last_words = inspector
-        heartbeats.waits = lambda: inspector.waits
-    else:
-        _say_once()
-    timeout = CollectiveTimeout(
-        in_flight, timeout_seconds, heartbeats.heard_all
-    )
-    monitor = HealthMonitor(
-        cluster, clock, heartbeats, inspector, [timeout.check]
-    )
-    excepthook.install(monitor)
-    monitor.start(owner)
-    return monitor, store
-
-
-@functools.cache
-def _say_once() -> None:
-    logging.warning(
-        "keras_allreduce: TensorFlow's coordination service is switched off. "
-        "Workers train without checks that their models, steps and options "
-        "are the same, and one that has ended counts as failed. Leave "
-        "`service_type` alone to have them."
-    )
 
 
 def _repeat_sigterm(cluster: Cluster) -> bool:

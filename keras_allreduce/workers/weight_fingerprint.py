@@ -26,7 +26,6 @@ from absl import logging
 
 from keras_allreduce.compat import distribute, keras_config
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.consistency_check import (
     CALLS,
     CALLS_REMEDY,
@@ -66,19 +65,16 @@ class WeightCheck:
     Args:
         check: The consistency check.
         sum_over_workers: Sums an int32 tensor that each worker has.
-        cluster: The workers.
     """
 
     def __init__(
         self,
         check: ConsistencyCheck,
         sum_over_workers: Callable[[tf.Tensor, str], tf.Tensor],
-        cluster: Cluster,
     ):
         self._check = check
         self._models = ModelCheck(check)
         self._sum = sum_over_workers
-        self._is_chief = cluster.rank == 0
         self._has_said = False
 
     def compare(
@@ -189,7 +185,7 @@ class WeightCheck:
         """The chief's array, of one shape and dtype on all, bit by bit."""
         octets = np.asarray(value, order="C").reshape(-1).view(np.uint8)
         words = np.zeros(-(-octets.size // 4), np.int32)
-        if self._is_chief:
+        if self._check.rank == 0:
             words.view(np.uint8)[: octets.size] = octets
         got = self._sum(tf.constant(words), "broadcast").numpy()
         chosen = got.view(np.uint8)[: octets.size].view(value.dtype)

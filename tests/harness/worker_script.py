@@ -320,10 +320,10 @@ def show_what_is_sent(path):
 
 def fit_and_signal(name, index, timeout_seconds):
     """Trains until worker `index` gets a signal in the middle of an epoch."""
-    from keras_allreduce.workers import health
+    from keras_allreduce.workers import group
 
     # Tests need not wait as long as users for one that is only slow.
-    health.TIMING = dataclasses.replace(health.TIMING, silent=PATIENCE_SECONDS)
+    group.TIMING = dataclasses.replace(group.TIMING, silent=PATIENCE_SECONDS)
 
     def send(model):
         os.kill(os.getpid(), getattr(signal, name))
@@ -376,10 +376,10 @@ def fit_until_ended(timeout_seconds):
 
 def fit_epochs(epochs):
     """Trains; says when an epoch has ended."""
-    from keras_allreduce.workers import health
+    from keras_allreduce.workers import group
 
     # Else a test would have to suspend the workers for as long as users do.
-    health.TIMING = dataclasses.replace(health.TIMING, silent=PATIENCE_SECONDS)
+    group.TIMING = dataclasses.replace(group.TIMING, silent=PATIENCE_SECONDS)
 
     class Report(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):

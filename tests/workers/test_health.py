@@ -136,12 +136,12 @@ def test_the_first_failure_counts_and_ends_all_that_waits(runtime):
     ended = []
     monitor.on_loss.append(lambda: ended.append(1))
     monitor._run()
-    assert monitor.lost == "why"
+    assert str(monitor.failure()) == "why"
     assert type(monitor.failure()) is WorkersDifferError
     (message,) = runtime.aborted
     assert str(from_tagged(message)) == "why"
     assert ended == [1]
-    assert monitor.ask_until_sure() == "why"
+    assert str(monitor.cause()) == "why"
 
 
 def test_a_collective_that_failed_asks_the_others_at_once(runtime):
@@ -155,5 +155,5 @@ def test_a_monitor_that_was_stopped_blames_nobody(runtime):
     heartbeats = FakeHeartbeats(WorkerLostError("worker 1 is gone"))
     monitor = HealthMonitor(CLUSTER, AwakeClock(), heartbeats, None)
     monitor.say_goodbye(0.0)
-    assert monitor.ask_until_sure() is None
+    assert monitor.cause() is None
     assert runtime.aborted == []
