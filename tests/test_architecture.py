@@ -40,7 +40,6 @@ PURE = [
     "reduce.pack_sizes",
     "reduce.plan",
     "fit_output.chrome_trace",
-    "fit_output.pack_names",
     "fit_output.recording",
     "fit_output.stats",
     "workers.address_exchange",

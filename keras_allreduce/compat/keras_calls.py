@@ -90,7 +90,7 @@ class KerasCall:
 
 class _Thread(threading.local):
     call: KerasCall | None = None
-    metrics_read: Any = None
+    metrics_read: list[Any] | None = None
     step: tuple[keras.Model, str] | None = None
     variable: keras.Variable | None = None
 
@@ -228,40 +228,26 @@ def epoch_iterator_class() -> Any:
     return TFEpochIterator
 
 
-class MetricsRead:
-    """One reading of all metrics of a model.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: keras.Model):
-        self._model = model
-
-    def variables(self) -> list[Any]:
-        """The distributed variables that are summed when they are read."""
-        variables = [
-            getattr(variable, "value", None)
-            for variable in self._model.metrics_variables
-        ]
-        return [
-            each for each in variables if distribute.is_summed_when_read(each)
-        ]
-
-
 @contextlib.contextmanager
 def reading_metrics(model: keras.Model) -> Iterator[None]:
     """Keras reads all metrics of a model in the block."""
     before = _thread.metrics_read
-    _thread.metrics_read = MetricsRead(model)
+    values = [
+        getattr(variable, "value", None) for variable in model.metrics_variables
+    ]
+    _thread.metrics_read = list(filter(distribute.is_summed_when_read, values))
     try:
         yield
     finally:
         _thread.metrics_read = before
 
 
-def metrics_being_read() -> MetricsRead | None:
-    """The reading of metrics in this thread, if there is one."""
+def metrics_being_read() -> list[Any] | None:
+    """The variables of the metrics that Keras is reading in this thread.
+
+    Those that are summed when they are read, in one list for each reading;
+    `None` if Keras is reading none.
+    """
     return _thread.metrics_read
 
 

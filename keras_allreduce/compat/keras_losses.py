@@ -101,7 +101,7 @@ def losses_of_batch(model: keras.Model) -> list[str]:
     what they are.
     """
     outputs = keras.tree.flatten(getattr(model, "outputs", None) or [])
-    y_pred = outputs[0] if len(outputs) == 1 else _Matrix
+    y_pred = outputs[0] if len(outputs) == 1 else _MATRIX
     found = []
     for given in keras.tree.flatten(getattr(model, "loss", None)):
         if given is None or str(given).lower() in ("crossentropy", "ce"):
@@ -114,9 +114,7 @@ def losses_of_batch(model: keras.Model) -> list[str]:
     return found
 
 
-class _Matrix:
-    shape = (None, None)
-
+_MATRIX = tf.TensorSpec([None, None])
 
 _CallsAFunction: Any = keras.losses.MeanSquaredError.__base__
 """Keras's class of losses that call the function `fn`."""

@@ -128,11 +128,6 @@ MEMBERS = [
             "2.21",
             "Facts of the cluster that have no public name.",
         ),
-        (
-            "CollectiveAllReduceExtended._num_replicas_in_sync",
-            "2.21",
-            "The same.",
-        ),
         ("CollectiveAllReduceExtended._num_workers", "2.21", "The same."),
         ("CollectiveAllReduceExtended._worker_device", "2.21", "The same."),
         (

@@ -1,19 +1,25 @@
 """Prints the plan of a step before there was one, as `model.summary()` does."""
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import rich.console
 import rich.markup
 import rich.table
+import tensorflow as tf
 
 from keras_allreduce.compat import keras_losses
 from keras_allreduce.fit_output.gradients import ModelGradients
-from keras_allreduce.fit_output.pack_names import names_in_pack, shortened
-from keras_allreduce.reduce import cost_model
+from keras_allreduce.fit_output.recording import names_in_pack
+from keras_allreduce.reduce import cost_model, pack_sizes
+from keras_allreduce.reduce.buckets import plan_buckets
+from keras_allreduce.reduce.cost_model import Link
+from keras_allreduce.reduce.pack_sizes import PackSize
+from keras_allreduce.reduce.packing import spec_of
 from keras_allreduce.reduce.plan import ReducePlan, size_of
+from keras_allreduce.reduce.sparse import RowsSpec
 
 NAMES_PER_PACK = 6
 """Names that are listed of one pack."""
@@ -22,12 +28,30 @@ NAMES_PER_PACK = 6
 _NUMBER, _TYPE = "color(34)", "color(33)"
 
 
+WORKERS = (2, 4, 8, 16, 64)
+"""Numbers of workers that are predicted."""
+
+
+def check_prediction(link: Link | None, step_seconds: float | None) -> None:
+    """Raises if one comes without the other.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if (link is None) != (step_seconds is None):
+        raise ValueError(
+            "A prediction needs both `link` and `step_seconds`. Received: "
+            f"link={link}, step_seconds={step_seconds}. Pass both or none."
+        )
+
+
 def show(
     model: keras.Model,
     plan: ReducePlan,
     gradients: ModelGradients,
-    predictions: Mapping[int, float | None],
-    step_seconds: float,
+    bytes_per_pack: int,
+    link: Link | None = None,
+    step_seconds: float | None = None,
     print_fn: Callable[[str], Any] | None = None,
 ) -> None:
     """Prints a table of the packs, and lines with totals.
@@ -36,9 +60,9 @@ def show(
         model: The model.
         plan: What its step sends.
         gradients: The gradients that were planned.
-        predictions: Seconds that the all-reduce adds to a step, by the number
-            of workers, `None` if not known; may be empty.
-        step_seconds: Seconds of a step without it.
+        bytes_per_pack: Capacity of a pack that was asked for; 0: none.
+        link: With it, also the cost that is predicted between more workers.
+        step_seconds: Seconds of a step without all-reduce, then.
         print_fn: Called with the text. `None`: printed, in color in a
             terminal or a notebook; with interactive logging off, absl's log.
     """
@@ -54,8 +78,10 @@ def show(
         console.print(_table(plan, gradients))
     for name, text in totals:
         console.print(f"[bold] {name}: [/]{rich.markup.escape(text)}")
-    for line in _predicted(predictions, step_seconds):
-        console.print(f" {line}")
+    if link is not None and step_seconds is not None:
+        specs = gradients.specs
+        for line in _predicted(specs, link, step_seconds, bytes_per_pack):
+            console.print(f" {line}")
     for note in (*_notes(model, gradients), *_losses(model, plan)):
         console.print(f" {rich.markup.escape(note)}")
     if captured and print_fn:
@@ -83,7 +109,7 @@ def _table(plan: ReducePlan, gradients: ModelGradients) -> rich.table.Table:
         kind = f"{pack.dtype} rows" if sparse else pack.dtype
         row = [
             f"[{_NUMBER}]{number}[/]",
-            rich.markup.escape("\n".join(shortened(names, NAMES_PER_PACK))),
+            rich.markup.escape("\n".join(_shortened(names))),
             f"[{_TYPE}]{kind}[/]",
             f"[{_NUMBER}]{_size(pack.nbytes)}[/]",
         ]
@@ -125,17 +151,22 @@ def _totals(
     if plan.every > 1:
         lines.append(("Sent", f"once in {plan.every} steps"))
     if gradients.without:
-        names = ", ".join(shortened(gradients.without, NAMES_PER_PACK))
+        names = ", ".join(_shortened(gradients.without))
         lines.append(("Trainable, but without a gradient", names))
     return lines
 
 
 def _predicted(
-    predictions: Mapping[int, float | None], step_seconds: float
+    gradients: Sequence[tf.TensorSpec | RowsSpec],
+    link: Link,
+    step_seconds: float,
+    bytes_per_pack: int,
 ) -> Iterator[str]:
-    if predictions:
-        yield "[bold]Predicted for workers of one device each:[/]"
-    for workers, exposed in predictions.items():
+    yield "[bold]Predicted for workers of one device each:[/]"
+    for workers in WORKERS:
+        exposed = _exposed_seconds(
+            gradients, workers, link, step_seconds, bytes_per_pack
+        )
         if exposed is None:
             yield "  not with sparse gradients or unknown sizes"
             return
@@ -145,6 +176,59 @@ def _predicted(
             f"[{_NUMBER}]{exposed * 1e3:.3g}[/] ms exposed, efficiency "
             f"[{_NUMBER}]{share:.0%}[/]"
         )
+
+
+def _exposed_seconds(
+    gradients: Sequence[tf.TensorSpec | RowsSpec],
+    workers: int,
+    link: Link,
+    step_seconds: float,
+    bytes_per_pack: int,
+) -> float | None:
+    """Exposed time of the all-reduce, by the model of docs/algorithms.md.
+
+    Args:
+        gradients: Specs of all gradients.
+        workers: Number of workers, of one device each.
+        link: How they reach each other.
+        step_seconds: Seconds of a step without all-reduce.
+        bytes_per_pack: Capacity of a pack; 0: as chosen between workers.
+
+    Returns:
+        Seconds. `None` if a gradient is sparse or of unknown size: how many
+        bytes cross is not known then.
+    """
+    packs = _packs(gradients, workers, bytes_per_pack)
+    if packs is None:
+        return None
+
+    def cost(nbytes: float) -> float:
+        return cost_model.workers_seconds(nbytes, workers, link)
+
+    def busy(nbytes: float) -> float:
+        return cost_model.workers_seconds(nbytes, workers, link.busy())
+
+    return cost_model.exposed_seconds(packs, step_seconds, cost, busy)
+
+
+def _packs(
+    gradients: Sequence[tf.TensorSpec | RowsSpec],
+    workers: int,
+    bytes_per_pack: int,
+) -> list[int] | None:
+    """Bytes of each pack in the order of leaving, `None` if not known."""
+    if any(isinstance(each, RowsSpec) for each in gradients):
+        return None
+    specs = [spec_of(each) for each in gradients]
+    size = PackSize(bytes_per_pack)
+    if not bytes_per_pack:
+        nbytes = sum(spec.nbytes or 0 for spec in specs)
+        size = pack_sizes.between_workers(workers, nbytes)
+    packs = plan_buckets(
+        specs, size.bytes_per_pack, size.first_bytes_per_pack, size.alone_above
+    )
+    known = [pack.nbytes for pack in packs if pack.nbytes is not None]
+    return known if len(known) == len(packs) else None
 
 
 def _notes(model: keras.Model, gradients: ModelGradients) -> Iterator[str]:
@@ -189,3 +273,11 @@ def _losses(model: keras.Model, plan: ReducePlan) -> Iterator[str]:
 
 def _size(nbytes: int | None) -> str:
     return "?" if nbytes is None else size_of(nbytes)
+
+
+def _shortened(names: Sequence[str]) -> list[str]:
+    """The first names and the last, with `... n more` in place of the rest."""
+    if len(names) <= NAMES_PER_PACK:
+        return list(names)
+    left_out = f"... {len(names) - NAMES_PER_PACK + 1} more"
+    return [*names[: NAMES_PER_PACK - 2], left_out, names[-1]]

@@ -4,6 +4,7 @@ No TensorFlow: workers send this to the chief as text.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -23,6 +24,31 @@ class PackLabel:
     nbytes: int | None
     dtype: str
     sparse: bool = False
+
+
+def names_in_pack(
+    paths: Sequence[str], indices: Sequence[int]
+) -> tuple[str, ...]:
+    """Names the layers and variables whose gradients a pack carries.
+
+    Args:
+        paths: Paths of all variables, such as `"sequential/dense/kernel"`.
+        indices: Those in the pack, in the order of backprop.
+
+    Returns:
+        In that order, the path of a layer if all its variables are in the
+        pack, and else the paths of the variables.
+    """
+    layers = [path.rpartition("/")[0] for path in paths]
+    has = Counter(layers)
+    here = Counter(layers[index] for index in indices)
+    names = [
+        layers[index]
+        if layers[index] and here[layers[index]] == has[layers[index]]
+        else paths[index]
+        for index in indices
+    ]
+    return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from keras_allreduce import environment
 from keras_allreduce.compat import runtime
 from keras_allreduce.fit_output.clocks import EagerClocks, GraphClocks
 from keras_allreduce.fit_output.hints import Options
-from keras_allreduce.fit_output.pack_names import names_in_pack
-from keras_allreduce.fit_output.recording import PackLabel
+from keras_allreduce.fit_output.recording import PackLabel, names_in_pack
 from keras_allreduce.reduce.observe import BatchRecord
 from keras_allreduce.reduce.plan import GatheredLoss, ReducePlan
 

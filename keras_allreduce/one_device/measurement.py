@@ -94,19 +94,19 @@ def measure(
         rounds = _rounds(trial, example, tolerance)
         if isinstance(rounds, Failure):
             return Reductions(failure=rounds.reason)
-        states = [_Values.of(trial.keys, rounds)]
+        states = [_values_of(trial.keys, rounds)]
         for counters in (True, False):
             if not trial.move(counters=counters):
                 continue
             rounds = _rounds(trial, example, tolerance)
             if not isinstance(rounds, Failure):
-                states.append(_Values.of(trial.keys, rounds))
+                states.append(_values_of(trial.keys, rounds))
                 break
     finally:
         trial.put_back()
     found = {
         key: _reduction(key, states, tolerance, trial.ends.get(key))
-        for key in states[0].values
+        for key in states[0]
         if key[0] != "denominator"
     }
     for key, gradient in trial.terms.items():
@@ -148,11 +148,11 @@ def _takes_more(trial: Trial, rounds: list[Probe], tolerance: float) -> bool:
         return trial.is_random is not False and len(rounds) < FEWEST_ROUNDS
     if len(rounds) < FEWEST_ROUNDS:
         return True
-    values = _Values.of(trial.keys, rounds)
+    values = _values_of(trial.keys, rounds)
     most = MOST_EAGER_ROUNDS if trial.is_random is None else MOST_ROUNDS
     return any(
         len(rounds) < min(most, _most_rounds(key, values, tolerance))
-        for key in values.values
+        for key in values
     )
 
 
@@ -161,7 +161,7 @@ def _most_rounds(key: Key, values: "_Values", tolerance: float) -> int:
     if key[0] in ("denominator", "inputs"):
         return 0
     if key[0] == "state":  # One state does not tell its decay.
-        is_random = any((part != part[:1]).any() for part in values.values[key])
+        is_random = any((part != part[:1]).any() for part in values[key])
         return ROUNDS_FOR_DOUBT if is_random else 0
     doubt = _reduction(key, [values], tolerance).doubt
     if key[0] in reduction.SHOWN:
@@ -171,29 +171,20 @@ def _most_rounds(key: Key, values: "_Values", tolerance: float) -> int:
     return ROUNDS_FOR_DOUBT if doubt else 0
 
 
-class _Values:
-    """All values of some rounds.
+_Values = dict[Key, tuple[np.ndarray, ...]]
+"""The whole, first and second of each value; `[round, element]`."""
 
-    Args:
-        values: The whole, first and second of each; `[round, element]`.
-    """
 
-    def __init__(self, values: dict[Key, tuple[np.ndarray, ...]]):
-        self.values = values
-
-    @classmethod
-    def of(cls, keys: Sequence[Key], rounds: Sequence[Probe]) -> "_Values":
-        """The values of rounds that returned those of `keys`."""
-        return cls(
-            {
-                key: (
-                    np.stack([each.whole[index] for each in rounds]),
-                    np.stack([each.first[index] for each in rounds]),
-                    np.stack([each.second[index] for each in rounds]),
-                )
-                for index, key in enumerate(keys)
-            }
+def _values_of(keys: Sequence[Key], rounds: Sequence[Probe]) -> _Values:
+    """The values of rounds that returned those of `keys`."""
+    return {
+        key: (
+            np.stack([each.whole[index] for each in rounds]),
+            np.stack([each.first[index] for each in rounds]),
+            np.stack([each.second[index] for each in rounds]),
         )
+        for index, key in enumerate(keys)
+    }
 
 
 def _reduction(
@@ -214,16 +205,14 @@ def _reduction(
         return _of_state(key, states, max(tolerance, judge.OF_STATE))
     if end == reduction.COMPARES:
         return Reduction(doubt=end)
-    found = [
-        _in_state(key, each, tolerance) for each in states if key in each.values
-    ]
+    found = [_in_state(key, each, tolerance) for each in states if key in each]
     if any(found):
         agreed = _agreed(found)
         is_extreme = end in (MAX, MIN) or agreed.doubt == reduction.COMPARES
         if key[0] in reduction.SHOWN and is_extreme:
-            return _extreme([each.values[key] for each in states]) or agreed
+            return _extreme([each[key] for each in states]) or agreed
         return agreed
-    if any(reduction.denominator_key(key) in each.values for each in states):
+    if any(reduction.denominator_key(key) in each for each in states):
         return Reduction(RATIO, doubt=UNDECIDED)
     if key[0] == "count" and end is None:
         end = SUM  # The example lacks what it counts.
@@ -242,7 +231,7 @@ def _extreme(states: Sequence[tuple[np.ndarray, ...]]) -> Reduction | None:
 
 
 def _in_state(key: Key, state: _Values, tolerance: float) -> Reduction | None:
-    whole, first, second = state.values[key]
+    whole, first, second = state[key]
     if key[0] in reduction.SHOWN and whole.shape != first.shape:
         return Reduction()  # A row for each sample.
     if key[0] == "inputs":  # Rows of a half are rows of the whole.
@@ -250,7 +239,7 @@ def _in_state(key: Key, state: _Values, tolerance: float) -> Reduction | None:
         found = judged(whole, rows, np.zeros_like(rows), tolerance)
     else:
         found = judged(whole, first, second, tolerance)
-    counts = state.values.get(reduction.denominator_key(key))
+    counts = state.get(reduction.denominator_key(key))
     if counts is None or key[0] == "inputs":
         return found
     of_whole, of_first, of_second = counts
@@ -296,9 +285,9 @@ def _of_state(
     """The reduction of a variable: after = decay * before + mean or sum."""
     before, parts = [], []
     for state in states:
-        if key not in state.values:
+        if key not in state:
             continue
-        both = state.values[key]
+        both = state[key]
         size = both[0].shape[1] // 2
         before.append(both[0][:1, :size])
         parts.append([each[:, size:] for each in both])

@@ -21,6 +21,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_allreduce.compat import graphs
 from keras_allreduce.compat import keras as keras_compat
 
 
@@ -60,9 +61,7 @@ class Replica:
     metric_results: dict[int, Any] = field(default_factory=dict)
     functions: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     recorder: Any = None
-    graph: Any = field(
-        default_factory=lambda: _graph_of_thread(), compare=False
-    )
+    graph: Any = field(default_factory=graphs.of_thread, compare=False)
 
     def have_summed(
         self, variables: Sequence[Any], gradients: Sequence[Any]
@@ -106,13 +105,6 @@ class Replica:
         if self.share is None:
             return float(self.num_replicas)
         return tf.math.divide_no_nan(float(self.num_replicas), self.share)
-
-
-def _graph_of_thread() -> Any:
-    """The graph that this thread traces into; `None` if it traces none."""
-    if tf.executing_eagerly():
-        return None
-    return tf.compat.v1.get_default_graph()
 
 
 NO_REPLICA = Replica()

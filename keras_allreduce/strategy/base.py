@@ -15,7 +15,7 @@ from keras_allreduce.compat import (
     keras_door,
     keras_threads,
 )
-from keras_allreduce.fit_output import explain, prediction, progress_bar
+from keras_allreduce.fit_output import explain, progress_bar
 from keras_allreduce.fit_output.gradients import ModelGradients, gradients_of
 from keras_allreduce.fit_output.hints import Options
 from keras_allreduce.fit_output.meter import Meter
@@ -175,16 +175,16 @@ class StrategyBase(tf.distribute.Strategy):
             ValueError: See `plan`; or if `link` comes without `step_seconds`,
                 or `step_seconds` without `link`.
         """
-        prediction.check(link, step_seconds)
+        explain.check_prediction(link, step_seconds)
         plan, gradients = self._planned(model, x)
-        predicted = prediction.for_workers(
-            gradients.specs,
+        explain.show(
+            model,
+            plan,
+            gradients,
+            self.extended.group.gradient_ops.bytes_per_pack,
             link,
             step_seconds,
-            self.extended.group.gradient_ops.bytes_per_pack,
-        )
-        explain.show(
-            model, plan, gradients, predicted, step_seconds or 0.0, print_fn
+            print_fn,
         )
 
     def _planned(

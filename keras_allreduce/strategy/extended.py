@@ -1,6 +1,7 @@
 """The half of a strategy that decides how values are reduced."""
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce.compat import distribute, variables, versions
+from keras_allreduce import xla_clusters
+from keras_allreduce.compat import distribute, keras_door, variables, versions
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.input.dataset import own
 from keras_allreduce.one_device import predict, replica
@@ -17,10 +19,14 @@ from keras_allreduce.one_device.step import Step
 from keras_allreduce.reduce.observe import observe
 from keras_allreduce.reduce.process_group import ProcessGroup
 from keras_allreduce.strategy.checks import check_model
-from keras_allreduce.strategy.compiled import compiled_by_xla
 from keras_allreduce.strategy.datasets import (
     distribute as distribute_arrays,
 )
+
+LEAST_SHARE = 0.5
+"""Share of the ops of a step that XLA compiles, below which it is said."""
+
+_TYPES_SHOWN = 4
 
 
 class ExtendedBase(distribute.MirroredExtended, Replicas):
@@ -184,9 +190,10 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
             # Called in a merge_call of the current step.
             return run(_in_current_step(fn), args, kwargs)
         model, step_name = keras_compat.step_of(fn)
-        run = compiled_by_xla(model, run)
         if model is None:
             return self._run_custom(run, fn, args, kwargs)
+        if keras_door.compiles_replicas(model):
+            run = partial(_compiled_by_xla, model, run)
         if step_name == keras_compat.PREDICT:
             return predict.run(model, self, run, fn, args, kwargs)
         return self._run_step(model, step_name, run, fn, args, kwargs)
@@ -246,3 +253,37 @@ def _in_current_step(fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(*args, **kwargs)
 
     return in_current_step
+
+
+def _compiled_by_xla(
+    model: keras.Model,
+    run: Callable[..., Any],
+    fn: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """Runs the replicas of a model, whose ops are marked for XLA.
+
+    Args:
+        model: The model whose step it is.
+        run: Runs a function on every replica.
+        fn: The function.
+        args: Its arguments.
+        kwargs: Likewise.
+    """
+    if tf.executing_eagerly():
+        return run(fn, args, kwargs)
+    with xla_clusters.marking() as coverage:
+        result = run(fn, args, kwargs)
+    if coverage.share < LEAST_SHARE:
+        common = coverage.outside.most_common(_TYPES_SHOWN)
+        warnings.warn(
+            "`jit_compile=True` is for steps that XLA can compile. Received: "
+            f"model {model.name!r}, of whose ops XLA compiles "
+            f"{coverage.share:.0%}; the others, such as "
+            f"{', '.join(name for name, _ in common)}, run as without it. "
+            "Leave `jit_compile` out of `compile` if the step is not faster "
+            "with it.",
+            stacklevel=2,
+        )
+    return result

@@ -11,7 +11,6 @@ from typing import Any
 import tensorflow as tf
 
 from keras_allreduce.compat import keras_calls
-from keras_allreduce.compat.keras_calls import MetricsRead
 
 
 class MetricSums:
@@ -24,7 +23,7 @@ class MetricSums:
     def __init__(self, sum_over_workers: Callable[[tf.Tensor, str], tf.Tensor]):
         self._sum_over_workers = sum_over_workers
         # The summed metrics; kept, as another object could have the address.
-        self._read: MetricsRead | None = None
+        self._read: list[Any] | None = None
         self._sums: dict[int, tf.Tensor] = {}
 
     def forget(self) -> None:
@@ -49,7 +48,7 @@ class MetricSums:
             return None
         if read is not self._read:
             self.forget()
-            self._sums = self._sum(read.variables())
+            self._sums = self._sum(read)
             self._read = read
         total = self._sums.pop(id(variable), None)
         if not self._sums:
