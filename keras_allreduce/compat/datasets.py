@@ -1,5 +1,6 @@
 """Private names of distributed data sets."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +24,24 @@ from tensorflow.python.distribute.input_lib import (
 )
 
 
-def yields_arrays_of_python(dataset: Any) -> bool:
-    """Whether the elements of a `tf.data.Dataset` come from Python code.
+def _with_inputs(dataset: Any) -> Iterator[Any]:
+    """A `tf.data.Dataset`, and then all that it is made of.
 
-    There is no public way to look at the inputs of a dataset.
+    There is no public way to look at the inputs of a data set.
     """
-    for wrapper in dataset._functions():
-        for op in wrapper.function.graph.get_operations():
-            if op.type in _OPS_THAT_RUN_PYTHON:
-                return True
-    return any(yields_arrays_of_python(source) for source in dataset._inputs())
+    yield dataset
+    for source in dataset._inputs():
+        yield from _with_inputs(source)
+
+
+def yields_arrays_of_python(dataset: Any) -> bool:
+    """Whether the elements of a `tf.data.Dataset` come from Python code."""
+    return any(
+        op.type in _OPS_THAT_RUN_PYTHON
+        for each in _with_inputs(dataset)
+        for wrapper in each._functions()
+        for op in wrapper.function.graph.get_operations()
+    )
 
 
 _OPS_THAT_RUN_PYTHON = frozenset(
@@ -47,12 +56,11 @@ def is_deterministic(dataset: Any) -> bool:
 
 def seeds_of_shuffles(dataset: Any) -> list[tuple[int, int]]:
     """Both seeds of each `shuffle` of a data set; (0, 0): a random one."""
-    found = []
-    if hasattr(dataset, "_seed2"):
-        found.append((int(dataset._seed), int(dataset._seed2)))
-    for source in dataset._inputs():
-        found += seeds_of_shuffles(source)
-    return found
+    return [
+        (int(each._seed), int(each._seed2))
+        for each in _with_inputs(dataset)
+        if hasattr(each, "_seed2")
+    ]
 
 
 def shards_of(dataset: Any) -> list[tuple[int, int]]:
@@ -61,33 +69,34 @@ def shards_of(dataset: Any) -> list[tuple[int, int]]:
     None if the data set is not divided again over the workers. TensorFlow
     divides it again wherever `shard` is, by files too.
     """
-    policies = tf.data.experimental.AutoShardPolicy
-    policy = dataset.options().experimental_distribute.auto_shard_policy
-    if policy in (policies.OFF, policies.HINT):
+    if _shard_policy(dataset) in (_POLICIES.OFF, _POLICIES.HINT):
         return []
-    return _shards_of(dataset)
+    return [
+        (int(each._num_shards), int(each._index))
+        for each in _with_inputs(dataset)
+        if type(each).__name__ == "_ShardDataset"
+        and hasattr(each._num_shards, "numpy")
+        and hasattr(each._index, "numpy")
+    ]
 
 
-def _shards_of(dataset: Any) -> list[tuple[int, int]]:
-    found = []
-    if type(dataset).__name__ == "_ShardDataset":
-        values = dataset._num_shards, dataset._index
-        if all(hasattr(each, "numpy") for each in values):
-            found.append((int(values[0]), int(values[1])))
-    for source in dataset._inputs():
-        found += _shards_of(source)
-    return found
+_POLICIES = tf.data.experimental.AutoShardPolicy
+
+
+def _shard_policy(dataset: Any) -> tf.data.experimental.AutoShardPolicy:
+    return dataset.options().experimental_distribute.auto_shard_policy
 
 
 def batch_sizes(dataset: Any) -> list[int]:
     """Sizes of the batches that a data set makes, the outermost first."""
-    found = []
-    size = getattr(dataset, "_batch_size", None)
-    if isinstance(size, tf.Tensor) and hasattr(size, "numpy"):
-        found.append(int(size))
-    for source in dataset._inputs():
-        found += batch_sizes(source)
-    return found
+    sizes = (
+        getattr(each, "_batch_size", None) for each in _with_inputs(dataset)
+    )
+    return [
+        int(size)
+        for size in sizes
+        if isinstance(size, tf.Tensor) and hasattr(size, "numpy")
+    ]
 
 
 def draws_seeds(dataset: Any) -> bool:
@@ -95,9 +104,10 @@ def draws_seeds(dataset: Any) -> bool:
 
     A data set within another, as of `flat_map`, draws its own when it is read.
     """
-    name = type(dataset).__name__
-    return any(word in name for word in ("Shuffle", "Random")) or any(
-        draws_seeds(source) for source in dataset._inputs()
+    return any(
+        word in type(each).__name__
+        for each in _with_inputs(dataset)
+        for word in ("Shuffle", "Random")
     )
 
 
@@ -106,10 +116,9 @@ def is_read_whole(dataset: Any) -> bool:
 
     Not if it may be divided by files, or not at all.
     """
-    policies = tf.data.experimental.AutoShardPolicy
-    policy = dataset.options().experimental_distribute.auto_shard_policy
-    return policy == policies.DATA or (
-        policy == policies.AUTO and not _may_read_files(dataset)
+    policy = _shard_policy(dataset)
+    return policy == _POLICIES.DATA or (
+        policy == _POLICIES.AUTO and not _may_read_files(dataset)
     )
 
 
@@ -128,9 +137,10 @@ def ends_in_one_step(dataset: Any, batches: int | None) -> bool:
 
 
 def _may_read_files(dataset: Any) -> bool:
-    name = type(dataset).__name__.lstrip("_").removesuffix("Dataset")
-    return name not in _READ_NO_FILES or any(
-        _may_read_files(source) for source in dataset._inputs()
+    return any(
+        type(each).__name__.lstrip("_").removesuffix("Dataset")
+        not in _READ_NO_FILES
+        for each in _with_inputs(dataset)
     )
 
 

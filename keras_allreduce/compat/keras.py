@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import keras_calls
+from keras_allreduce.compat.keras_config import is_of_keras
 
 # Trainer: steps and logs -----------------------------------------------------
 
@@ -41,7 +42,7 @@ def custom_metrics(model: Any) -> list[Any]:
     return [
         metric
         for metric in metrics
-        if not type(metric).update_state.__module__.startswith("keras.")
+        if not is_of_keras(type(metric).update_state)
     ]
 
 
@@ -146,7 +147,7 @@ def _is_mean(reduce_op: Any) -> bool:
 
 
 def layers(model: Any) -> list[Any]:
-    """All layers of a model, at any depth, and the model itself.
+    """The model, and then all its layers at any depth, in a fixed order.
 
     The public `layers` lists only those at the top.
     """
@@ -179,7 +180,7 @@ def is_keras_layer(layer: Any) -> bool:
     """
     return (
         layer is not None
-        and type(layer).call.__module__.startswith("keras.")
+        and is_of_keras(type(layer).call)
         and not isinstance(layer, keras.Model | keras.layers.Lambda)
     )
 
@@ -192,7 +193,7 @@ def has_custom_forward_pass(model: Any) -> bool:
     """
     every = layers(model)
     return any(
-        not type(layer).call.__module__.startswith("keras.")
+        not is_of_keras(type(layer).call)
         or isinstance(layer, keras.layers.Lambda)
         for layer in every
     ) or any(
@@ -216,6 +217,16 @@ def batch_statistics_layers(model: Any) -> list[Any]:
     ]
 
 
+def moving_statistics(model: Any) -> list[Any]:
+    """Variables of the layers that only `BatchNormalization` assigns."""
+    return [
+        variable
+        for layer in batch_statistics_layers(model)
+        if layer.built
+        for variable in (layer.moving_mean, layer.moving_variance)
+    ]
+
+
 def keeps_own_state(model: Any) -> bool:
     """Whether a layer that is not Keras's has weights that no gradient is of.
 
@@ -225,7 +236,7 @@ def keeps_own_state(model: Any) -> bool:
         getattr(layer, "_non_trainable_variables", ())
         or any(isinstance(each, tf.Variable) for each in vars(layer).values())
         for layer in layers(model)
-        if not type(layer).__module__.startswith("keras.")
+        if not is_of_keras(layer)
     )
 
 

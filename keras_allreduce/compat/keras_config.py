@@ -21,21 +21,6 @@ def is_of_keras(thing: Any) -> bool:
     return module.split(".")[0] == "keras"
 
 
-def layers_of(model: keras.Model) -> list[Any]:
-    """All layers of a model, those within layers too, in a fixed order."""
-    return list(model._flatten_layers(include_self=False))
-
-
-def moving_statistics(model: keras.Model) -> list[Any]:
-    """Variables of the layers that only `BatchNormalization` assigns."""
-    return [
-        variable
-        for layer in layers_of(model)
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.built
-        for variable in (layer.moving_mean, layer.moving_variance)
-    ]
-
-
 def config_of(thing: Any) -> dict[str, Any]:
     """The config of a layer, loss, optimizer, ...; empty if it has none."""
     try:

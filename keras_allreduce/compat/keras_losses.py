@@ -8,6 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_allreduce.compat.keras_config import is_of_keras
+
 WEIGHTED_MEAN = "mean_with_sample_weight"
 _SUMS = ("sum", "none", None)
 
@@ -91,7 +93,7 @@ def has_function_of_samples(metric: Any, y_pred: Any) -> bool:
     function = metric._fn
     if isinstance(function, keras.losses.Loss):
         return is_one_value_per_sample(function, y_pred)
-    return str(getattr(function, "__module__", "")).startswith("keras.")
+    return is_of_keras(function)
 
 
 def losses_of_batch(model: keras.Model) -> list[str]:

@@ -69,7 +69,7 @@ def gradients_of(
     every = getattr(optimizer, "gradient_accumulation_steps", None) or 1
     if every > 1:
         # Accumulated gradients are dense.
-        found = [spec and _dense_like(spec) for spec in found]
+        found = [spec and _dense(spec) for spec in found]
     pairs = list(zip(variables, found, strict=True))
     return ModelGradients(
         tuple(variable.path for variable, spec in pairs if spec is not None),
@@ -192,9 +192,5 @@ def _spec_of(gradient: Any) -> tf.TensorSpec | RowsSpec:
     return tf.TensorSpec(gradient.shape, gradient.dtype)
 
 
-def _dense(variable: Any) -> tf.TensorSpec:
-    return tf.TensorSpec(variable.shape, variable.dtype)
-
-
-def _dense_like(spec: Any) -> tf.TensorSpec:
-    return tf.TensorSpec(spec.shape, spec.dtype)
+def _dense(like: Any) -> tf.TensorSpec:
+    return tf.TensorSpec(like.shape, like.dtype)

@@ -24,6 +24,7 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import distribute, keras_losses
+from keras_allreduce.compat.split_datasets import first_dimension
 from keras_allreduce.devices import on_each
 from keras_allreduce.one_device import empty_replica, replica
 from keras_allreduce.one_device.replica import Replica
@@ -61,8 +62,8 @@ class Rows:
 
     def of_replica(self, value: tf.Tensor) -> tf.Tensor:
         """The part of `value`, one row per sample of the batch."""
-        begin = sum(map(_num_rows, self.parts[: self.position]))
-        return value[begin : begin + _num_rows(self.own)]
+        begin = sum(map(first_dimension, self.parts[: self.position]))
+        return value[begin : begin + first_dimension(self.own)]
 
 
 def loss_of_batch(
@@ -306,14 +307,6 @@ def _values_of_replica(
         tf.maximum(tf.size(own), 1), value.dtype
     )
     return tf.stop_gradient(own) + part
-
-
-def _num_rows(value: Any) -> Any:
-    if isinstance(value, tf.RaggedTensor):
-        return tf.cast(value.nrows(), tf.int32)
-    if isinstance(value, tf.SparseTensor):
-        return tf.cast(value.dense_shape[0], tf.int32)
-    return tf.shape(value)[0]
 
 
 def _sums_of_rows(value: tf.Tensor) -> tf.Tensor:

@@ -268,10 +268,6 @@ class InFlight:
                 since.append(self._since(name, runs[0], now))
         return Reading(begun, ended, now - min(since))
 
-    def waiting_seconds(self) -> float:
-        """Seconds since the oldest collective in flight was seen to be so."""
-        return self.read().waiting_seconds
-
     def read_waits(self) -> float:
         """Mean seconds per step in the collective that takes longest.
 

@@ -76,7 +76,7 @@ def facts_of(model: keras.Model) -> Facts:
     """The computation of a model, without running it."""
     facts = Facts()
     facts.add("model", described(type(model)))
-    _add_layers(facts, keras_config.layers_of(model))
+    _add_layers(facts, keras_compat.layers(model)[1:])
     _add_operations(facts, model)
     options = keras_config.compile_options(model)
     for name in _COMPILED:
@@ -93,7 +93,7 @@ def paths_of(model: keras.Model) -> list[str]:
     """Paths of the variables, without the numbers that Keras counts."""
     automatic = {
         layer.name: _snake_case(type(layer).__name__)
-        for layer in [model, *keras_config.layers_of(model)]
+        for layer in keras_compat.layers(model)
         if _is_automatic(layer)
     }
     return [

@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from keras_allreduce.compat import distribute, keras_config
+from keras_allreduce.compat import distribute
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.workers.consistency_check import (
     CALLS,
@@ -228,7 +228,7 @@ def _value(variable: Any) -> np.ndarray:
 
 def _remedy(different: Sequence[Any], model: keras.Model) -> str:
     """The remedy: steps keep weights alike, custom ones not all."""
-    statistics = {id(each) for each in keras_config.moving_statistics(model)}
+    statistics = {id(each) for each in keras_compat.moving_statistics(model)}
     are_all = statistics.issuperset(map(id, different))
     return _STATISTICS if are_all else _REMEDY
 

@@ -33,15 +33,15 @@ def test_several_tensors_are_in_flight_until_all_are_there(found):
     one, other = run([tf.ones([2]), tf.ones([3])])
     assert one.numpy().tolist() == [2, 2]
     assert other.numpy().tolist() == [2, 2, 2]
-    assert found.waiting_seconds() == 0
+    assert found.read().waiting_seconds == 0
 
 
 def test_a_collective_that_has_not_come_back_is_in_flight(found):
     seen = []
 
     def look(tensor):
-        found.waiting_seconds()
-        seen.append(found.waiting_seconds())
+        found.read()
+        seen.append(found.read().waiting_seconds)
         return tensor
 
     @tf.function
@@ -52,13 +52,13 @@ def test_a_collective_that_has_not_come_back_is_in_flight(found):
 
     run(tf.ones([]))
     assert seen[0] > 0
-    assert found.waiting_seconds() == 0
+    assert found.read().waiting_seconds == 0
 
 
 def test_what_runs_eagerly_is_in_flight_until_its_block_ends(found):
     with found.watched("sum", []):
-        assert found.waiting_seconds() > 0
-    assert found.waiting_seconds() == 0
+        assert found.read().waiting_seconds > 0
+    assert found.read().waiting_seconds == 0
 
 
 def test_collectives_that_are_independent_do_not_wait_for_each_other(found):
