@@ -260,9 +260,7 @@ def is_random(traced: Any) -> bool:
     return any(node.op.startswith(_RANDOM) for node in nodes)
 
 
-def without_outside_effects(
-    traced: Any,
-) -> tuple[Callable[..., list[tf.Tensor]], list[str]]:
+def without_outside_effects(traced: Any) -> Callable[..., list[tf.Tensor]]:
     """A traced function without effects outside of its graph.
 
     Args:
@@ -270,7 +268,7 @@ def without_outside_effects(
 
     Returns:
         A function of the same arguments, without the ops that print, write,
-        call Python, or change tables, queues and iterators; and their kinds.
+        call Python, or change tables, queues and iterators.
 
     Raises:
         ValueError: If a result depends on such an op.
@@ -282,9 +280,7 @@ def without_outside_effects(
         for node in definition.node
         if outside.has_effect(node)
     }
-    if not effects:
-        return traced, []
-    return _pruned(traced, definition, effects), sorted(set(effects.values()))
+    return _pruned(traced, definition, effects) if effects else traced
 
 
 class _Outside:

@@ -144,8 +144,7 @@ class Trial:
             if not self._batch.owns(handle):
                 self._state.add(handle, dtype)
         self.is_random = graphs.is_random(traced)
-        run, _ = graphs.without_outside_effects(traced)
-        return run
+        return graphs.without_outside_effects(traced)
 
     def _eager(self) -> Callable[..., list[tf.Tensor]]:
         for variable in (

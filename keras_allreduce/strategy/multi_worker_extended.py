@@ -26,7 +26,6 @@ from keras_allreduce.workers.in_flight import (
     Counters,
     InFlight,
     TimedCounters,
-    complete,
     nothing_is_read,
 )
 from keras_allreduce.workers.resolvers import resolver_for
@@ -111,14 +110,10 @@ class MultiWorkerAllReduceExtended(
         return bool(self._is_chief)
 
     def waits(self) -> list[float]:
-        """Mean seconds per step in a collective, by worker."""
+        """Mean seconds per step in a collective, by worker; `nan`: none."""
         own = tf.constant([self._in_flight.read_waits()], tf.float64)
-        return complete(
-            [
-                float(wait[0])
-                for (wait,) in self._workers.all_gather_tensors([own], "waits")
-            ]
-        )
+        of_all = self._workers.all_gather_tensors([own], "waits")
+        return [float(wait[0]) for (wait,) in of_all]
 
     def sum_gradients(
         self, gradients: Sequence[Any], weights: Sequence[tf.Tensor] = ()

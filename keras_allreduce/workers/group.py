@@ -251,8 +251,7 @@ def _watch(
             clock=clock,
         )
         inspector = StallInspector(cluster, progress, store, heartbeats.heard)
-        heartbeats.last_words = inspector
-        heartbeats.waits = lambda: inspector.waits
+        heartbeats.inspector = inspector
     else:
         _say_that_nothing_is_compared()
     timeout = CollectiveTimeout(

@@ -65,8 +65,9 @@ class Heartbeats:
         clock: Tells the seconds; see `health.AwakeClock`.
 
     Attributes:
-        last_words: The last messages of workers that ended.
-        waits: Whether this worker waits for others, and asks more often.
+        inspector: Knows whether this worker waits for others, and then asks
+            more often, and the last messages of workers that ended. `None`
+            where workers cannot publish.
         needs_all: Whether a collective has failed, so that this worker cannot
             go on without one whose script has ended.
     """
@@ -83,8 +84,7 @@ class Heartbeats:
         now = clock()
         self._peers = {rank: _Peer(now, now) for rank in cluster.others}
         self._lock = threading.Lock()
-        self.last_words: StallInspector | None = None
-        self.waits: Callable[[], bool] = lambda: False
+        self.inspector: StallInspector | None = None
         self.needs_all = False
 
     @property
@@ -134,7 +134,8 @@ class Heartbeats:
             return probe.poll() is Answer.YES
 
     def _is_due(self, peer: _Peer) -> bool:
-        interval = TIMING.check_waiting if self.waits() else TIMING.check
+        waits = self.inspector is not None and self.inspector.waits
+        interval = TIMING.check_waiting if waits else TIMING.check
         is_unsure = 0 < peer.refusals < REFUSALS
         return is_unsure or self._clock() - peer.asked >= interval
 
@@ -188,11 +189,11 @@ class Heartbeats:
         what = self._wrong(rank, all_now)
         if what is None:
             return None
-        last = self.last_words
-        failure = last.failure_of(rank) if last else None
-        if failure is not None:
-            return failure
-        if last is not None and last.has_ended(rank):
+        if self.inspector is not None:
+            failure = self.inspector.failure_of(rank)
+            if failure is not None:
+                return failure
+        if self.inspector is not None and self.inspector.has_ended(rank):
             if not self.needs_all:
                 return None
             what = "has ended its script, while this worker still needs it."

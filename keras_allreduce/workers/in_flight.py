@@ -296,13 +296,11 @@ class InFlight:
         return since
 
 
-def complete(waits: Sequence[float]) -> list[float]:
-    """The waits of all workers; all `nan` if a worker has counted no step."""
+def lateness_ms(waits: Sequence[float]) -> list[float]:
+    """How much later than the first each worker came, in ms, from its wait.
+
+    All `nan` if a worker has counted no step.
+    """
     if any(math.isnan(each) for each in waits):
         return [math.nan] * len(waits)
-    return list(waits)
-
-
-def lateness_ms(waits: Sequence[float]) -> list[float]:
-    """How much later than the first each worker came, in ms, from its wait."""
     return [(max(waits) - each) * 1e3 for each in waits]

@@ -19,7 +19,7 @@ import re
 import socket
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LOOPBACK = "127.0.0.1"
 
@@ -83,7 +83,14 @@ def placement_of(
         or _of_kubernetes(environment, full_host_name)
         or _of_rank(environment)
     )
-    if found is None or found.size < 2:
+    if found is None:
+        return None
+    found = replace(
+        found,
+        leader=environment.get("MASTER_ADDR") or found.leader,
+        port=_port(environment),
+    )
+    if found.size < 2:
         return None
     if not 0 <= found.rank < found.size:
         raise ValueError(
@@ -151,9 +158,8 @@ def _mpi(
         _int(environment, f"{prefix}_RANK"),
         size,
         f"{launcher} ({prefix}_SIZE={size})",
-        environment.get("MASTER_ADDR") or leader,
+        leader,
         job,
-        _port(environment),
     )
 
 
@@ -168,9 +174,8 @@ def _of_slurm(environment: Mapping[str, str]) -> Placement | None:
         _int(environment, "SLURM_PROCID"),
         size,
         f"Slurm (SLURM_STEP_NUM_TASKS={size})",
-        environment.get("MASTER_ADDR") or leader,
+        leader,
         _slurm_job(environment),
-        _port(environment),
     )
 
 
@@ -190,9 +195,8 @@ def _of_kubernetes(
         rank,
         size,
         f"Kubernetes (JOB_COMPLETION_INDEX={rank}, WORLD_SIZE={size})",
-        environment.get("MASTER_ADDR") or pod_0,
         pod_0,
-        _port(environment),
+        pod_0,
     )
 
 
@@ -201,15 +205,14 @@ def _of_rank(environment: Mapping[str, str]) -> Placement | None:
         return None
     size = _int(environment, "WORLD_SIZE")
     on_one_host = environment.get("LOCAL_WORLD_SIZE") == str(size)
-    leader = environment.get("MASTER_ADDR")
+    is_told = bool(environment.get("MASTER_ADDR"))
     return Placement(
         _int(environment, "RANK"),
         size,
         f"RANK and WORLD_SIZE={size}",
-        leader or (LOOPBACK if on_one_host else ""),
+        LOOPBACK if on_one_host else "",
         # All are children of one launcher, which knows no address.
-        f"{os.getppid()}" if on_one_host and not leader else "",
-        _port(environment),
+        f"{os.getppid()}" if on_one_host and not is_told else "",
     )
 
 

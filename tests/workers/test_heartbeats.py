@@ -81,7 +81,7 @@ def test_one_that_answers_is_asked_again_after_the_interval(
     assert servers.asked == ["b", "c"]
     assert check_after(1.0, servers, heartbeats) is None
     assert servers.asked == ["b", "c"]
-    heartbeats.waits = lambda: True
+    heartbeats.inspector = Said(waits=True)
     assert heartbeats.check() is None
     assert servers.asked == ["b", "c", "b", "c"]
     assert heartbeats.answers(1)
@@ -154,8 +154,8 @@ def test_one_that_was_started_again_is_another(servers, heartbeats):
 
 
 class Said:
-    def __init__(self, ended=False, failure=None):
-        self.ended, self.failure = ended, failure
+    def __init__(self, ended=False, failure=None, waits=False):
+        self.ended, self.failure, self.waits = ended, failure, waits
 
     def has_ended(self, rank):
         return self.ended
@@ -168,7 +168,7 @@ class Said:
 def test_one_that_has_ended_may_be_gone_unless_it_is_needed(
     answer, servers, heartbeats
 ):
-    heartbeats.last_words = Said(ended=True)
+    heartbeats.inspector = Said(ended=True)
     servers.answer = answer
     for _ in range(20):
         assert check_after(2.0, servers, heartbeats) is None
@@ -181,7 +181,7 @@ def test_one_that_has_said_why_it_fails_fails_all_of_the_same(
     servers, heartbeats
 ):
     why = WorkerLostError("why")
-    heartbeats.last_words = Said(failure=why)
+    heartbeats.inspector = Said(failure=why)
     servers.answer = Answer.CLOSED
     found = [check_after(2.0, servers, heartbeats) for _ in range(REFUSALS)]
     assert found[-1] is why
