@@ -35,7 +35,6 @@ PURE = [
     "malloc",
     "version",
     "reduce.buckets",
-    "reduce.compiled_parts",
     "reduce.cost_model",
     "reduce.pack_sizes",
     "reduce.plan",

@@ -29,7 +29,7 @@ from keras_allreduce import xla_clusters
 from keras_allreduce.compat import distribute
 from keras_allreduce.reduce import algorithms, shared_memory, sparse
 from keras_allreduce.reduce.batch import Batch, dense_and_sparse, divide
-from keras_allreduce.reduce.compiled_parts import parts_of
+from keras_allreduce.reduce.buckets import parts_of
 from keras_allreduce.reduce.observe import BatchRecord, report
 from keras_allreduce.reduce.pack_sizes import algorithm_names
 from keras_allreduce.reduce.packing import densify

@@ -24,7 +24,7 @@ from keras_allreduce.fit_output.step_log import StepLog
 from keras_allreduce.fit_output.timeline import recording
 from keras_allreduce.one_device import first_batch, replica
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
-from keras_allreduce.reduce.compiled_parts import parts_of
+from keras_allreduce.reduce.buckets import parts_of
 from keras_allreduce.reduce.cost_model import Link
 from keras_allreduce.reduce.plan import ReducePlan
 from keras_allreduce.strategy.checks import (
