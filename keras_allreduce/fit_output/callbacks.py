@@ -7,7 +7,6 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.fit_output.meter import EpochMeter, Meter, step_log_of
-from keras_allreduce.fit_output.progress_bar import NEVER
 from keras_allreduce.fit_output.stats import ReduceStats
 
 
@@ -43,7 +42,7 @@ class AllReduceLogger(keras.callbacks.Callback):
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        self._epoch.refresh(batch + 1, NEVER)
+        self._epoch.refresh(batch + 1)
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
@@ -111,7 +110,7 @@ class AllReduceTensorBoard(keras.callbacks.TensorBoard):
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        self._reduce_epoch.refresh(batch + 1, NEVER)
+        self._reduce_epoch.refresh(batch + 1)
         added = {}
         if tf.summary.should_record_summaries():
             added = _scalars(self._reduce_steps.read())

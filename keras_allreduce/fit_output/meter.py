@@ -1,5 +1,6 @@
 """Reads the clocks of the steps in a `StepLog`, per call and per epoch."""
 
+import math
 import time
 import weakref
 from typing import Any
@@ -85,9 +86,9 @@ class EpochMeter:
         """Forgets the epoch before."""
         self.stats: ReduceStats | None = None
         self._steps_at_read = 0
-        self._time_of_read = float("-inf")
+        self._time_of_read = -math.inf
 
-    def refresh(self, steps: int, seconds: float) -> None:
+    def refresh(self, steps: int, seconds: float = math.inf) -> None:
         """Reads if the last reading is old.
 
         Args:

@@ -9,6 +9,7 @@
 """
 
 import functools
+import math
 import os
 import shutil
 import sys
@@ -29,8 +30,6 @@ from keras_allreduce.fit_output.step_log import StepLog
 
 REFRESH_SECONDS = 0.5
 """Least time between two readings of the clocks for the progress bar."""
-
-NEVER = float("inf")
 
 
 class FitProgbar(keras.callbacks.ProgbarLogger):
@@ -83,8 +82,8 @@ class FitProgbar(keras.callbacks.ProgbarLogger):
             self._first_batch = False
             self._tell_plans()
         if self._epoch:
-            live = self.verbose == 1
-            self._epoch.refresh(batch + 1, REFRESH_SECONDS if live else NEVER)
+            seconds = REFRESH_SECONDS if self.verbose == 1 else math.inf
+            self._epoch.refresh(batch + 1, seconds)
         super().on_train_batch_end(batch, self._fitted(logs or {}))
 
     def on_epoch_end(
