@@ -64,7 +64,7 @@ def has_nccl() -> bool:
 
 
 def is_summed_when_read(variable: Any) -> bool:
-    """Whether reading a variable adds up what the replicas have gathered.
+    """Whether reading a variable adds up the parts of the replicas.
 
     Keras makes those of metrics so.
     """

@@ -1,9 +1,9 @@
 """The door through which Keras tells this package about its calls.
 
 Keras tells a strategy neither which call distributes a data set, nor when an
-epoch begins, nor whose step it runs, nor what it reads a batch or its metrics
-for. So a few methods of Keras are wrapped, once, when the first strategy is
-made. For models that are not under a strategy of ours they do what they did.
+epoch begins, nor whose step it runs, nor why it reads a batch or its metrics.
+So a few methods of Keras are wrapped, once, when the first strategy is made.
+For models that are not under a strategy of ours they stay the same.
 
     fit, evaluate, predict               a `KerasCall` begins and ends
     CallbackList.on_epoch_begin          it has an epoch
@@ -18,7 +18,7 @@ Only under a strategy does Keras take a first batch before the first step, and
 call the model, its metrics and its losses on its shapes, to make all
 variables. On one device the first step makes them. A custom `train_step` need
 not call the model, nor take the batch apart as Keras does, and on one device it
-trains. So what Keras does there is done here: data is read only if nothing else
+trains. So this module does it instead: data is read only if nothing else
 tells its shapes, and a failure is left to the first step.
 
 Keras puts `jit_compile` on the function around `strategy.run`, so that one XLA
@@ -28,7 +28,7 @@ functions are made as with `jit_compile=False`, and `model.jit_compile` keeps
 the user's value.
 
 `KERAS_ALLREDUCE_DOOR=0` leaves Keras as it is. Without the door, or where Keras
-is not as it is known, a warning says what is given up.
+is not as it is known, a warning names the consequence.
 """
 
 import contextlib

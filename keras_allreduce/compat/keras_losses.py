@@ -99,8 +99,8 @@ def has_function_of_samples(metric: Any, y_pred: Any) -> bool:
 def losses_of_batch(model: keras.Model) -> list[str]:
     """Names of the losses of `compile` that are not one value per sample.
 
-    Those of a model of one output whose shape is known, or of any model by
-    what they are.
+    Those of a model of one output whose shape is known; of other models, by
+    their kind alone.
     """
     outputs = keras.tree.flatten(getattr(model, "outputs", None) or [])
     y_pred = outputs[0] if len(outputs) == 1 else _MATRIX

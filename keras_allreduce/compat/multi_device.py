@@ -75,7 +75,7 @@ class DeviceFunctions:
                         iterator_is_anonymous=True,
                     )
                 )
-        # Of this iterator, which is never read, by what each is.
+        # Of this iterator, which is never read, by name.
         self._given = {
             "resource": resource,
             "incarnation": incarnation,

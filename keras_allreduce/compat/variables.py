@@ -2,11 +2,11 @@
 
 `float(optimizer.learning_rate)` and `int(optimizer.iterations)` work:
 TensorFlow's variables have `__float__` and `__int__`, its distributed ones
-have not. And what a metric is reset to is not read: TensorFlow sums each
-variable over all workers then, one by one, for a result that Keras drops. A
-variable that a replica assigns on its own differs between the replicas from
-then on, so the strategy is told. What replicas assign to a variable with an
-aggregation counts by samples. A tape outside of `strategy.run` is an error
+have not. And the value that a metric is reset to is not read: TensorFlow sums
+each variable over all workers then, one by one, for a result that Keras drops.
+A variable that a replica assigns on its own differs between the replicas from
+then on, so the strategy is told. Values that replicas assign to a variable with
+an aggregation count by samples. A tape outside of `strategy.run` is an error
 that says so.
 """
 
