@@ -77,29 +77,18 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         """Whether a replica may assign its part of any variable by itself."""
         return replica.updates_locally() or replica.is_measured()
 
-    def update(
-        self,
-        var: Any,
-        fn: Callable[..., Any],
-        args: Any = (),
-        kwargs: Any = None,
-        group: bool = True,
-    ) -> Any:
-        """Runs `fn` to update `var`, as TensorFlow's does.
+    def colocate_vars_with(self, colocate_with_variable: Any) -> Any:
+        """As TensorFlow's, which Keras's optimizers call when they are built.
 
         Args:
-            var: A variable that was made in the scope of this strategy.
-            fn: Called with the part of each replica.
-            args: Further arguments of `fn`.
-            kwargs: Likewise.
-            group: Whether TensorFlow returns one op instead of the results.
+            colocate_with_variable: A variable of this strategy.
 
         Raises:
             RuntimeError: If this strategy is not the current one.
         """
         if tf.distribute.get_strategy().extended is not self:
             raise RuntimeError(variables.OUTSIDE_OF_A_REPLICA)
-        return super().update(var, fn, args, kwargs, group)
+        return super().colocate_vars_with(colocate_with_variable)
 
     def _use_merge_call(self) -> bool:
         # Once gradients are reduced, each replica can update on its own, also

@@ -165,25 +165,34 @@ def test_a_variable_is_aggregated_when_replicas_assign(
     assert [copy.numpy() for copy in variable.values] == [expected] * 2
 
 
-@pytest.mark.parametrize("in_scope", [True, False])
-def test_a_tape_outside_of_a_replica_is_an_error_that_says_so(in_scope):
-    strategy = ours()
+def outside_of_run(strategy, optimizer, in_scope):
+    """A step of a loop that knows of no replicas, and the weights after it."""
+    keras.utils.set_random_seed(1)
     with strategy.scope():
         model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
-        optimizer = keras.optimizers.SGD(0.1)
+        optimizer = optimizer()
     scope = strategy.scope() if in_scope else contextlib.nullcontext()
-    with scope, tf.GradientTape() as tape:
-        loss = tf.reduce_sum(model(tf.ones([4, 2])))
+    with scope:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(tf.ones([4, 2])))
+        weights = model.trainable_variables
+        gradients = tape.gradient(loss, weights)
+        optimizer.apply_gradients(zip(gradients, weights, strict=True))
+    return weights
 
-    def step():
-        variables = model.trainable_variables
-        gradients = tape.gradient(loss, variables)
-        optimizer.apply_gradients(zip(gradients, variables, strict=True))
 
-    with (
-        strategy.scope() if in_scope else contextlib.nullcontext(),
-        pytest.raises(
-            (ValueError, RuntimeError), match=r"outside of `strategy\.run`"
-        ),
+@pytest.mark.parametrize("in_scope", [True, False])
+def test_a_tape_outside_of_a_replica_is_an_error_that_says_so(in_scope):
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"outside of `strategy\.run`"
     ):
-        step()
+        outside_of_run(ours(), keras.optimizers.Adam, in_scope)
+
+
+def test_an_update_outside_of_the_scope_is_that_of_every_replica():
+    found = outside_of_run(ours(), keras.optimizers.SGD, in_scope=False)
+    one = tf.distribute.get_strategy()
+    wanted = outside_of_run(one, keras.optimizers.SGD, in_scope=False)
+    for weight, other in zip(found, wanted, strict=True):
+        for part in weight.value.values:
+            np.testing.assert_allclose(part, other, rtol=1e-6)
