@@ -122,6 +122,35 @@ def is_read_whole(dataset: Any) -> bool:
     )
 
 
+def ends_in_batch(dataset: Any) -> bool:
+    """Whether a data set yields batches as one of its `batch`es made them.
+
+    All parts of such a batch have one length.
+    """
+    name = _name(dataset)
+    if name in _BATCHES:
+        return True
+    sources = dataset._inputs()
+    return name in _LEAVE_BATCHES and all(map(ends_in_batch, sources))
+
+
+_BATCHES = frozenset({"Batch", "PaddedBatch", "ParallelBatch"})
+_LEAVE_BATCHES = frozenset(
+    {
+        "Cache",
+        "Concatenate",
+        "Filter",
+        "Options",
+        "Prefetch",
+        "Repeat",
+        "Shard",
+        "Shuffle",
+        "Skip",
+        "Take",
+    }
+)
+
+
 def ends_in_one_step(dataset: Any, batches: int | None) -> bool:
     """Whether a data set ends in the same step on all workers.
 
@@ -138,10 +167,13 @@ def ends_in_one_step(dataset: Any, batches: int | None) -> bool:
 
 def _may_read_files(dataset: Any) -> bool:
     return any(
-        type(each).__name__.lstrip("_").removesuffix("Dataset")
-        not in _READ_NO_FILES
-        for each in _with_inputs(dataset)
+        _name(each) not in _READ_NO_FILES for each in _with_inputs(dataset)
     )
+
+
+def _name(dataset: Any) -> str:
+    """The kind of a data set, such as "Batch"."""
+    return type(dataset).__name__.lstrip("_").removesuffix("Dataset")
 
 
 # Transformations without data sets of their own, and sources that are tensors.
@@ -246,10 +278,13 @@ def example(element_spec: Any, batch_size: int) -> Any:
         element_spec: Spec of the batches of a distributed data set.
         batch_size: Size of the batch, where the spec does not say it.
     """
-    values = []
+    values: list[Any] = []
     for spec in tf.nest.flatten(element_spec):
         value_specs = getattr(spec, "_value_specs", (spec,))
         part = value_specs[0]
+        if part == tf.type_spec_from_value(None):
+            values.append(None)
+            continue
         if not isinstance(part, tf.TensorSpec) or not part.shape.rank:
             return None
         inner = part.shape[1:]

@@ -112,9 +112,7 @@ def _part(value: Any, index: tf.Tensor, count: int) -> Any:
         return part
     # `slice` forgets the dimensions that are known.
     shape = tf.concat([part.dense_shape[:1], inner], axis=0)
-    return tf.SparseTensor(
-        part.indices, part.values, tf.ensure_shape(shape, [1 + len(inner)])
-    )
+    return tf.SparseTensor(part.indices, part.values, shape)
 
 
 def first_dimension(value: Any) -> tf.Tensor:

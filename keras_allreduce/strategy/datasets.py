@@ -1,6 +1,7 @@
 """Distributes data sets; copies arrays that belong to Python."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -8,6 +9,7 @@ import tensorflow as tf
 
 from keras_allreduce.compat import keras_calls, runtime
 from keras_allreduce.compat.datasets import (
+    ends_in_batch,
     ends_in_one_step,
     yields_arrays_of_python,
 )
@@ -38,70 +40,92 @@ def distribute(
             no samples to split.
     """
     call = keras_calls.current_call()
+    changes: list[Callable[[Any], Any]] = []
     if num_replicas > 1 and call is not None:
-        _check_batches(dataset)
-        if keras_calls.arrays(call.epoch_iterator) is None:
-            dataset = _with_rows_checked(dataset)
+        spec = getattr(dataset, "element_spec", None)
+        _check_batches(spec)
+        if any(_is_optional(part) for part in tf.nest.flatten(spec)):
+            changes.append(_without_optionals)
+        is_of_arrays = keras_calls.arrays(call.epoch_iterator) is not None
+        if not is_of_arrays and not _has_known_rows(dataset):
+            changes.append(_with_rows_checked)
     if yields_arrays_of_python(dataset):
-        dataset = dataset.map(_copied)
+        changes.append(_copied)
+    if changes:
+        dataset = dataset.map(partial(_changed, changes))
     return own(split(dataset))
 
 
-def _check_batches(dataset: Any) -> None:
+@tf.autograph.experimental.do_not_convert
+def _changed(changes: Sequence[Callable[[Any], Any]], *batch: Any) -> Any:
+    """All changes of a batch, in the one `map` that they cost."""
+    for change in changes:
+        batch = change(batch)
+    return batch if len(batch) > 1 else batch[0]
+
+
+def _check_batches(spec: Any) -> None:
     """Raises if a part of a batch cannot be split over the replicas."""
-    spec = getattr(dataset, "element_spec", None)
     for path, part in keras.tree.flatten_with_path(spec):
-        found, remedy = "", ""
-        if isinstance(part, tf.OptionalSpec):
-            found = "None"
-            remedy = "Leave it out: yield (x, y) instead of (x, y, None)."
-        elif isinstance(part, tf.TensorSpec) and part.shape.rank == 0:
-            found = "one number for all samples"
-            remedy = (
-                "Repeat it for every sample, `tf.fill([tf.shape(x)[0]], "
-                "number)`, or keep it in a variable of the model."
-            )
-        if found:
+        if isinstance(part, tf.TensorSpec) and part.shape.rank == 0:
             where = "".join(f"[{key!r}]" for key in path)
             raise ValueError(
-                f"{shares.ROWS} Received: {found} in batch{where}. {remedy}"
+                f"{shares.ROWS} Received: one number for all samples in "
+                f"batch{where}. Repeat it for every sample, "
+                "`tf.fill([tf.shape(x)[0]], number)`, or keep it in a "
+                "variable of the model."
             )
 
 
-def _with_rows_checked(dataset: Any) -> Any:
-    """A data set that raises if parts of a batch differ in length."""
+def _is_optional(part: Any) -> bool:
+    return isinstance(part, tf.OptionalSpec | tf.experimental.Optional)
+
+
+def _without_optionals(batch: Any) -> Any:
+    """A batch with `None` where Keras has put an optional in its place.
+
+    An optional cannot be split. Keras makes `None` of it before its step.
+    """
+    return tf.nest.map_structure(
+        lambda part: None if _is_optional(part) else part, batch
+    )
+
+
+def _has_known_rows(dataset: Any) -> bool:
+    """Whether all parts of a batch are known to have one length."""
     spec = getattr(dataset, "element_spec", None)
     sizes = {
         part.shape[0]
         for part in tf.nest.flatten(spec)
         if isinstance(part, _TENSORS) and part.shape.rank
     }
-    if len(tf.nest.flatten(spec)) < 2 or (len(sizes) == 1 and sizes != {None}):
-        return dataset
+    is_known = len(sizes) == 1 and sizes != {None}
+    return is_known or len(tf.nest.flatten(spec)) < 2 or ends_in_batch(dataset)
 
-    @tf.autograph.experimental.do_not_convert
-    def checked(*batch: Any) -> Any:
-        first, *rest = (
-            first_dimension(part)
-            for part in tf.nest.flatten(batch)
-            if part is not None
+
+def _with_rows_checked(batch: Any) -> Any:
+    """A batch whose parts are of one length, or an error.
+
+    What splits a batch splits each of its parts on its own.
+    """
+    first, *rest = (
+        first_dimension(part)
+        for part in tf.nest.flatten(batch)
+        if part is not None
+    )
+    checks = [
+        tf.debugging.assert_equal(
+            size,
+            first,
+            message=f"{shares.ROWS} Received: parts of these lengths. "
+            f"{shares.ROWS_REMEDY}",
         )
-        checks = [
-            tf.debugging.assert_equal(
-                size,
-                first,
-                message=f"{shares.ROWS} Received: parts of these lengths. "
-                f"{shares.ROWS_REMEDY}",
-            )
-            for size in rest
-        ]
-        with tf.control_dependencies(checks):
-            batch = tf.nest.map_structure(
-                lambda part: part if part is None else tf.identity(part), batch
-            )
-        return batch if len(batch) > 1 else batch[0]
-
-    return dataset.map(checked)
+        for size in rest
+    ]
+    with tf.control_dependencies(checks):
+        return tf.nest.map_structure(
+            lambda part: part if part is None else tf.identity(part), batch
+        )
 
 
 _TENSORS = tf.TensorSpec | tf.SparseTensorSpec | tf.RaggedTensorSpec
@@ -132,15 +156,17 @@ def share_steps(
         know_steps(distributed)
 
 
-@tf.autograph.experimental.do_not_convert
-def _copied(*element: Any) -> Any:
-    def copy(tensor: tf.Tensor) -> tf.Tensor:
-        if tensor.dtype.is_floating or tensor.dtype.is_integer:
-            return tf.raw_ops.DeepCopy(x=tensor)
-        return tensor
+def _copied(batch: Any) -> Any:
+    """A batch that has memory of its own."""
 
-    copies = tf.nest.map_structure(copy, element, expand_composites=True)
-    return copies if len(copies) > 1 else copies[0]
+    def copy(tensor: Any) -> Any:
+        if tensor is None or not (
+            tensor.dtype.is_floating or tensor.dtype.is_integer
+        ):
+            return tensor
+        return tf.raw_ops.DeepCopy(x=tensor)
+
+    return tf.nest.map_structure(copy, batch, expand_composites=True)
 
 
 def shuffled_alike(

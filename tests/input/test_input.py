@@ -633,6 +633,13 @@ def test_each_batch_becomes_one_part_for_every_replica(data):
     assert rows == [1, 1, 1, 0, 1, 1, 1, 0, 1, 0, 0, 0]
 
 
+def test_a_sparse_part_has_the_known_inner_dimensions():
+    whole = tf.sparse.from_dense(tf.eye(6, 3))
+    data = tf.data.Dataset.from_tensor_slices((whole, tf.zeros(6))).batch(4)
+    spec, _ = split_datasets._parts(data, 2).element_spec
+    assert spec.shape.as_list() == [None, 3]
+
+
 @pytest.mark.parametrize(("size", "of_a_part"), [(8, 2), (7, None)])
 def test_a_part_has_a_known_size_where_all_have_the_same(size, of_a_part):
     parts = split_datasets._parts(numbers(size, size, drop_remainder=True), 4)
@@ -655,6 +662,81 @@ def test_a_step_reads_its_parts_without_a_condition():
     assert rows == [[2, 1], [2, 1], [1, 0]]
     with pytest.raises(tf.errors.OutOfRangeError):
         read_one()
+
+
+PAIRS = tf.data.Dataset.from_tensor_slices((tf.zeros([8, 2]), tf.zeros([8])))
+PAIRS_IN_BATCHES = PAIRS.shuffle(4).batch(3)
+OF_ONE_LENGTH = {
+    "batch": PAIRS_IN_BATCHES,
+    "padded_batch": PAIRS.padded_batch(3),
+    "parallel": PAIRS.batch(3, num_parallel_calls=2).prefetch(1),
+    "shuffle, cache, repeat": PAIRS_IN_BATCHES.shuffle(2).cache().repeat(2),
+    "shard, skip, take": PAIRS_IN_BATCHES.shard(1, 0).skip(1).take(1),
+    "filter": PAIRS_IN_BATCHES.filter(lambda *_: True),
+    "with_options": PAIRS_IN_BATCHES.with_options(tf.data.Options()),
+    "concatenate": PAIRS_IN_BATCHES.concatenate(PAIRS_IN_BATCHES),
+}
+OF_ANY_LENGTH = {
+    "no batch": PAIRS,
+    "map": PAIRS_IN_BATCHES.map(lambda x, y: (x, y[:1])),
+    "zip": tf.data.Dataset.zip(numbers(8, 3), numbers(8, 2)),
+    "unbatch": PAIRS_IN_BATCHES.unbatch(),
+    "rebatch": PAIRS_IN_BATCHES.rebatch(2),
+    "concatenate": PAIRS_IN_BATCHES.concatenate(
+        PAIRS_IN_BATCHES.map(lambda x, y: (x, y[:1]))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_ONE_LENGTH)
+def test_parts_of_a_batch_are_known_to_have_one_length(name):
+    assert datasets.ends_in_batch(OF_ONE_LENGTH[name])
+    for x, y in OF_ONE_LENGTH[name]:
+        assert len(x) == len(y)
+
+
+@pytest.mark.parametrize("name", OF_ANY_LENGTH)
+def test_parts_of_a_batch_may_differ_in_length(name):
+    assert not datasets.ends_in_batch(OF_ANY_LENGTH[name])
+
+
+def one_by_one(*batches):
+    yield from batches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("data", "maps"),
+    [
+        (lambda: PAIRS.batch(3), 0),
+        (lambda: PAIRS.batch(3).map(lambda x, y: (x, y)), 2),
+        (lambda: one_by_one((np.ones([3, 2]), np.ones(3))), 1),
+        (lambda: one_by_one((np.ones([3, 2]), np.ones(3), None)), 1),
+    ],
+    ids=["batch", "batch and map", "generator", "generator of None"],
+)
+def test_keras_data_is_changed_in_one_map_at_most(data, maps):
+    both, given = strategy(2), []
+    with both.scope():
+        model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    stock = split_datasets.split
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            split_datasets,
+            "split",
+            lambda dataset, extended: (
+                given.append(dataset) or stock(dataset, extended)
+            ),
+        )
+        model.fit(data(), verbose=0)
+    assert count_of_maps(given[0]) == maps
+
+
+def count_of_maps(dataset):
+    sources = dataset._inputs()
+    is_map = type(dataset).__name__ == "_MapDataset"
+    return is_map + sum(map(count_of_maps, sources))
 
 
 # Other versions of TensorFlow ------------------------------------------------

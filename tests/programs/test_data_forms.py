@@ -296,9 +296,15 @@ def with_a_table():
     return rows.map(lambda x, y: ({"left": x, "right": table}, y))
 
 
+def batches_of_two_sizes():
+    x = tf.data.Dataset.from_tensor_slices(X).batch(6)
+    y = tf.data.Dataset.from_tensor_slices(Y).batch(4)
+    return tf.data.Dataset.zip(x, y).prefetch(1)
+
+
 @pytest.mark.parametrize(
     "data",
-    [graphs_of_several_rows, with_a_table],
+    [graphs_of_several_rows, with_a_table, batches_of_two_sizes],
     ids=lambda each: each.__name__,
 )
 def test_parts_of_a_batch_with_other_rows_end_in_an_error(data):
