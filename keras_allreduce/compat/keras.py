@@ -4,6 +4,7 @@ Each has a test of its name in `tests/compat/test_keras_assumptions.py`.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,12 @@ PREDICT = "predict_step"
 def is_keras_method(model: Any, name: str) -> bool:
     """Whether the class of `model` leaves a method as Keras has it."""
     return getattr(type(model), name) is getattr(keras.Model, name)
+
+
+@functools.cache
+def attributes_of_any_model() -> frozenset[str]:
+    """Names of the attributes that Keras gives every model."""
+    return frozenset(vars(keras.Model(name="any")))
 
 
 def is_custom_step(model: Any, name: str) -> bool:

@@ -24,6 +24,14 @@ from tensorflow.python.distribute.values import (
     SyncOnReadVariable,
 )
 
+# The class of variables that no strategy has made. There is no public one that
+# has the methods.
+from tensorflow.python.ops.resource_variable_ops import (
+    ResourceVariable as _ResourceVariable,
+)
+
+PlainVariable = _ResourceVariable
+
 
 class _Numbers:
     """`float` and `int` of a variable with one number."""
@@ -116,6 +124,17 @@ _OWN_CLASSES = {
         (SyncOnReadVariable, _NotReadAfterAssign),
     )
 }
+
+
+def is_made_outside_of_scope(variable: Any) -> bool:
+    """Whether a plain variable is not the part of a replica of another one.
+
+    Of one whose handle is in a graph nothing is known.
+    """
+    handle = variable.handle
+    return hasattr(handle, "numpy") and not hasattr(
+        handle, "_distributed_container"
+    )
 
 
 def convert_in_place(variable: Any) -> Any:

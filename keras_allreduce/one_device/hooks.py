@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_allreduce.compat.variables import PlainVariable
 from keras_allreduce.one_device import replica
 from keras_allreduce.one_device.replica import Current, Replica
 
@@ -29,6 +30,10 @@ _HOOKED = (
     (keras.random.SeedGenerator, "next", "next_seed"),
     (tf.random.Generator, "skip", "skip"),
     (tf.distribute.ReplicaContext, "all_reduce", "all_reduce"),
+    (tf.distribute.ReplicaContext, "merge_call", "merge_call"),
+    (PlainVariable, "assign", "assign"),
+    (PlainVariable, "assign_add", "assign"),
+    (PlainVariable, "assign_sub", "assign"),
 )
 
 _lock = threading.Lock()

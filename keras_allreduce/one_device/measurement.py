@@ -160,7 +160,7 @@ def _most_rounds(key: Key, values: "_Values", tolerance: float) -> int:
     """In how many rounds a value is measured, as these have it."""
     if key[0] in ("denominator", "inputs"):
         return 0
-    if key[0] == "state":  # One state does not tell its decay.
+    if key[0] in reduction.STATES:  # One state does not tell its decay.
         is_random = any((part != part[:1]).any() for part in values[key])
         return ROUNDS_FOR_DOUBT if is_random else 0
     doubt = _reduction(key, [values], tolerance).doubt
@@ -201,7 +201,7 @@ def _reduction(
         tolerance: Relative difference that is rounding.
         end: The kind by the op that it ends in, if that is a reduction.
     """
-    if key[0] == "state":
+    if key[0] in reduction.STATES:
         return _of_state(key, states, max(tolerance, judge.OF_STATE))
     if end == reduction.COMPARES:
         return Reduction(doubt=end)

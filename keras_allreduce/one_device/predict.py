@@ -63,6 +63,7 @@ def _on_replica(
     keras_threads.take_over(settings)
     this = Replica(has_samples=has_samples, num_replicas=count)
     with replica.running(this, step):
+        step.begin_replica()
         if has_samples is not None:
             data = empty_replica.with_a_sample(data, has_samples, spare)
         outputs = _with_rows(fn(data, *args, **kwargs))

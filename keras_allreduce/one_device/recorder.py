@@ -174,6 +174,7 @@ class ValueRecorder:
         sample_weight: Any = None,
     ) -> Any:
         """Records one value for all samples that goes into a metric."""
+        reduction.have_state_summed(metric)
         key = reduction.metric_key(metric)
         if id(metric) not in replica.current().functions:
             self.record(key, values)
@@ -220,6 +221,27 @@ class ValueRecorder:
         self.communicates = True
         return value
 
+    def merge_call(
+        self, merge_call: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """There is no other replica."""
+        return merge_call(*args, **kwargs)
+
+    def assign(
+        self,
+        assign: Callable[..., Any],
+        variable: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Records the state of a variable that no strategy has made."""
+        if self._batch.owns(variable.handle):
+            return assign(variable, *args, **kwargs)
+        key = reduction.outside_key(variable)
+        if key is not None:
+            self._note(key, variable)
+        return assign(variable, *args, **kwargs)
+
     def before_assignment(self, variable: Any, value: Any) -> Any:
         """A variable is about to be assigned.
 
@@ -230,11 +252,13 @@ class ValueRecorder:
             self._keep(variable)
         elif id(variable) not in this.assigned:
             this.assigned.add(id(variable))
-            self._keep(variable)
-            before = read_outside_of_branches(variable)
-            key = reduction.state_key(variable)
-            self._assigned.append((key, variable, before))
+            self._note(reduction.state_key(variable), variable)
         return value
+
+    def _note(self, key: Key, variable: Any) -> None:
+        self._keep(variable)
+        before = read_outside_of_branches(variable)
+        self._assigned.append((key, variable, before))
 
     def record_states(self) -> None:
         """Records the assigned values of the step, and those before."""

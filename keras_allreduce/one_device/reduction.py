@@ -20,10 +20,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import graphs
 from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.compat.variables import is_made_outside_of_scope
 from keras_allreduce.one_device import replica
 
 MEAN = "mean"
@@ -39,6 +41,9 @@ COMPARES = "compares samples"
 STATE = "state"
 
 Key = tuple[Any, ...]
+
+# States: variables of the strategy, and those made outside of its scope.
+STATES = ("state", "outside")
 
 # Shown values: inputs of metrics, logs, and logs that are integers.
 SHOWN = ("metric", "log", "count")
@@ -75,6 +80,11 @@ class Reduction:
     def is_exact(self) -> bool:
         """Whether the result is that of one device."""
         return not self.doubt
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether replicas that share a variable add what one device adds."""
+        return self.is_exact and self.kind == SUM and self.decay == 1.0
 
 
 @dataclass(frozen=True)
@@ -198,3 +208,28 @@ def log_key(path: Key, dtype: tf.DType) -> Key:
 def state_key(variable: Any) -> Key:
     """The key of a variable that a replica assigns on its own."""
     return "state", variable.name, replica.current().next_call("state")
+
+
+def outside_key(variable: Any) -> Key | None:
+    """The key of a variable that no strategy has made.
+
+    `None` if it is the part of a replica of one that a strategy has made, or
+    has a key already.
+    """
+    this = replica.current()
+    if (
+        this is replica.NO_REPLICA
+        or id(variable) in this.assigned
+        or replica.updates_locally()
+        or not is_made_outside_of_scope(variable)
+    ):
+        return None
+    this.assigned.add(id(variable))
+    return "outside", variable.name, this.next_call("outside")
+
+
+def have_state_summed(metric: keras.metrics.Metric) -> None:
+    """The replica adds its share of a batch to the state of a metric."""
+    this = replica.current()
+    if this is not replica.NO_REPLICA:
+        this.assigned.update(map(keras_compat.identity_of, metric.variables))

@@ -198,6 +198,7 @@ class Step:
         keras_threads.take_over(settings)
         this = Replica(*shares, num_replicas=self._count)
         with replica.running(this, current):
+            current.begin_replica()
             if this.has_samples is None:
                 return self._shown(current, fn(data, *args, **kwargs))
             before = empty_replica.state(self._model)

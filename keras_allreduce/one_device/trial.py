@@ -24,6 +24,7 @@ from keras_allreduce.compat import (
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import hooks
 from keras_allreduce.one_device.hooks import shadowed
+from keras_allreduce.one_device.python_numbers import PythonNumbers
 from keras_allreduce.one_device.recorder import ValueRecorder, WholeBatch
 from keras_allreduce.one_device.reduction import Key
 from keras_allreduce.one_device.replica import Replica
@@ -64,6 +65,7 @@ class Trial:
         # A loss may be measured while Keras goes through what layers added.
         self._losses = keras_losses.added_losses(model)
         self._pythons_random = random.getstate(), np.random.get_state()
+        self._numbers = PythonNumbers(model)
         self._batch: Any = None
         self._run: Any = None
         self._state = _State()
@@ -91,6 +93,7 @@ class Trial:
         share = tf.constant(count / self._batch.size, tf.float32)
         results = self._run(batch, share, tf.constant(rows.start))
         self._state.put_back()
+        self._numbers.put_back()
         return [_some_of(each.numpy()) for each in results]
 
     def move(self, *, counters: bool) -> bool:
@@ -117,6 +120,7 @@ class Trial:
         """Puts back all that the step has changed."""
         with tf.init_scope():
             self._state.restore()
+        self._numbers.put_back()
         keras_losses.put_back_losses(self._model, self._losses)
         random.setstate(self._pythons_random[0])
         np.random.set_state(self._pythons_random[1])

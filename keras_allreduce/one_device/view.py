@@ -17,6 +17,7 @@ from keras_allreduce.one_device import (
     whole_batch,
 )
 from keras_allreduce.one_device.gradients import GradientsOfTheBatch
+from keras_allreduce.one_device.python_numbers import PythonNumbers
 from keras_allreduce.one_device.reduction import (
     MAX,
     MEAN,
@@ -69,6 +70,11 @@ class CurrentStep:
         self._gradients = gradients
         self._state = state
         self._replicas = replicas
+        self._numbers = PythonNumbers(model)
+
+    def begin_replica(self) -> None:
+        """A replica is about to run the step."""
+        self._numbers.put_back()
 
     def before_assignment(self, variable: Any, value: Any) -> Any:
         """A replica is about to assign to its own part of a variable.
@@ -156,6 +162,29 @@ class CurrentStep:
             return value
         return all_reduce(context, reduce_op, value, **options)
 
+    def merge_call(
+        self, merge_call: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The other replicas run in the meantime."""
+        numbers = PythonNumbers(self.model)
+        merged = merge_call(*args, **kwargs)
+        numbers.put_back()
+        return merged
+
+    def assign(
+        self,
+        assign: Callable[..., Any],
+        variable: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """All replicas assign to a variable that no strategy has made."""
+        key = reduction.outside_key(variable)
+        found = self._reductions.found.get(key) if key else None
+        if found is not None and not found.adds_up:
+            warn.of_outside_variable(self.model, variable.name)
+        return assign(variable, *args, **kwargs)
+
     def update_mean(
         self,
         update: Callable[..., Any],
@@ -168,6 +197,7 @@ class CurrentStep:
         One value for all samples of a replica counts with its share.
         """
         this = replica.current()
+        reduction.have_state_summed(metric)
         key = reduction.metric_key(metric)
         if _rank(values) == 0 and _rank(sample_weight) in (None, 0):
             if id(metric) in this.functions and self._replicas is not None:
@@ -214,6 +244,7 @@ class CurrentStep:
         sample_weight: Any = None,
     ) -> Any:
         """A sum over batches, to which each batch is added once."""
+        reduction.have_state_summed(metric)
         key = reduction.metric_key(metric)
         if _rank(values) == 0:
             values = tf.convert_to_tensor(values)

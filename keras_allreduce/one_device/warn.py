@@ -22,6 +22,7 @@ _FAILURE = "failure"
 _METRIC = "metric"
 _LARGE = "large loss"
 _MIXES = "mixes samples"
+_OUTSIDE = "outside variable"
 _SHOWN = "shown"
 
 PARTS = (
@@ -184,6 +185,20 @@ def of_large_loss(model: keras.Model, name: str, nbytes: int) -> None:
         '`loss="mse"` with a `sample_weight` in the place of a mask, or make '
         "the strategy with `weigh_samples=True` to say that the mean over the "
         "replicas is what you want.",
+    )
+
+
+def of_outside_variable(model: keras.Model, name: str) -> None:
+    """Warns of a variable that has one value for all replicas."""
+    _once(
+        model,
+        _OUTSIDE,
+        "Variables that a step assigns are made in the scope of the strategy, "
+        f"so that every replica has its own. Received: {name!r}, made outside "
+        "of it. The replicas assign to the same variable, one after the other, "
+        "so unless they add sums over samples or all assign one value, it "
+        "differs from that of one device: a count of steps is a multiple. Make "
+        "it inside `with strategy.scope():`.",
     )
 
 

@@ -723,6 +723,17 @@ def test_replicas_update_moving_statistics_each_on_its_own():
         assert hasattr(each.value, "_update_replica")
 
 
+def test_attributes_of_any_model_are_those_that_keras_sets_in_a_step():
+    known = keras_compat.attributes_of_any_model()
+    assert {"built", "_called", "compiled", "_lock", "name"} <= known
+    first = keras.Model().name
+    keras_compat.attributes_of_any_model.cache_clear()
+    keras_compat.attributes_of_any_model()
+    # No number is taken from the names of the user's models.
+    number = int(first.partition("_")[2] or 0)
+    assert keras.Model().name == f"model_{number + 1}"
+
+
 def test_variables_of_keras_and_tensorflow_have_one_identity():
     one, other = keras.Variable(1.0), keras.Variable(2.0)
     identity = keras_compat.identity_of

@@ -9,6 +9,7 @@ from five_devices import DEVICES
 from small_model import fit, make_model
 
 import keras_allreduce
+from keras_allreduce.compat import variables
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +38,19 @@ def test_a_variable_that_is_summed_when_it_is_read_is_a_number(strategy):
     assert float(total) == 4.0
     total.assign(6.0)
     assert float(total) == 6.0
+
+
+def test_only_variables_without_a_strategy_are_made_outside_of_a_scope(
+    strategy,
+):
+    with strategy.scope():
+        of_replicas = tf.Variable(1.0).values
+    plain = tf.Variable(1.0)
+    assert type(plain) is variables.PlainVariable
+    assert variables.is_made_outside_of_scope(plain)
+    assert not any(map(variables.is_made_outside_of_scope, of_replicas))
+    with tf.Graph().as_default():
+        assert not variables.is_made_outside_of_scope(tf.Variable(1.0))
 
 
 def test_an_assignment_in_a_graph_of_tensorflow_1_is_what_it_returns():

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import numpy as np
@@ -286,6 +287,27 @@ class CountsWithAnAggregation(Model):
         return {"own": loss, "seen": self.seen}
 
 
+@step
+class CountsInPython(Model):
+    """The loss follows from how often Python has run the step."""
+
+    begun = 0
+
+    def __init__(self):
+        super().__init__()
+        self.ended = 0
+
+    def train_step(self, data):
+        self.begun += 1
+        factor = 1.0 if self.begun % 2 else 0.5
+        with tf.GradientTape() as tape:
+            loss = factor * self.error(*data)
+        self.apply(loss, tape)
+        # The other replicas have run as far in the meantime.
+        self.ended += 1
+        return {"own": loss, "ended": tf.constant(float(self.ended))}
+
+
 def train(of, replicas, eager=False, size=10, epochs=2):
     """Weights and History of a model on some replicas, and its warnings."""
     keras.utils.clear_session(free_memory=False)
@@ -309,7 +331,9 @@ def train(of, replicas, eager=False, size=10, epochs=2):
         [
             each
             for each in messages
-            if "Each replica" in each or "It is" in each
+            if "Each replica" in each
+            or "It is" in each
+            or "made outside" in each
         ],
     )
 
@@ -370,6 +394,84 @@ def test_a_step_with_python_in_it_is_measured_eagerly():
             return {"own": loss}
 
     agree(train(Looks, 2, eager=True), train(Looks, 1, eager=True))
+
+
+def test_an_eager_step_counts_in_python_as_on_one_device():
+    models = []
+
+    def make():
+        models.append(CountsInPython())
+        return models[-1]
+
+    agree(train(make, 3, eager=True), train(make, 1, eager=True))
+    assert [(each.begun, each.ended) for each in models] == [(6, 6)] * 2
+
+
+def made_outside(make):
+    with ThreadPoolExecutor(1) as thread:  # Which is in no scope.
+        return thread.submit(make).result()
+
+
+class Outside(Model):
+    """Assigns to a variable that no strategy has made."""
+
+    def __init__(self, assign):
+        super().__init__()
+        self.assign = assign
+        self.kept = made_outside(lambda: tf.Variable(0.0, trainable=False))
+        self.mean = made_outside(keras.metrics.Mean)
+
+    def train_step(self, data):
+        logs = self.step_on_mean(*data)
+        self.assign(self, data[0], logs["own"])
+        return logs
+
+
+def counts_steps(model, _x, _loss):
+    model.kept.assign_add(1.0)
+
+
+def averages(model, x, _loss):
+    kept = model.kept
+    kept.assign(0.9 * kept + 0.1 * tf.reduce_mean(x))
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["graph", "eager"])
+@pytest.mark.parametrize("assign", [counts_steps, averages])
+def test_a_shared_variable_that_is_no_sum_is_warned_about(assign, eager):
+    _, _, messages = train(lambda: Outside(assign), 2, eager=eager)
+    (message,) = messages
+    assert "Received: 'Variable:0', made outside" in message
+
+
+def counts_samples(model, x, _loss):
+    model.kept.assign_add(tf.cast(tf.shape(x)[0], tf.float32))
+
+
+def updates_a_metric(model, _x, loss):
+    model.mean.update_state(loss)
+
+
+SEEDS = keras.random.SeedGenerator(3)
+
+
+def draws(_model, x, _loss):
+    keras.random.normal(tf.shape(x), seed=SEEDS)
+
+
+@pytest.mark.parametrize("assign", [counts_samples, updates_a_metric, draws])
+def test_replicas_add_up_in_a_shared_variable_without_a_warning(assign):
+    models = []
+
+    def make():
+        models.append(Outside(assign))
+        return models[-1]
+
+    agree(train(make, 2), train(make, 1))
+    found, wanted = (
+        (float(each.kept), float(each.mean.result())) for each in models
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def test_ops_that_are_noticed_outside_run_only_in_the_steps(tmp_path):

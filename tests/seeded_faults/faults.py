@@ -408,4 +408,28 @@ FAULTS = [
         "_union(ready, done)",
         ("test_stats.py",),
     ),
+    Fault(
+        "python_numbers",
+        "each replica counts on in Python where the one before it has ended",
+        "one_device/view.py",
+        "self._numbers.put_back()",
+        "pass",
+        ("test_custom_steps.py -k counts_in_python",),
+    ),
+    Fault(
+        "shared_variable",
+        "nobody is told of a counter that all replicas share",
+        "one_device/view.py",
+        "if found is not None and not found.adds_up:",
+        "if found is not None and found.adds_up:",
+        ("test_custom_steps.py -k shared_variable_that_is_no_sum",),
+    ),
+    Fault(
+        "zip_of_batches",
+        "batches that are zipped are taken to have one length",
+        "compat/datasets.py",
+        '"Take",\n    }\n)\n\n\ndef ends_in_one',
+        '"Take",\n        "Zip",\n    }\n)\n\n\ndef ends_in_one',
+        ("test_input.py -k may_differ_in_length",),
+    ),
 ]
