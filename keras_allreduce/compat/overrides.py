@@ -61,6 +61,9 @@ MEMBERS = {
         ),
         "_is_chief": "Facts of the cluster that have no public name.",
         "_num_workers": "The same.",
+        "_collective_key_base": (
+            "Groups of our own are numbered from there, far above."
+        ),
         "_worker_device": "The same.",
     },
     "CollectiveAllReduceStrategy": {

@@ -91,6 +91,7 @@ class MultiWorkerAllReduceExtended(
                 options,
                 self._in_flight,
                 self.paths_of_gradients,
+                self._collective_key_base,
             )
 
     def _get_variable_creator_initial_value(

@@ -25,7 +25,10 @@ from keras_allreduce.workers.in_flight import InFlight
 
 _SUM = {"merge_op": "Add", "final_op": "Id"}
 
-_group_keys = itertools.count(1_000_000)
+FIRST_KEY = 2**30
+"""Of a strategy; far above the numbers that TensorFlow gives its groups."""
+
+_other_keys = itertools.count(1_000_000)
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,12 @@ class CollectiveGroup:
     Attributes:
         size: Number of devices in the group.
         device: Host device of this worker.
-        key: Number of the group; strategies are made in one order on all
-            workers.
+        key: Number of the group, the same on all workers.
     """
 
     size: int
     device: str
-    key: int = field(default_factory=lambda: next(_group_keys))
+    key: int = field(default_factory=lambda: next(_other_keys))
 
 
 class CollectiveNames:

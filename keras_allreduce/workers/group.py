@@ -28,7 +28,11 @@ from keras_allreduce.workers.between_workers import (
 )
 from keras_allreduce.workers.calls import Calls
 from keras_allreduce.workers.cluster import Cluster
-from keras_allreduce.workers.collectives import CollectiveGroup, Collectives
+from keras_allreduce.workers.collectives import (
+    FIRST_KEY,
+    CollectiveGroup,
+    Collectives,
+)
 from keras_allreduce.workers.consistency_check import (
     ConsistencyCheck,
     environment,
@@ -133,6 +137,7 @@ class WorkerGroup(ProcessGroup):
         options: WorkerOptions,
         in_flight: InFlight,
         paths: Callable[[int], Sequence[str]],
+        key_base: int,
     ) -> "WorkerGroup":
         """Starts the monitor and compares the workers, as drawn at the top.
 
@@ -144,6 +149,7 @@ class WorkerGroup(ProcessGroup):
             options: Options of the strategy.
             in_flight: Tracks the collectives.
             paths: Returns the paths of the variables of as many gradients.
+            key_base: Where TensorFlow's numbers of groups begin.
 
         Raises:
             WorkerError: If workers differ in what [2] compares, or one fails.
@@ -156,8 +162,9 @@ class WorkerGroup(ProcessGroup):
         facts: Mapping[str, Any] = environment(devices) | options.facts()
         check.compare("versions, devices and options", Fingerprint(facts))
         workers = len(cluster.tasks)
-        group = CollectiveGroup(workers, host)  # [3]
-        gpus = CollectiveGroup(workers * len(devices), host)
+        key = FIRST_KEY + key_base
+        group = CollectiveGroup(workers, host, key)  # [3]
+        gpus = CollectiveGroup(workers * len(devices), host, key + 1)
         between: HostCollectives = Collectives(group, in_flight)
         if options.transport == MPI:
             between = _over_mpi(cluster, group, seconds, in_flight, monitor)

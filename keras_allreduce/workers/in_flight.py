@@ -205,6 +205,10 @@ class InFlight:
             with self.during():
                 yield Flight(())
             return
+        if not tf.compat.v1.executing_eagerly_outside_functions():
+            # Only a session could read the counters of its graph.
+            yield Flight(())
+            return
         with self._lock:
             if name not in self._counters:
                 self._counters[name] = self._new_counters()

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import tensorflow as tf
 
+from keras_allreduce.strategy import multi_worker
 from keras_allreduce.workers import connect
 from keras_allreduce.workers.cluster import check_cluster
 from keras_allreduce.workers.connect import read_cluster
@@ -168,3 +170,22 @@ def test_the_workers_are_kept_from_a_proxy(
     before = environment.get("no_grpc_proxy")
     found = connect.os.environ.get("no_grpc_proxy")
     assert found == (exceptions or before)
+
+
+def test_workers_that_are_threads_number_their_groups_alike(monkeypatch):
+    monkeypatch.setattr(multi_worker, "_made", [])
+
+    def key_base(job, rank):
+        return multi_worker._key_base(
+            tf.distribute.cluster_resolver.SimpleClusterResolver(
+                tf.train.ClusterSpec({"worker": job}), "", "worker", rank
+            )
+        )
+
+    job, other = ["a:1", "b:1"], ["c:1", "d:1"]
+    assert [key_base(job, rank) for rank in (0, 1)] == [0, 0]
+    assert [key_base(job, rank) for rank in (1, 0)] == [100, 100]
+    assert key_base(other, 1) == 0
+    # Not known to be another worker.
+    assert multi_worker._key_base(None) == 500
+    assert key_base(job, 0) == 300

@@ -83,6 +83,14 @@ def test_collectives_that_are_independent_do_not_wait_for_each_other(found):
     assert other not in ancestors(one)
 
 
+def test_what_a_session_runs_is_not_counted(found):
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        with found.watched("sum", [tf.ones([])]) as flight:
+            flight.results.append(2 * tf.ones([]))
+        assert session.run(flight.results) == [2.0]
+    assert found.read().begun == 0
+
+
 @pytest.mark.parametrize("counters", [Counters, TimedCounters])
 def test_nothing_is_read_while_tensorflow_connects(counters):
     found = InFlight(counters)
