@@ -5,6 +5,7 @@ whether a step's loss is a mean or a sum, `metric_state` how the state of a
 metric is reduced.
 """
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,5 +51,17 @@ def probe(run: Callable[[Any, slice], Any], example: Any) -> Probe | Failure:
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(in_thread).result()
     except Exception as error:  # noqa: BLE001 - The user's code runs here.
-        lines = str(error).strip().splitlines() or [""]
-        return Failure(f"{type(error).__name__}: {lines[0]}")
+        return Failure(f"{type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error that says what is wrong."""
+    lines = map(str.strip, str(error).splitlines())
+    return next((line for line in lines if not _NOTHING.match(line)), "")
+
+
+# What TensorFlow puts before an error of a graph.
+_NOTHING = re.compile(
+    r"$|Graph execution error|Detected at node|<stack traces|File |"
+    r"\d+ root error"
+)

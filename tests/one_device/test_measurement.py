@@ -13,6 +13,7 @@ from programs import Custom, X, Y, dense, fit, mean_squared, sgd
 
 import keras_allreduce
 from keras_allreduce.one_device import facts, first_batch, measurement
+from keras_allreduce.one_device.probe import probe
 from keras_allreduce.one_device.reduction import Reductions
 
 pytestmark = pytest.mark.slow
@@ -278,3 +279,11 @@ def test_coins_that_fall_alike_are_no_difference(
         found = measurement.measure(dense(), None, data, None)
         assert found.of("gradient", 0).kind == kind, seed
         assert found.of("gradient", 0).is_exact, seed
+
+
+def test_the_failure_of_a_graph_says_what_is_wrong():
+    add = tf.function(lambda x: x + tf.ones([3])).get_concrete_function(
+        tf.TensorSpec([None])
+    )
+    failure = probe(lambda batch, _rows: add(batch), tf.ones([16]))
+    assert "Incompatible shapes: [3] vs. [16]" in failure.reason
