@@ -2,9 +2,9 @@
 
 A step finds its optimizers, metrics and random generators wherever it likes,
 so they cannot be replaced one by one. While any step runs, a few methods of
-public classes ask whether the calling thread runs a replica of one; in all
-other threads, and once no step runs, they are unchanged. Methods of one object
-are replaced by `shadowed`.
+classes ask whether the calling thread runs a replica of one; in all other
+threads, and once no step runs, they are unchanged. Methods of one object are
+replaced by `shadowed`.
 """
 
 import contextlib

@@ -19,6 +19,8 @@ model (`hooks.py`). Afterwards all is as it was.
     seed_generator.next          view.py       another one per replica
     variable.assign              shared_state.py
                                                then one value for all replicas
+    context.merge_call           python_numbers.py
+                                               numbers of the model in Python
 
     replaced in the model
     compute_loss                 loss.py       empty replica: 0
