@@ -1,5 +1,6 @@
 """MultiWorkerMirroredStrategy whose gradients go through `BatchAllReduce`."""
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -31,8 +32,9 @@ from keras_allreduce.workers.wire_formats import (
 _CommunicationOptions = tf.distribute.experimental.CommunicationOptions
 
 
-# The worker that each strategy of this process is; `None`: the environment's.
-_made: list[Any] = []
+# Strategies are made in one order on all workers. Groups of our own begin far
+# above: `workers/collectives.py`.
+_key_bases = itertools.count(0, 100)
 
 
 class MultiWorkerAllReduceStrategy(
@@ -82,6 +84,8 @@ class MultiWorkerAllReduceStrategy(
             options or devices. A `RuntimeError`.
     """
 
+    _collective_key_base: int
+
     @explained
     def __init__(
         self,
@@ -120,8 +124,11 @@ class MultiWorkerAllReduceStrategy(
         )
         # TensorFlow numbers its groups of devices from here. The eager
         # collectives of two strategies are two groups, or the second would
-        # repeat the numbers of the first.
-        self._collective_key_base += _key_base(cluster_resolver)
+        # repeat the numbers of the first. TensorFlow's tests set it, for
+        # workers that are threads.
+        self._collective_key_base = self._collective_key_base or next(
+            _key_bases
+        )
         extended = MultiWorkerAllReduceExtended(
             self, cluster_resolver, stock_options, options
         )
@@ -253,21 +260,3 @@ def _wire_format(
 
 def _nowhere(text: str) -> None:
     """Prints nothing."""
-
-
-def _key_base(resolver: Any) -> int:
-    """Where TensorFlow's numbers of the groups of a strategy begin.
-
-    All workers make their strategies in one order. Threads of a process may be
-    several workers, whose resolvers say so. Groups of our own begin far above:
-    `workers/collectives.py`.
-    """
-    own = None
-    if isinstance(
-        resolver, tf.distribute.cluster_resolver.SimpleClusterResolver
-    ):
-        spec = resolver.cluster_spec().as_dict()
-        own = str(spec), resolver.task_type, resolver.task_id
-    before = [each for each in _made if None in (own, each) or each == own]
-    _made.append(own)
-    return 100 * len(before)

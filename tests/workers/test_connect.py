@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import tensorflow as tf
 
-from keras_allreduce.strategy import multi_worker
+import keras_allreduce
 from keras_allreduce.workers import connect
 from keras_allreduce.workers.cluster import check_cluster
 from keras_allreduce.workers.connect import read_cluster
@@ -172,20 +171,14 @@ def test_the_workers_are_kept_from_a_proxy(
     assert found == (exceptions or before)
 
 
-def test_workers_that_are_threads_number_their_groups_alike(monkeypatch):
-    monkeypatch.setattr(multi_worker, "_made", [])
+def test_each_strategy_numbers_its_groups_unless_that_is_set(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    make = keras_allreduce.MultiWorkerAllReduceStrategy
 
-    def key_base(job, rank):
-        return multi_worker._key_base(
-            tf.distribute.cluster_resolver.SimpleClusterResolver(
-                tf.train.ClusterSpec({"worker": job}), "", "worker", rank
-            )
-        )
+    def key_bases():
+        return [make().extended._collective_key_base for _ in range(2)]
 
-    job, other = ["a:1", "b:1"], ["c:1", "d:1"]
-    assert [key_base(job, rank) for rank in (0, 1)] == [0, 0]
-    assert [key_base(job, rank) for rank in (1, 0)] == [100, 100]
-    assert key_base(other, 1) == 0
-    # Not known to be another worker.
-    assert multi_worker._key_base(None) == 500
-    assert key_base(job, 0) == 300
+    first, second = key_bases()
+    assert second == first + 100
+    monkeypatch.setattr(make, "_collective_key_base", 7)
+    assert key_bases() == [7, 7]
