@@ -25,6 +25,9 @@ from keras_allreduce.launch.output import (
 LAST_LINES = 20
 """How much of what a worker wrote is told again when it fails."""
 
+MOST_BYTES = 65536
+"""Read from a pipe at once, and kept of an unfinished line."""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -109,8 +112,9 @@ class Worker:
     def _pump(self, pipe: IO[bytes], stream: io.RawIOBase) -> None:
         is_chief_out = self.index == 0 and stream is self._screen.out
         reader = LineReader(visible if self.index == 0 else visible_without_bar)
-        while data := pipe.read(65536):
-            self._append(data)
+        unwritten = b""
+        while data := pipe.read(MOST_BYTES):
+            unwritten = self._append(unwritten + data)
             lines = self._tagged(reader.feed(data))
             status = None
             if is_chief_out:
@@ -118,18 +122,30 @@ class Worker:
                 status = "".join(self._tagged(unfinished))
             self._screen.write(stream, lines, status)
             self.last_lines.extend(lines)
+        self._append(unwritten, is_last=True)
         lines = self._tagged(reader.close())
         self._screen.write(stream, lines, "" if is_chief_out else None)
         self.last_lines.extend(lines)
 
-    def _append(self, data: bytes) -> None:
-        """Adds to the file of this worker; a full disk must not end the job."""
-        if self._log is not None:
+    def _append(self, data: bytes, *, is_last: bool = False) -> bytes:
+        """Adds to the file of this worker; a full disk must not end the job.
+
+        Both pipes write to it, so a line is written when it is complete, or
+        as long as can be.
+
+        Returns:
+            The bytes of an unfinished line.
+        """
+        end = data.rfind(b"\n") + 1
+        if is_last or len(data) - end > MOST_BYTES:
+            end = len(data)
+        if self._log is not None and end:
             with (
                 contextlib.suppress(OSError),
                 open(self._log, "ab", buffering=0) as log,
             ):
-                log.write(data)
+                log.write(data[:end])
+        return data[end:]
 
     def _tagged(self, lines: Sequence[str]) -> list[str]:
         return [f"{tag(self.index)}{line}" for line in lines]

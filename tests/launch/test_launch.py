@@ -229,6 +229,23 @@ print("err of", INDEX, file=sys.stderr)
 
 
 @pytest.mark.slow
+def test_lines_of_a_file_are_whole(write_script, tmp_path):
+    script = write_script("""
+for _ in range(300):
+    for stream, text in [
+        (sys.stdout, "one "), (sys.stderr, "other\\n"), (sys.stdout, "line\\n")
+    ]:
+        stream.write(text)
+        stream.flush()
+print("the end", end="")
+""")
+    done = run("--workers", "1", "--output-dir", str(tmp_path), script)
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path / "worker-0.log").read_text().splitlines()
+    assert sorted(written) == sorted(["one line", "other"] * 300 + ["the end"])
+
+
+@pytest.mark.slow
 def test_a_failure_ends_all_and_is_told_last(write_script, tmp_path):
     script = write_script("""
 if INDEX == 1:
