@@ -215,7 +215,7 @@ def _reduction(
     if any(reduction.denominator_key(key) in each for each in states):
         return Reduction(RATIO, doubt=UNDECIDED)
     if key[0] == "count" and end is None:
-        end = SUM  # The example lacks what it counts.
+        end = SUM  # Nothing in the example counts.
     return Reduction(doubt=UNDECIDED) if end is None else Reduction(end)
 
 

@@ -55,7 +55,7 @@ def probe(run: Callable[[Any, slice], Any], example: Any) -> Probe | Failure:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error that says what is wrong."""
+    """The first line of an error that gives its reason."""
     lines = map(str.strip, str(error).splitlines())
     return next((line for line in lines if not _NOTHING.match(line)), "")
 

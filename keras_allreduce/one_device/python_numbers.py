@@ -8,8 +8,8 @@ numbers as they were before the step, they are put back:
     found              0           0           0
     left               1           1           1             1
 
-Only numbers and strings: what else a step changes, such as a list, is shared by
-the replicas.
+Only numbers and strings: anything else that a step changes, such as a list, is
+shared by the replicas.
 """
 
 import keras

@@ -238,10 +238,10 @@ FAULTS = [
     ),
     Fault(
         "metric_sum",
-        "keras.metrics.Sum of a sum is scaled by the share",
+        "keras.metrics.Sum adds a mean up over the replicas",
         "one_device/view.py",
-        "            if kind != SUM:",
-        "            if kind:",
+        "values = scale(self._of_batch(values, kind), weight)",
+        "values = self._of_batch(values, kind)",
         ("test_programs.py -k sums_over_batches",),
     ),
     Fault(
