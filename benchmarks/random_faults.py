@@ -791,7 +791,10 @@ def parse() -> argparse.Namespace:
         help="of rounds",
     )
     parser.add_argument(
-        "--timeout", type=float, default=20, help="timeout_seconds"
+        "--timeout",
+        type=float,
+        default=30,
+        help="timeout_seconds; longer than a frozen worker takes to be named",
     )
     parser.add_argument(
         "--margin",
