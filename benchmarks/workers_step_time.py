@@ -125,7 +125,6 @@ def start_with_mpirun(jobs: list[Job], network) -> subprocess.Popen:
         **os.environ,
         **command_line.package_of(jobs[0].package),
         **mpi_jobs.ENVIRONMENT,
-        "CUDA_VISIBLE_DEVICES": "-1",
     }
     if network:
         env |= mpi_jobs.environment_of(network, jobs[0].folder)

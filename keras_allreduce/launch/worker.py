@@ -136,10 +136,12 @@ class Worker:
         Returns:
             The bytes of an unfinished line.
         """
+        if self._log is None:
+            return b""
         end = data.rfind(b"\n") + 1
         if is_last or len(data) - end > MOST_BYTES:
             end = len(data)
-        if self._log is not None and end:
+        if end:
             with (
                 contextlib.suppress(OSError),
                 open(self._log, "ab", buffering=0) as log,

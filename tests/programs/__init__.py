@@ -31,7 +31,6 @@ from programs.table import (  # noqa: F401
     PROGRAMS,
     agree,
     agree_on_workers,
-    cells_on,
     on_one_device,
     programs_on,
     run,

@@ -26,7 +26,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import pytest
 import tensorflow as tf
 
 # Products on GPUs in float32, not in the 11 bits of TF32.
@@ -115,19 +114,6 @@ def programs_on(place):
         name
         for name, each in PROGRAMS.items()
         if place in each.on and each.is_like_one
-    ]
-
-
-def cells_on(place):
-    """The same, each with its mark."""
-    return [
-        pytest.param(
-            name,
-            marks=pytest.mark.nightly
-            if place in PROGRAMS[name].nightly
-            else (),
-        )
-        for name in programs_on(place)
     ]
 
 

@@ -35,6 +35,16 @@ def on_workers_of_two_devices(request):
     return of_cases(workers.results, "cases_on_two_devices_each", request)
 
 
+def cells_on(place):
+    """Names of the programs that run on workers at a place, with marks."""
+    return [
+        pytest.param(name, marks=pytest.mark.nightly)
+        if place in programs.PROGRAMS[name].nightly
+        else name
+        for name in programs.programs_on(place)
+    ]
+
+
 def found_by_all(name, results):
     """What a program has come to on every worker."""
     found = [result[name] for result in results]
@@ -48,12 +58,12 @@ def agree(name, results):
     programs.agree_on_workers(name, found_by_all(name, results))
 
 
-@pytest.mark.parametrize("name", programs.cells_on("workers"))
+@pytest.mark.parametrize("name", cells_on("workers"))
 def test_workers_train_as_one_device_does(name, on_workers):
     agree(name, on_workers)
 
 
-@pytest.mark.parametrize("name", programs.cells_on("devices"))
+@pytest.mark.parametrize("name", cells_on("devices"))
 def test_workers_of_two_devices_train_as_one_does(
     name, on_workers_of_two_devices
 ):

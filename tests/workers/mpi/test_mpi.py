@@ -12,7 +12,6 @@ from pathlib import Path
 
 import mpi_jobs
 import numpy as np
-import programs
 import pytest
 import test_multi_worker
 import test_wire
@@ -38,7 +37,7 @@ def over_mpi(request):
     return test_multi_worker.of_cases(mpi_jobs.results, "cases", request)
 
 
-@pytest.mark.parametrize("name", programs.cells_on("mpi"))
+@pytest.mark.parametrize("name", test_multi_worker.cells_on("mpi"))
 def test_workers_train_as_one_device_does(name, over_mpi):
     test_multi_worker.agree(name, over_mpi)
 
