@@ -262,7 +262,7 @@ def _watch(
     else:
         _say_that_nothing_is_compared()
     timeout = CollectiveTimeout(
-        in_flight, timeout_seconds, heartbeats.heard_all
+        in_flight, timeout_seconds, heartbeats, inspector
     )
     monitor = HealthMonitor(
         cluster, clock, heartbeats, inspector, [timeout.check]

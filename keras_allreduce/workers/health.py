@@ -4,8 +4,8 @@ A collective waits for all workers, and TensorFlow's errors tell which socket
 was closed, if that. One thread per strategy asks three detectors:
 
     Heartbeats           a worker is gone, or silent
-    CollectiveTimeout    a collective takes longer than `timeout_seconds`
     StallInspector       workers wait for each other in vain
+    CollectiveTimeout    a collective takes longer than `timeout_seconds`
 """
 
 import math
@@ -27,10 +27,20 @@ from keras_allreduce.workers.errors import (
     shown,
     tagged,
 )
-from keras_allreduce.workers.heartbeats import REFUSALS, Heartbeats, lost_error
+from keras_allreduce.workers.heartbeats import (
+    REFUSALS,
+    REMEDY,
+    Heartbeats,
+    lost_error,
+)
 from keras_allreduce.workers.in_flight import InFlight
 from keras_allreduce.workers.stall import StallInspector
 from keras_allreduce.workers.timing import TIMING
+
+_REMEDY = (
+    "Give all the same number of batches and the same work, or raise "
+    "`timeout_seconds`."
+)
 
 
 class AwakeClock:
@@ -65,18 +75,23 @@ class CollectiveTimeout:
     Args:
         in_flight: Counts the collectives.
         timeout_seconds: How long one may wait for the others.
-        ended: Called when collectives have ended since the last look.
+        heartbeats: Told when collectives have ended since the last look; knows
+            who does not answer.
+        inspector: Knows where the others are; `None` where workers cannot
+            publish.
     """
 
     def __init__(
         self,
         in_flight: InFlight,
         timeout_seconds: float,
-        ended: Callable[[], None] = lambda: None,
+        heartbeats: Heartbeats,
+        inspector: StallInspector | None,
     ):
         self._in_flight = in_flight
         self._timeout_seconds = timeout_seconds
-        self._on_ended = ended
+        self._heartbeats = heartbeats
+        self._inspector = inspector
         self._ended = 0
 
     def check(self) -> WorkerError | None:
@@ -84,15 +99,28 @@ class CollectiveTimeout:
         found = self._in_flight.read()
         if found.ended > self._ended:
             self._ended = found.ended
-            self._on_ended()
+            self._heartbeats.heard_all()
         if found.waiting_seconds < self._timeout_seconds:
             return None
         return WorkerTimeoutError(
             "All workers must take part in every step within "
-            f"timeout_seconds={self._timeout_seconds:g}. Received: no worker "
-            "was lost, but at least one is somewhere else in its script: it "
-            "has fewer batches, is slower than that, or does something else. "
-            "Give all the same number of batches, or raise `timeout_seconds`."
+            f"timeout_seconds={self._timeout_seconds:g}. Received: "
+            f"{self._known()}"
+        )
+
+    def _known(self) -> str:
+        silent = self._heartbeats.unanswered()
+        if silent:
+            return f"{'; '.join(silent)}. {REMEDY}"
+        if self._inspector is None:
+            return f"all workers answer. {_REMEDY}"
+        behind = self._inspector.behind()
+        if behind:
+            return f"all workers answer; {'; '.join(behind)}. {_REMEDY}"
+        return (
+            "all workers answer, and have begun as many steps and sums: a link "
+            "is slow, or they run different functions. Raise `timeout_seconds`,"
+            " or run the same script on all workers."
         )
 
 
@@ -127,9 +155,11 @@ class HealthMonitor:
         self._clock = clock
         self._heartbeats = heartbeats
         self._inspector = inspector
-        self._detectors = [heartbeats.check, *others]
+        self._detectors: list[Callable[[], WorkerError | None]]
+        self._detectors = [heartbeats.check]
         if inspector is not None:
             self._detectors.append(inspector.check)
+        self._detectors += others
         self._stopped = threading.Event()
         self._giving_up = threading.Lock()
         self._error: WorkerError | None = None

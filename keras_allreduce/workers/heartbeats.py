@@ -31,7 +31,7 @@ from keras_allreduce.workers.timing import TIMING
 REFUSALS = 3
 """A closed port is asked so often, in case only one connection broke."""
 
-_REMEDY = (
+REMEDY = (
     "Look at its log, then start all workers again; "
     "keras.callbacks.BackupAndRestore goes on where they were."
 )
@@ -100,6 +100,21 @@ class Heartbeats:
         """Notes that a collective has ended, to which all have sent."""
         for rank in self._peers:
             self.heard(rank)
+
+    def unanswered(self) -> list[str]:
+        """Says which workers have not answered of late, and for how long.
+
+        Returns:
+            A clause for each that has been silent for `TIMING.unanswered`, as
+            of the last check. One whose script has ended owes no answer.
+        """
+        silent = {rank: self._silent_seconds(rank) for rank in self._peers}
+        return [
+            f"{self._cluster.name(rank)} {_silence(seconds)}"
+            for rank, seconds in silent.items()
+            if seconds >= TIMING.unanswered
+            and not (self.inspector and self.inspector.has_ended(rank))
+        ]
 
     def check(self, *, all_now: bool = False) -> WorkerError | None:
         """Asks those that are due; to be called again and again.
@@ -206,15 +221,15 @@ class Heartbeats:
                 f"is gone since {time.strftime('%H:%M:%S')}, its port is "
                 "closed: it was killed, or failed."
             )
-        silent = self._clock() - peer.answered
+        silent = self._silent_seconds(rank)
         if silent >= self._limit_seconds:
-            return (
-                f"has not answered for {silent:.0f} s: it is frozen, or the "
-                "network is cut."
-            )
+            return f"{_silence(silent)}."
         if all_now and self._is_another(rank):
             return "was started again while this worker was not."
         return None
+
+    def _silent_seconds(self, rank: int) -> float:
+        return self._clock() - self._peers[rank].answered
 
     def _is_another(self, rank: int) -> bool:
         """Whether the worker was started again: TensorFlow knows the first."""
@@ -227,6 +242,13 @@ class Heartbeats:
         return False
 
 
+def _silence(seconds: float) -> str:
+    return (
+        f"has not answered for {seconds:.0f} s: it is frozen, or the network "
+        "is cut"
+    )
+
+
 def lost_error(cluster: Cluster, rank: int, what: str) -> WorkerLostError:
     """The error that says how a worker was lost.
 
@@ -237,5 +259,5 @@ def lost_error(cluster: Cluster, rank: int, what: str) -> WorkerLostError:
     """
     return WorkerLostError(
         "All workers must stay until training ends. Received: "
-        f"{cluster.name(rank)} {what} {_REMEDY}"
+        f"{cluster.name(rank)} {what} {REMEDY}"
     )

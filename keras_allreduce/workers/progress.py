@@ -99,6 +99,11 @@ class Snapshot:
             fields["failure"] = tuple(fields["failure"])
         return cls(**fields)
 
+    def is_behind(self, other: "Snapshot") -> bool:
+        """Whether `other` has begun a collective that this one has not."""
+        pairs = zip(self.position, other.position, strict=True)
+        return any(own < theirs for own, theirs in pairs)
+
     @property
     def is_last(self) -> bool:
         """Whether the worker publishes nothing after this."""
@@ -122,9 +127,7 @@ def never_meet(own: Snapshot, other: Snapshot) -> bool:
     """
     if other.failure is not None:
         return True
-    pairs = list(zip(own.position, other.position, strict=True))
-    other_is_behind = any(theirs < ours for ours, theirs in pairs)
-    own_is_behind = any(ours < theirs for ours, theirs in pairs)
+    other_is_behind, own_is_behind = other.is_behind(own), own.is_behind(other)
     are_ordered = own.is_ordered and other.is_ordered
     return other_is_behind and (other.ended or (own_is_behind and are_ordered))
 

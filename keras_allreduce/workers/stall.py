@@ -103,6 +103,26 @@ class StallInspector:
         """
         self._say_last(seconds, ended=True)
 
+    def behind(self) -> list[str]:
+        """Says where the workers are that this one may wait for.
+
+        Returns:
+            A clause for each that is behind this one, by what it has published
+            last, or that has published nothing.
+        """
+        own = self._progress.snapshot()
+        clauses = []
+        for rank in self._cluster.others:
+            other = self._read(rank) or self._read_last.get(rank)
+            if other is None:
+                what: object = "has not published where it is"
+            elif own is None or other.is_behind(own):
+                what = other
+            else:
+                continue
+            clauses.append(f"{self._cluster.name(rank)} {what}")
+        return clauses
+
     def has_ended(self, rank: int) -> bool:
         """Whether the script of another worker has ended, as it should."""
         last = self._last_of(rank)

@@ -37,6 +37,8 @@ class Timing:
             by the next.
         pause: Between two attempts to take them.
         moment: A worker answers, where only an answer at once counts.
+        unanswered: A worker that has not answered for so long is named where
+            `timeout_seconds` ends the job.
         silent: A worker that has not answered for so long has failed.
         suspended: A look that comes so much later than it was due shows that
             this process was suspended.
@@ -74,6 +76,7 @@ class Timing:
     answers: float = 0.1
     pause: float = 0.005
     moment: float = 0.5
+    unanswered: float = 3.0
     silent: float = 20.0
     suspended: float = 3.0
     refused: float = 0.3

@@ -72,10 +72,43 @@ class FakeInFlight:
         return self.reading
 
 
+class FakeHeartbeats:
+    are_unsure = False
+    needs_all = False
+
+    def __init__(self, error=None, silent=()):
+        self.error, self.silent = error, silent
+        self.heard = 0
+
+    def check(self, *, all_now=False):
+        return self.error
+
+    def unanswered(self):
+        return self.silent
+
+    def heard_all(self):
+        self.heard += 1
+
+
+class FakeInspector:
+    """Knows which workers are behind, or finds an error."""
+
+    def __init__(self, *behind, error=None):
+        self._behind, self._error = behind, error
+
+    def behind(self):
+        return self._behind
+
+    def check(self):
+        return self._error
+
+    def say_failure(self, error, seconds):
+        pass
+
+
 def test_a_collective_may_take_as_long_as_the_user_says():
-    ended = []
     in_flight = FakeInFlight()
-    timeout = CollectiveTimeout(in_flight, 60.0, lambda: ended.append(1))
+    timeout = CollectiveTimeout(in_flight, 60.0, FakeHeartbeats(), None)
     in_flight.reading = Reading(5, 4, 59.0)
     assert timeout.check() is None
     in_flight.reading = Reading(5, 4, 60.0)
@@ -83,26 +116,43 @@ def test_a_collective_may_take_as_long_as_the_user_says():
 
 
 def test_collectives_that_end_are_told():
-    ended = []
-    in_flight = FakeInFlight()
-    timeout = CollectiveTimeout(in_flight, 60.0, lambda: ended.append(1))
+    in_flight, heartbeats = FakeInFlight(), FakeHeartbeats()
+    timeout = CollectiveTimeout(in_flight, 60.0, heartbeats, None)
     timeout.check()
-    assert ended == []
+    assert heartbeats.heard == 0
     for count in (4, 4, 6):
         in_flight.reading = Reading(6, count, 0.0)
         timeout.check()
-    assert ended == [1, 1]
+    assert heartbeats.heard == 2
 
 
-class FakeHeartbeats:
-    are_unsure = False
-    needs_all = False
+AT_WORK = "worker 2 (c:1) is at work (fit, epoch 1 of 5)"
+SILENT = "worker 1 (b:1) has not answered for 18 s: it is frozen"
 
-    def __init__(self, error=None):
-        self.error = error
 
-    def check(self, *, all_now=False):
-        return self.error
+@pytest.mark.parametrize(
+    ("silent", "inspector", "received"),
+    [
+        ([SILENT], FakeInspector(AT_WORK), f"{SILENT}. Look at its log"),
+        (
+            [],
+            FakeInspector(AT_WORK, AT_WORK),
+            f"all workers answer; {AT_WORK}; {AT_WORK}. Give all",
+        ),
+        ([], FakeInspector(), "all workers answer, and have begun as many"),
+        ([], None, "all workers answer. Give all"),
+    ],
+    ids=["silent", "behind", "as far", "nothing is published"],
+)
+def test_a_timeout_says_what_is_known_of_the_others(
+    silent, inspector, received
+):
+    in_flight = FakeInFlight()
+    in_flight.reading = Reading(5, 4, 18.0)
+    timeout = CollectiveTimeout(
+        in_flight, 18.0, FakeHeartbeats(silent=silent), inspector
+    )
+    assert f"timeout_seconds=18. Received: {received}" in str(timeout.check())
 
 
 class FakeRuntime:
@@ -142,6 +192,20 @@ def test_the_first_failure_counts_and_ends_all_that_waits(runtime):
     assert str(from_tagged(message)) == "why"
     assert ended == [1]
     assert str(monitor.cause()) == "why"
+
+
+def test_what_another_has_said_counts_more_than_that_it_is_late(runtime):
+    why = WorkerLostError("worker 1 (b:1) has failed")
+    late = Finds(WorkersDifferError("late"))
+    monitor = HealthMonitor(
+        CLUSTER,
+        AwakeClock(),
+        FakeHeartbeats(),
+        FakeInspector(error=why),
+        [late.check],
+    )
+    monitor._run()
+    assert str(monitor.failure()) == "worker 1 (b:1) has failed"
 
 
 def test_a_collective_that_failed_asks_the_others_at_once(runtime):

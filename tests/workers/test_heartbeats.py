@@ -100,6 +100,22 @@ def test_one_that_does_not_answer_for_the_limit_is_frozen(servers, heartbeats):
     assert not heartbeats.answers(1)
 
 
+def test_those_that_do_not_answer_are_known_before_the_limit(
+    servers, heartbeats
+):
+    servers.answer = Answer.NOT_YET
+    assert check_after(2.0, servers, heartbeats) is None
+    assert heartbeats.unanswered() == []
+    heartbeats.heard(1)
+    assert check_after(2.0, servers, heartbeats) is None
+    assert heartbeats.unanswered() == [
+        "worker 2 (c:1) has not answered for 4 s: it is frozen, or the "
+        "network is cut"
+    ]
+    heartbeats.inspector = Said(ended=True)
+    assert heartbeats.unanswered() == []
+
+
 def test_one_that_cannot_be_reached_is_given_as_long(servers, heartbeats):
     servers.answer = Answer.NEVER
     assert check_after(19.0, servers, heartbeats) is None

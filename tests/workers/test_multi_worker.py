@@ -245,6 +245,8 @@ def test_a_worker_that_falls_behind_ends_the_other_after_the_timeout():
         assert code not in (0, None), pair[0].output
         last = pair[0].output.splitlines()[-1]
         assert last.startswith("keras_allreduce: All workers must"), last
+        assert "Received: all workers answer; worker 1 (127.0.0.1:" in last
+        assert ") is at work (fit, epoch 1 of 1)" in last
 
 
 def test_datasets_of_other_known_lengths_end_in_an_error_at_once():

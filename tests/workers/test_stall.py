@@ -120,6 +120,24 @@ def test_one_that_receives_longer_than_the_other_is_no_stall(pair):
     find_nothing(of_chief, of_other)
 
 
+def test_who_is_behind_is_known_as_far_as_it_is_published(runtime):
+    (chief, of_chief), (other, of_other), (last, of_last), _ = workers(4)
+    other.here = Snapshot(call="fit, epoch 1 of 5")
+    for progress in (chief, last):
+        progress.step()
+    for inspector in (of_chief, of_other, of_last):
+        inspector.check()
+    assert of_chief.behind() == [
+        "worker 1 (b:1) is at work (fit, epoch 1 of 5)",
+        "worker 3 (d:1) has not published where it is",
+    ]
+    assert of_last.behind() == of_chief.behind()
+    # What was read last counts where nothing can be read.
+    runtime.texts.clear()
+    assert of_chief.behind() == of_last.behind()
+    assert of_chief.behind()[0].startswith("worker 1 (b:1) is at work")
+
+
 def test_one_that_waits_for_one_that_works_goes_on_waiting(pair):
     (chief, of_chief), (_, of_other) = pair
     chief.step()

@@ -23,6 +23,7 @@ def test_who_lingers_does_so_for_several_looks_of_the_others():
 def test_a_silent_worker_was_asked_often_and_is_named_before_tensorflow():
     assert 5 * TIMING.check < TIMING.silent
     assert TIMING.check_waiting <= TIMING.check
+    assert TIMING.check + TIMING.tick < TIMING.unanswered < TIMING.silent
     assert TIMING.silent < TIMING.coordination
 
 
