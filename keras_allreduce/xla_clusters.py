@@ -29,10 +29,12 @@ SMALLEST = 5
 # the functions in it.
 _KEY = "keras_allreduce_xla"
 
-# Not for XLA even where it has a kernel: clocks, ops that leave the device, and
-# those whose values decide a shape: XLA pads it, and what is computed from the
+# Not a replica's computation: clocks, and ops that leave the device.
+_NEVER = ("Timestamp", "Collective", "Nccl")
+
+# XLA pads what has a shape that values decide, and what is computed from the
 # row splits of a ragged tensor no longer fits.
-_NEVER = ("Timestamp", "Collective", "Nccl", "Where", "Unique")
+_SHAPED_BY_VALUES = ("Where", "Unique")
 
 # Ops that cost nothing.
 _TRIVIAL = frozenset(
@@ -211,9 +213,11 @@ def _tidy(ops: Sequence[tf.Operation], coverage: Coverage) -> None:
             xla.unmark(op)
             for graph in xla.graphs_of_functions(op):
                 coverage.outside.update(_computing(_all_ops(graph)))
-        elif xla.has_kernel(
-            op, _kind_of(op.device)
-        ) and not xla.is_moved_to_host(op):
+        elif (
+            xla.has_kernel(op, _kind_of(op.device))
+            and not op.type.startswith(_SHAPED_BY_VALUES)
+            and not xla.is_moved_to_host(op)
+        ):
             marked.append(op)
         else:
             xla.unmark(op)

@@ -65,10 +65,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """One for each core, which all are busy; each one imports TensorFlow."""
+    """One for each core, and one more, as some wait for their workers."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None
-    return os.cpu_count()
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(autouse=True)

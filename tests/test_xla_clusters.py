@@ -81,8 +81,8 @@ class TestMarks:
             positive = tf.boolean_mask(m[0], tf.reduce_sum(m[0], axis=1) > 0)
             return chain(m[0], m[1:]), tf.matmul(positive, m[0])
 
-        ops, _ = on_replicas(step, *FLOATS)
-        assert len(of_type(ops, "Where")) == 2
+        ops, coverage = on_replicas(step, *FLOATS)
+        assert coverage.outside["Where"] == len(of_type(ops, "Where")) == 2
         assert not any(map(xla.is_marked, of_type(ops, "Where")))
         assert all(map(xla.is_marked, of_type(ops, "MatMul")))
 
