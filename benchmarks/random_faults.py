@@ -620,7 +620,10 @@ def problems_of_victim(fault: Fault, found: Round) -> Iterator[str]:
         return
     if end.code == 0 and fault.kind in SIGNALS:
         return  # It came after the end.
-    if end.code != how.code:
+    codes = [how.code]
+    if fault.kind == "freeze" and not found.has_connected():
+        codes.append(-signal.SIGKILL)  # TensorFlow holds Python's lock.
+    if end.code not in codes:
         yield f"the victim ended with {end.code}, not {how.code}"
     if not re.search(how.says, end.last_line):
         yield f"the victim says: {end.last_line}"
