@@ -128,15 +128,10 @@ def start_with_mpirun(jobs: list[Job], network) -> subprocess.Popen:
     }
     if network:
         env |= mpi_jobs.environment_of(network, jobs[0].folder)
-    command = [mpi_jobs.mpirun()]
-    for job in jobs:
-        command += [":"] if job.index else []
-        if network:
-            command += ["--host", f"{network.addresses[job.index]}:1"]
-        command += ["-n", "1", *command_of(job)]
+    commands = [command_of(job) for job in jobs]
     with open(Path(jobs[0].folder, "stderr-0"), "wb") as stderr:
         return subprocess.Popen(
-            network.command(0, command) if network else command,
+            mpi_jobs.command_of(commands, network),
             env=env,
             stdout=subprocess.DEVNULL,
             stderr=stderr,

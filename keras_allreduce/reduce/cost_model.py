@@ -17,6 +17,7 @@ S: bytes of one all-reduce. N: number of workers.
 in here: everything is arithmetic.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -98,6 +99,7 @@ def exposed_seconds(
     compute: float,
     cost: Callable[[float], float],
     busy: Callable[[float], float] | None = None,
+    ready: Sequence[float] | None = None,
 ) -> float:
     """Time that the all-reduce adds to a step.
 
@@ -108,23 +110,23 @@ def exposed_seconds(
                                   [b2]...]
                                   |------|   exposed
 
-    Gradients become ready evenly over backprop. The last pack is ready when
-    backprop ends, so that its cost is never hidden.
+    The last pack is ready when backprop ends, so that its cost is never hidden.
 
     Args:
         packs: Bytes of each pack, in the order in which they leave.
         compute: Seconds of a step without all-reduce.
         cost: Seconds of the all-reduce of a pack of so many bytes.
         busy: Seconds of these in which the next one cannot begin; `None`: all.
+        ready: Share of backprop after which each pack is ready. `None`: that
+            of the bytes, as if gradients became ready evenly.
     """
     backward = compute * BACKWARD_SHARE
     busy = busy or cost
     free = end = 0.0
-    nbytes, sent = sum(packs), 0
-    for pack in packs:
-        sent += pack
-        ready = compute - backward * (1 - sent / nbytes)
-        begin = max(free, ready)
+    if ready is None:
+        ready = [sent / sum(packs) for sent in itertools.accumulate(packs)]
+    for pack, share in zip(packs, ready, strict=True):
+        begin = max(free, compute - backward * (1 - share))
         free = begin + busy(pack)
         end = max(end, begin + cost(pack))
     return max(0.0, end - compute)

@@ -6,7 +6,7 @@ import pytest
 import scaling_model
 from scaling_model import Inside, Link, Point
 
-from keras_allreduce.reduce import pack_sizes
+from keras_allreduce.reduce import cost_model, pack_sizes
 
 MIB = 2**20
 
@@ -164,6 +164,14 @@ def test_packs_overlap_but_for_what_keeps_the_link_busy():
         busy=lambda nbytes: 0.25,
     )
     assert exposed == pytest.approx(1.25)
+
+
+def test_packs_leave_when_backprop_has_them():
+    # Ready at 0.4, 0.4 and 1; the first two end at 0.6 and 0.8.
+    exposed = cost_model.exposed_seconds(
+        [MIB] * 3, 1.0, lambda nbytes: 0.2, ready=[0.1, 0.1, 1.0]
+    )
+    assert exposed == pytest.approx(0.2)
 
 
 def test_a_busy_link_still_carries_all_bytes():

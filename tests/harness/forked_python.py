@@ -24,7 +24,7 @@ if __name__ == "__main__":
         "environment": dict(os.environ),
         "stdout": f"/proc/{os.getpid()}/fd/1",
         "stderr": f"/proc/{os.getpid()}/fd/2",
-        "namespace": None,
+        "namespace": f"/proc/{os.getpid()}/ns/net",
         "executable": None,
     }
     server.sendall(json.dumps(request).encode() + b"\n")

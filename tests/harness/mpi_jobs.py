@@ -90,9 +90,27 @@ def environment_of(network, folder):
     agent.chmod(0o755)
     return {
         "PRTE_MCA_plm_ssh_agent": str(agent),
+        # Nobody resolves the names of hosts.
+        "MASTER_ADDR": network.addresses[0],
         "OMPI_MCA_pml": "ob1",
         "OMPI_MCA_btl": "self,tcp",
     }
+
+
+def command_of(commands, network=None):
+    """The command line of one `mpirun`.
+
+    Args:
+        commands: The command line of each rank.
+        network: A network of `namespaces.py`, with a rank in each namespace.
+    """
+    line = [mpirun()]
+    for rank, command in enumerate(commands):
+        line += [":"] if rank else []
+        if network:
+            line += ["--host", f"{network.addresses[rank]}:1"]
+        line += ["-n", "1", *command]
+    return network.command(0, line) if network else line
 
 
 def run(*words):

@@ -74,7 +74,7 @@ def missing():
 
 
 @contextlib.contextmanager
-def network(num_workers, rate=None):
+def network(num_workers, rate=None, burst=BURST, queue=LONGEST_QUEUE):
     """Joins a namespace per worker.
 
     Args:
@@ -82,6 +82,8 @@ def network(num_workers, rate=None):
         rate: What a link carries in each direction, as `tc` writes it:
             `"1gbit"`. `None`: as much as it can. A list: of each worker, up
             and down.
+        burst: What a link passes on at once after a pause, as `tc` writes it.
+        queue: How long a packet waits at most before it is dropped.
 
     Yields:
         `Network`. At the end of the block its namespaces are gone; a process
@@ -105,7 +107,11 @@ def network(num_workers, rate=None):
         _run(f"ip -n {net.name}-switch link set br0 up")
         for worker, address in enumerate(net.addresses):
             rates = rate[worker] if isinstance(rate, list) else (rate, rate)
-            _add_worker(net.name, worker, address, rates)
+            _add_worker(net.name, worker, address)
+            ends = _ends(net.name, worker)
+            for (namespace, device), its_rate in zip(ends, rates, strict=True):
+                if its_rate:
+                    limit(namespace, device, its_rate, burst, queue)
         yield net
 
 
@@ -114,24 +120,26 @@ def prefix():
     return f"{PREFIX}-{os.getpid()}-"
 
 
-def _add_worker(name, worker, address, rates):
-    own, switch, port = f"{name}-{worker}", f"{name}-switch", f"p{worker}"
+def _ends(name, worker):
+    """Both ends of a worker's link: namespace and device."""
+    return ((f"{name}-{worker}", "eth0"), (f"{name}-switch", f"p{worker}"))
+
+
+def _add_worker(name, worker, address):
+    (own, _), (switch, port) = _ends(name, worker)
     _add_namespace(own)
     _run(f"ip -n {own} link add eth0 type veth peer name {port} netns {switch}")
     _run(f"ip -n {own} address add {address}/24 dev eth0")
     _run(f"ip -n {switch} link set {port} master br0")
-    ends = ((own, "eth0"), (switch, port))
-    for (namespace, device), rate in zip(ends, rates, strict=True):
-        if rate:
-            limit(namespace, device, rate)
+    for namespace, device in _ends(name, worker):
         _run(f"ip -n {namespace} link set {device} up")
 
 
-def limit(namespace, device, rate):
+def limit(namespace, device, rate, burst=BURST, queue=LONGEST_QUEUE):
     """Lets one end of a link pass on at most `rate`, as `tc` writes it."""
     _run(
         f"tc -n {namespace} qdisc add dev {device} root tbf "
-        f"rate {rate} burst {BURST} latency {LONGEST_QUEUE}"
+        f"rate {rate} burst {burst} latency {queue}"
     )
 
 

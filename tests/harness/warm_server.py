@@ -145,6 +145,8 @@ def become(request):
 
 
 def _enter(namespace):
+    if os.path.samefile(namespace, "/proc/self/ns/net"):
+        return
     with open(namespace) as file:
         libc = ctypes.CDLL(None, use_errno=True)
         # As `os.setns` of Python 3.12.
