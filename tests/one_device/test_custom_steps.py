@@ -13,8 +13,6 @@ from keras import ops
 
 import keras_allreduce
 
-pytestmark = pytest.mark.slow
-
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(23, 6)).astype("float32")
 Y = (X @ RNG.normal(size=(6, 1))).astype("float32")
@@ -347,11 +345,13 @@ def agree(found, wanted):
     assert not found[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_trains_on_replicas_as_on_one_device(name):
     agree(train(STEPS[name], 3), train(STEPS[name], 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [8], ids=["even"])
 def test_a_layer_that_sums_over_replicas_itself_sees_their_number(size):
     class Center(keras.layers.Layer):
@@ -383,6 +383,7 @@ def test_a_layer_that_sums_over_replicas_itself_sees_their_number(size):
     agree(found, wanted)
 
 
+@pytest.mark.slow
 def test_a_step_with_python_in_it_is_measured_eagerly():
     class Looks(Model):
         def train_step(self, data):
@@ -459,6 +460,7 @@ def draws(_model, x, _loss):
     keras.random.normal(tf.shape(x), seed=SEEDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assign", [counts_samples, updates_a_metric, draws])
 def test_replicas_add_up_in_a_shared_variable_without_a_warning(assign):
     models = []
@@ -474,6 +476,7 @@ def test_replicas_add_up_in_a_shared_variable_without_a_warning(assign):
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_ops_that_are_noticed_outside_run_only_in_the_steps(tmp_path):
     calls, rows = [], []
     printed = tmp_path / "printed.txt"
@@ -513,6 +516,7 @@ def test_ops_that_are_noticed_outside_run_only_in_the_steps(tmp_path):
     assert int(models[0].queue.size()) == steps
 
 
+@pytest.mark.slow
 def test_a_step_that_draws_from_an_iterator_is_not_run_to_measure_it():
     iterator = iter(tf.data.Dataset.from_tensor_slices(X).repeat().batch(4))
 
@@ -529,6 +533,7 @@ def test_a_step_that_draws_from_an_iterator_is_not_run_to_measure_it():
     assert "It is taken for a mean" in warning
 
 
+@pytest.mark.slow
 def test_a_term_that_is_0_at_first_is_seen():
     class WarmsUp(Model):
         def __init__(self):
@@ -546,6 +551,7 @@ def test_a_term_that_is_0_at_first_is_seen():
     assert "adds a sum to a mean" in warning
 
 
+@pytest.mark.slow
 def test_a_queue_is_that_of_the_first_replica_and_warned_about():
     class Queue(Keeps):
         def kept(self, before, x):
@@ -556,6 +562,7 @@ def test_a_queue_is_that_of_the_first_replica_and_warned_about():
     assert max(np.abs(each).max() for each in found) < 10
 
 
+@pytest.mark.slow
 def test_warnings_are_given_once_of_each_kind():
     class Several(Keeps):
         def kept(self, before, x):
@@ -570,6 +577,7 @@ def test_warnings_are_given_once_of_each_kind():
     assert sum("the first is taken" in each for each in messages) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", [True, False], ids=["while", "cond"])
 def test_a_gradient_in_control_flow_is_an_error_that_says_what_to_write(loop):
     class Inside(Model):
