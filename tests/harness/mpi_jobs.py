@@ -1,7 +1,8 @@
 """Workers that `mpirun` starts, for the tests; none outlives its test.
 
-Each runs `worker_script.py`, as those of `workers.py` do. There is no
-TF_CONFIG: rank and size come from MPI.
+Each runs `worker_script.py`, as those of `workers.py` do, and `running` and
+`results` are called as those are. There is no TF_CONFIG: rank and size come
+from MPI.
 """
 
 import contextlib
@@ -79,7 +80,7 @@ def mpirun():
 
 
 def environment_of(network, folder):
-    """What lets an `mpirun` in the first namespace start ranks in all.
+    """What an `mpirun` in the first namespace needs to start ranks in all.
 
     Args:
         network: A network of `namespaces.py`.
@@ -94,6 +95,8 @@ def environment_of(network, folder):
         "MASTER_ADDR": network.addresses[0],
         "OMPI_MCA_pml": "ob1",
         "OMPI_MCA_btl": "self,tcp",
+        # The host names of the agent are known to nobody else.
+        "MASTER_ADDR": network.addresses[0],
     }
 
 
@@ -134,10 +137,18 @@ class Rank:
     Attributes:
         index: Its rank.
         folder: Where it leaves its result and its output.
+        process: Its `mpirun`, a `subprocess.Popen`.
+        end: `time.monotonic()` at which that has to be gone.
     """
 
     index: int
     folder: Path
+    process: subprocess.Popen
+    end: float
+
+    def wait(self):
+        """Exit code of its `mpirun`, or `None` if it did not end in time."""
+        return workers.exit_code(self.process, self.end)
 
     @property
     def output(self):
@@ -182,6 +193,9 @@ class Job:
     folder: Path
     end: float
 
+    def __iter__(self):
+        return iter(self.ranks)
+
     def wait(self):
         """Exit code of `mpirun`, or `None` if it did not end in time."""
         return workers.exit_code(self.process, self.end)
@@ -213,6 +227,7 @@ def running(
     *arguments,
     deadline_seconds=DEADLINE_SECONDS,
     num_workers=2,
+    network=None,
     environment=None,
     python=sys.executable,
 ):
@@ -223,14 +238,16 @@ def running(
         *arguments: What it is called with; goes through JSON.
         deadline_seconds: When processes that are still there are killed.
         num_workers: Number of workers.
-        environment: Variables of all workers, besides those of this process.
+        network: See `workers.running`. Processes in a namespace are children
+            of `mpirun`, never forked.
+        environment: Variables of each worker, besides those of this process.
         python: What `mpirun` starts with the arguments of `python`; see
             `warm_python.executable` for one that is there sooner.
 
     Yields:
-        A `Job`. At the end of the block all its processes are gone.
+        A `Job`, which iterates over its ranks. At the end of the block all its
+        processes are gone.
     """
-    command = [mpirun(), "-n", str(num_workers), "sh", "-c", _COMMAND]
     call = json.dumps([function, *arguments])
     script = [python, str(workers.SCRIPT), call, "result"]
     # They also end if the tests are killed before they kill them.
@@ -238,17 +255,28 @@ def running(
     without = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ranks = [Rank(n, folder / str(n)) for n in range(num_workers)]
-        for rank in ranks:
-            rank.folder.mkdir()
+        command = [mpirun()]
+        for index in range(num_workers):
+            Path(name, str(index)).mkdir()
+            command += [":"] if index else []
+            if network:
+                command += ["--host", f"{network.addresses[index]}:1"]
+            added = environment[index] if environment else {}
+            command += ["-n", "1", "env", *map("=".join, added.items())]
+            command += ["sh", "-c", _COMMAND, name, *script]
+        reaches = environment_of(network, folder) if network else {}
         with open(folder / "mpirun", "wb") as output:
             process = subprocess.Popen(
-                [*command, name, *script],
+                network.command(0, command) if network else command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**without, **ENVIRONMENT, **(environment or {})},
+                env={**without, **ENVIRONMENT, **reaches},
             )
         end = time.monotonic() + deadline_seconds
+        ranks = [
+            Rank(index, folder / str(index), process, end)
+            for index in range(num_workers)
+        ]
         try:
             yield Job(process, ranks, folder, end)
         finally:
@@ -273,7 +301,8 @@ def results(function, *arguments, **options):
     Raises:
         RuntimeError: If a worker fails or is too slow, with its output.
     """
-    options["python"] = warm_python.executable()
+    if options.get("network") is None:
+        options["python"] = warm_python.executable()
     with running(function, *arguments, **options) as job:
         code = job.wait()
         if code != 0:

@@ -44,6 +44,10 @@ class Worker:
         return exit_code(self.process, self.end)
 
     @property
+    def pid(self):
+        return self.process.pid
+
+    @property
     def output(self):
         """What it wrote to stdout and stderr so far."""
         return (self.folder / "output").read_text(errors="replace")

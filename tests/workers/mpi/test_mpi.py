@@ -230,7 +230,7 @@ def test_mpi4py_without_an_mpi_is_one_clear_error():
     code, output = ends(
         "fit_until_ended",
         60,
-        environment={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"},
+        environment=2 * [{"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}],
     )
     assert code != 0
     assert "WorkerStartError: mpi4py must find an MPI library." in output
