@@ -24,10 +24,11 @@ everywhere, and a message takes gRPC longer here than a stretched network would.
 "alone" is the step of one worker, "efficiency" that step to the one of all
 workers. "model" is what keras_allreduce/reduce/cost_model.py says, with the
 latency and the bandwidth that `python -m keras_allreduce.benchmark` has between
-2 workers over such links. "cores" is the share of the cores that was busy in
-the timed steps: close to 1 they, not the links, were measured. "start-up" is
-from the start of the processes to the first step; they are forked from one that
-has imported TensorFlow.
+2 workers over such links. "cores" is the share of the cores that the workers
+kept busy in the timed steps, and that was busy at all: close to 1 the cores,
+not the links, were measured. "start-up" is from the start of the processes to
+the first step (CPU time of one in brackets); they are forked from one that has
+imported TensorFlow.
 
 A slow link is that of worker 1, of a quarter of the rate. Needs root, `ip` and
 `tc`; over MPI also mpirun and mpi4py.
@@ -72,8 +73,10 @@ UNITS = {"gbit": 1e9, "mbit": 1e6}
 SLOW = 4
 WIRE_DTYPES = {"float32": None, "bfloat16": "bfloat16"}
 BYTES = {"float32": 4, "bfloat16": 2}
-# Of Ethernet, which is the least that a link can pass on at once.
-FRAME = 1514
+# Jumbo frames: a worker wakes up for each, as they come one by one. A link can
+# pass on no less at once.
+MTU = 9000
+FRAME = MTU + 14
 # Sleeps and messages must not wait for each other's threads.
 THREADS = 4
 
@@ -110,17 +113,21 @@ class Result:
 
     Attributes:
         begun: When its first step began, since the epoch.
+        start_cpu: CPU time until then.
         steps: Seconds of each timed step.
+        step_cpu: CPU time of all timed steps.
+        busy: Share of all cores that was busy meanwhile, with anything.
         all_reduce_ms: By the clocks of the strategy.
         overlap: The same.
-        cores: Share of all cores that was busy meanwhile.
     """
 
     begun: float
+    start_cpu: float
     steps: list[float]
+    step_cpu: float
+    busy: float
     all_reduce_ms: float = float("nan")
     overlap: float = float("nan")
-    cores: float = float("nan")
 
 
 # A worker --------------------------------------------------------------------
@@ -130,13 +137,14 @@ class Compute:
     """Time that passes as if a device computed: ops that only sleep."""
 
     def __init__(self) -> None:
-        self.begun = self.start = 0.0
+        self.begun = self.begun_cpu = self.start = 0.0
 
     def begin(self, tensor: Any, seconds: float) -> Any:
         """Begins a step, which has computed forward after `seconds`."""
 
         def sleep(value: np.ndarray) -> np.ndarray:
-            self.begun = self.begun or time.time()
+            if not self.begun:
+                self.begun, self.begun_cpu = time.time(), time.process_time()
             self.start = time.monotonic()
             time.sleep(seconds)
             return value
@@ -223,11 +231,12 @@ def work(job: Job) -> None:
         model = emulated(job, compute)
         # Nothing is learnt; an update costs one pass over the weights.
         model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=False)
-    ends, busy = [], []
+    ends, cpu, busy = [], [], []
 
     class Timer(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             ends.append(time.monotonic())
+            cpu.append(time.process_time())
             busy.append(_busy_and_all_ticks())
             if batch == 0:
                 strategy.all_reduce_stats()
@@ -238,12 +247,14 @@ def work(job: Job) -> None:
     )
     stats = strategy.all_reduce_stats()
     ran, passed = np.subtract(busy[-1], busy[0])
+    clocks = (stats.all_reduce_ms, stats.overlap) if stats else ()
     result = Result(
         compute.begun,
+        compute.begun_cpu,
         np.diff(ends).tolist(),
-        stats.all_reduce_ms if stats else float("nan"),
-        stats.overlap if stats else float("nan"),
+        cpu[-1] - cpu[0],
         float(ran / passed),
+        *clocks,
     )
     index = strategy.cluster_resolver.task_id
     Path(job.folder, f"result{index}").write_text(json.dumps(asdict(result)))
@@ -276,12 +287,13 @@ def links(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
     rates = [args.rate / slower] * setting.workers
     if setting.link == "slow":
         rates[1] /= SLOW
-    # The queue has room for a few frames even if they take long.
-    queue = max(0.02, 64 * FRAME * 8 / min(rates))
+    # The queue has room for some frames even if they take long.
+    queue = max(0.02, 16 * FRAME * 8 / min(rates))
     return {
         "rate": [(f"{rate:.0f}bit", f"{rate:.0f}bit") for rate in rates],
         "burst": f"{max(2 * FRAME, 2**17 / slower):.0f}b",
         "queue": f"{queue * 1e3:.0f}ms",
+        "mtu": MTU,
     }
 
 
@@ -418,16 +430,19 @@ def sizes(profile: Profile, shrink: int) -> list[int]:
 def measured_link(transport: str, args: argparse.Namespace) -> Link:
     """Latency and bandwidth between 2 workers."""
     setting = Setting("", transport, "even", "float32", 2)
-    # Large enough to go round the ring.
-    argv = [*scaling.BENCHMARK, "--min-bytes", "512K", "--max-bytes", "8M"]
+    argv = [*scaling.BENCHMARK, "--min-bytes", "4K", "--max-bytes", "4M"]
     argv += ["--factor", "4", "--loops", "1", "--warmup", "1", "--rounds", "3"]
     argv += ["--json"]
     with tempfile.TemporaryDirectory() as folder:
-        document = scaling.document_in(run(argv, setting, Path(folder), args))
+        rows = scaling.document_in(run(argv, setting, Path(folder), args))[
+            "rows"
+        ]
+    # The smallest shows the latency, those that go round the ring the rate.
     return scaling_model.fit_link(
         [
             scaling_model.Point(row["bytes"], 2, row["median_us"] / 1e6)
-            for row in document["rows"]
+            for row in rows
+            if row is rows[0] or row["bytes"] > pack_sizes.small_bytes(2)
         ]
     )
 
@@ -473,7 +488,8 @@ def planned(counts: list[int], workers: int, bytes_per_pack: int) -> list[Any]:
 
 HEADER = """\
 | model | transport | link | wire | workers | alone ms | step ms | efficiency \
-| model | off | all_reduce ms | overlap | cores | start-up s |
+| model | off | all_reduce ms | overlap | cores: own / all \
+| start-up s (CPU s) |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
@@ -490,6 +506,8 @@ def row(
         max(times)
         for times in zip(*(each.steps for each in results), strict=True)
     )
+    own = sum(each.step_cpu for each in results) / sum(results[0].steps)
+    own /= os.cpu_count() or 1
     predicted = predicted_seconds(setting, profile, link, args)
     ideal = profile.step_seconds * args.stretch
     cells = [
@@ -502,8 +520,8 @@ def row(
         f"{(predicted / ideal * alone / step - 1) * 100:+.0f} %",
         f"{max(r.all_reduce_ms for r in results) / args.stretch:.0f}",
         f"{statistics.median(r.overlap for r in results):.2f}",
-        f"{results[0].cores:.2f}",
-        f"{start_up:.0f}",
+        f"{own:.2f} / {results[0].busy:.2f}",
+        f"{start_up:.0f} ({max(r.start_cpu for r in results):.1f})",
     ]
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -91,8 +91,6 @@ def environment_of(network, folder):
     agent.chmod(0o755)
     return {
         "PRTE_MCA_plm_ssh_agent": str(agent),
-        # Nobody resolves the names of hosts.
-        "MASTER_ADDR": network.addresses[0],
         "OMPI_MCA_pml": "ob1",
         "OMPI_MCA_btl": "self,tcp",
         # The host names of the agent are known to nobody else.

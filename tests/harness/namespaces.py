@@ -74,7 +74,7 @@ def missing():
 
 
 @contextlib.contextmanager
-def network(num_workers, rate=None, burst=BURST, queue=LONGEST_QUEUE):
+def network(num_workers, rate=None, burst=BURST, queue=LONGEST_QUEUE, mtu=1500):
     """Joins a namespace per worker.
 
     Args:
@@ -84,6 +84,7 @@ def network(num_workers, rate=None, burst=BURST, queue=LONGEST_QUEUE):
             and down.
         burst: What a link passes on at once after a pause, as `tc` writes it.
         queue: How long a packet waits at most before it is dropped.
+        mtu: Largest packet in bytes.
 
     Yields:
         `Network`. At the end of the block its namespaces are gone; a process
@@ -107,7 +108,7 @@ def network(num_workers, rate=None, burst=BURST, queue=LONGEST_QUEUE):
         _run(f"ip -n {net.name}-switch link set br0 up")
         for worker, address in enumerate(net.addresses):
             rates = rate[worker] if isinstance(rate, list) else (rate, rate)
-            _add_worker(net.name, worker, address)
+            _add_worker(net.name, worker, address, mtu)
             ends = _ends(net.name, worker)
             for (namespace, device), its_rate in zip(ends, rates, strict=True):
                 if its_rate:
@@ -125,14 +126,14 @@ def _ends(name, worker):
     return ((f"{name}-{worker}", "eth0"), (f"{name}-switch", f"p{worker}"))
 
 
-def _add_worker(name, worker, address):
+def _add_worker(name, worker, address, mtu):
     (own, _), (switch, port) = _ends(name, worker)
     _add_namespace(own)
     _run(f"ip -n {own} link add eth0 type veth peer name {port} netns {switch}")
     _run(f"ip -n {own} address add {address}/24 dev eth0")
     _run(f"ip -n {switch} link set {port} master br0")
     for namespace, device in _ends(name, worker):
-        _run(f"ip -n {namespace} link set {device} up")
+        _run(f"ip -n {namespace} link set {device} mtu {mtu} up")
 
 
 def limit(namespace, device, rate, burst=BURST, queue=LONGEST_QUEUE):
