@@ -93,8 +93,6 @@ def environment_of(network, folder):
         "PRTE_MCA_plm_ssh_agent": str(agent),
         "OMPI_MCA_pml": "ob1",
         "OMPI_MCA_btl": "self,tcp",
-        # The host names of the agent are known to nobody else.
-        "MASTER_ADDR": network.addresses[0],
     }
 
 
@@ -253,19 +251,17 @@ def running(
     without = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = [mpirun()]
+        commands = []
         for index in range(num_workers):
             Path(name, str(index)).mkdir()
-            command += [":"] if index else []
-            if network:
-                command += ["--host", f"{network.addresses[index]}:1"]
             added = environment[index] if environment else {}
-            command += ["-n", "1", "env", *map("=".join, added.items())]
-            command += ["sh", "-c", _COMMAND, name, *script]
+            variables = map("=".join, added.items())
+            start = ["env", *variables, "sh", "-c", _COMMAND, name]
+            commands.append([*start, *script])
         reaches = environment_of(network, folder) if network else {}
         with open(folder / "mpirun", "wb") as output:
             process = subprocess.Popen(
-                network.command(0, command) if network else command,
+                command_of(commands, network),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**without, **ENVIRONMENT, **reaches},
