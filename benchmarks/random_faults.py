@@ -33,12 +33,17 @@ every third, nothing is wrong, however odd it looks. After a round
     good         what happens in a good round
     none         nothing
     garbage      random bytes are sent to the port of a worker, the whole time
-    link         one worker is behind a link of 50 Mbit/s to 1 Gbit/s
+    link         one worker is behind a link of 20 Mbit/s to 1 Gbit/s
     suspended    all workers are stopped together, and go on together
     strategies   two strategies train in turns, and the first again
     threads      each worker has another number of threads
     proxy        the environment has proxies, behind which there is nobody
+    slow step    a callback of one worker takes `--slow` seconds, which is more
+                 than every limit but `timeout_seconds`
+    slow tracing the same of the tracing of its first step
 
+`--kinds good` draws good rounds alone, and `--busy 2` keeps two cores busy with
+something else.
 The exit code is 1 if a round did not end so. `--seed` repeats a run, but for
 how fast the machine is; `--outputs` keeps what the workers of such a round
 wrote. Links need root and `ip`; without them that kind is left out.
@@ -54,12 +59,13 @@ import re
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +132,33 @@ GOOD = {
     "strategies": Kind(is_good=True, program="strategies"),
     "threads": Kind(is_good=True, program="clipped"),
     "proxy": Kind(is_good=True),
+    "slow step": Kind(is_good=True),
+    "slow tracing": Kind(is_good=True),
 }
 KINDS = BAD | GOOD
-IN_A_STEP = ("exception", "exit", "early stop", "wrong call", "weights", "rate")
+IN_A_STEP = (
+    "exception",
+    "exit",
+    "early stop",
+    "wrong call",
+    "weights",
+    "rate",
+    "slow step",
+    "slow tracing",
+)
 
 EPOCHS, STEPS = 12, 6
 WIDE, WIDE_EPOCHS = 20_000, 3
 POLL_SECONDS = 0.02
 AS_WITHOUT = "as without a fault"
+
+# Ends with this script, however that ends.
+BUSY = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    pass
+"""
 
 
 @dataclass(frozen=True)
@@ -145,12 +170,14 @@ class Fault:
         rank: Number of the worker to which it happens.
         part: When, as a part of the whole run.
         amount: From 0 to 1: how fast the link is, how long a suspension.
+        slow_seconds: How long a slow step, or a slow tracing, takes.
     """
 
     kind: str
     rank: int
     part: float
     amount: float
+    slow_seconds: float = 0.0
 
     @property
     def how(self) -> Kind:
@@ -160,7 +187,7 @@ class Fault:
     @property
     def megabits(self) -> int:
         """What the link of the worker carries in a second."""
-        return round(50 * 20**self.amount)
+        return round(20 * 50**self.amount)
 
     @property
     def pause_seconds(self) -> float:
@@ -171,6 +198,8 @@ class Fault:
         more = {
             "link": f", {self.megabits} Mbit/s",
             "suspended": f", {self.pause_seconds:.0f} s",
+            "slow step": f", {self.slow_seconds:g} s",
+            "slow tracing": f", {self.slow_seconds:g} s",
         }.get(self.kind, "")
         return f"{self.kind}, worker {self.rank}, at {self.part:.3f}{more}"
 
@@ -253,7 +282,19 @@ def data() -> tuple[Any, Any]:
     )
 
 
-def model_of(strategy: Any, units: int, activation: str, **options: Any) -> Any:
+_to_sleep: list[float] = []
+
+
+def tanh(x: Any) -> Any:
+    """An activation that takes long to trace, if it is told to."""
+    import keras
+
+    while _to_sleep:
+        time.sleep(_to_sleep.pop())
+    return keras.ops.tanh(x)
+
+
+def model_of(strategy: Any, units: int, activation: Any, **options: Any) -> Any:
     """A model in the scope of a strategy; `None`: of one device."""
     import keras
 
@@ -274,7 +315,7 @@ def trained(
     program: str,
     make_strategy: Callable[[], Any],
     callbacks: Sequence[Any] = (),
-    activation: str = "tanh",
+    activation: Any = "tanh",
 ) -> Any:
     """Trains a program; returns its weights after each epoch, as rows.
 
@@ -340,16 +381,17 @@ def train(fault: Fault, timeout_seconds: float, rank: int) -> None:
     if fault.kind == "threads":
         tf.config.threading.set_intra_op_parallelism_threads(1 + 4 * rank)
     is_victim = rank == fault.rank
-    is_other = is_victim and fault.kind == "other model"
-    if is_other:
+    activation: Any = tanh if fault.kind == "slow tracing" else "tanh"
+    if is_victim and fault.kind == "other model":
         Path("happened").touch()
+        activation = "relu"
     weights = trained(
         fault.how.program,
         lambda: keras_allreduce.MultiWorkerAllReduceStrategy(
             timeout_seconds=timeout_seconds
         ),
         [callback_of(fault)] if is_victim and fault.kind in IN_A_STEP else [],
-        "relu" if is_other else "tanh",
+        activation,
     )
     np.save(f"weights{rank}", weights)
 
@@ -364,11 +406,17 @@ def callback_of(fault: Fault) -> Any:
     class Fail(keras.callbacks.Callback):
         steps = 0
 
+        def on_train_begin(self, logs: Any = None) -> None:
+            if fault.kind == "slow tracing":
+                _to_sleep.append(fault.slow_seconds)
+
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             self.steps += 1
-            if self.steps != step + 1:
+            if self.steps != step + 1 or fault.kind == "slow tracing":
                 return
             Path("happened").touch()
+            if fault.kind == "slow step":
+                time.sleep(fault.slow_seconds)
             if fault.kind == "exception":
                 raise ValueError("the fault")
             if fault.kind == "exit":
@@ -455,8 +503,7 @@ def start(
     }
     output = folder / f"output{rank}"
     output.touch()
-    facts = [fault.kind, fault.rank, fault.part, fault.amount]
-    order = [facts, options.timeout, rank, options.limit]
+    order = [astuple(fault), options.timeout, rank, options.limit]
     added = {"TF_CONFIG": json.dumps(config)}
     if fault.kind == "proxy":
         nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
@@ -654,8 +701,27 @@ def problems_of_other(
 # The command -----------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Keeps as many cores busy in the block."""
+    command = [sys.executable, "-c", BUSY]
+    loops = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
 def main() -> int:
     options = parse()
+    with busy(options.busy):
+        return run_rounds(options)
+
+
+def run_rounds(options: argparse.Namespace) -> int:
+    """Runs and prints all rounds; returns the exit code."""
     missing = namespaces.missing() if "link" in options.kinds else None
     if missing:
         options.kinds = [kind for kind in options.kinds if kind != "link"]
@@ -704,7 +770,8 @@ def main() -> int:
     rounds = sum(map(len, outcomes.values()))
     print(
         f"{failed} of {rounds} rounds did not end as they should "
-        f"(--workers {options.workers} --seed {options.seed})"
+        f"(--workers {options.workers} --busy {options.busy} "
+        f"--seed {options.seed})"
     )
     return 1 if failed else 0
 
@@ -734,6 +801,7 @@ def faults(options: argparse.Namespace) -> Iterator[Fault]:
             draw.randrange(options.workers),
             draw.random(),
             draw.random(),
+            options.slow,
         )
 
 
@@ -789,9 +857,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--kinds",
         nargs="+",
-        choices=list(KINDS),
+        choices=[*KINDS, "good"],
         default=list(KINDS),
-        help="of rounds",
+        help="of rounds; good: all kinds of good rounds",
+    )
+    parser.add_argument(
+        "--busy", type=int, default=0, help="busy loops beside the workers"
+    )
+    parser.add_argument(
+        "--slow",
+        type=float,
+        default=22,
+        help="seconds of a slow step, or a slow tracing",
     )
     parser.add_argument(
         "--timeout",
@@ -809,7 +886,10 @@ def parse() -> argparse.Namespace:
         "--limit", type=float, default=180, help="seconds of a round"
     )
     parser.add_argument("--outputs", type=Path, help="folder for outputs")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if "good" in options.kinds:
+        options.kinds = list(GOOD)
+    return options
 
 
 def work(order: str) -> None:

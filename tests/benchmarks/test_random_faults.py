@@ -99,12 +99,14 @@ def test_a_process_that_is_left_is_a_problem():
 
 def test_a_third_of_all_rounds_is_good_and_each_kind_is_drawn():
     kinds = list(random_faults.KINDS)
-    options = argparse.Namespace(seed=1, rounds=60, workers=3, kinds=kinds)
+    options = argparse.Namespace(
+        seed=1, rounds=60, workers=3, kinds=kinds, slow=22.0
+    )
     drawn = list(random_faults.faults(options))
     assert sum(each.how.is_good for each in drawn) == 20
     assert {each.kind for each in drawn} == set(kinds)
     assert {each.rank for each in drawn} == {0, 1, 2}
-    assert all(50 <= each.megabits <= 1000 for each in drawn)
+    assert all(20 <= each.megabits <= 1000 for each in drawn)
     assert drawn == list(random_faults.faults(options))
 
 
