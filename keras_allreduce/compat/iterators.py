@@ -5,6 +5,7 @@ Keras and `tf.function` take.
 """
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -83,6 +84,30 @@ class _OptionalPart:
         return _on(self._device, self._optional.get_value)
 
 
+class _OptionalBatch:
+    """The next batch, or none, with the interface of a `tf.Optional`.
+
+    An optional of TensorFlow cannot hold None, which a batch may have in the
+    place of targets or weights.
+    """
+
+    def __init__(self, iterator: _DistributedIterator):
+        self.element_spec = iterator.element_spec
+        self._batches = list(itertools.islice(iterator, 1))
+
+    def has_value(self) -> tf.Tensor:
+        return tf.constant(bool(self._batches))
+
+    def get_value(self) -> Any:
+        return self._batches[0]
+
+
+def _has_none(spec: Any) -> bool:
+    """Whether a part of a batch is None, which has no tensors."""
+    parts = tf.nest.flatten(spec)
+    return not all(tf.nest.flatten(part, True) for part in parts)
+
+
 def _on(device: str, read: Callable[[], Any]) -> Any:
     """What `read` returns where it is, on `device`."""
     with tf.device(None):
@@ -111,6 +136,27 @@ def every_worker_knows_its_steps() -> bool:
     return _steps.known
 
 
+# In the collections of a graph that reads a batch, and of the graphs of the
+# functions that are called after it.
+_READ = "keras_allreduce_read"
+
+
+def batches_are_read_in_graph() -> bool:
+    """Whether the function that is traced here reads its batches itself.
+
+    Then their traced shapes hold for all of them, on all workers. A function
+    that is called with a batch is traced with the shapes of that one.
+    """
+    return not tf.executing_eagerly() and bool(
+        tf.compat.v1.get_collection(_READ)
+    )
+
+
+def _note_read() -> None:
+    if not tf.executing_eagerly():
+        tf.compat.v1.add_to_collection(_READ, True)
+
+
 @contextlib.contextmanager
 def _known(steps_are_known: bool) -> Iterator[None]:
     before, _steps.known = _steps.known, steps_are_known
@@ -130,11 +176,15 @@ class _InputIterator(_DistributedIterator):
 
     def get_next(self, name: str | None = None) -> Any:
         """See `tf.distribute.DistributedIterator`."""
+        _note_read()
         with _known(self._spec_class.steps_are_known):
             return super().get_next(name)
 
     def get_next_as_optional(self) -> Any:
         """See `tf.distribute.DistributedIterator`."""
+        _note_read()
+        if tf.executing_eagerly() and _has_none(self.element_spec):
+            return _OptionalBatch(self)
         with _known(self._spec_class.steps_are_known):
             return super().get_next_as_optional()
 

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_allreduce.compat import distribute, graphs
+from keras_allreduce.compat import distribute, graphs, iterators
 from keras_allreduce.devices import on_each
 from keras_allreduce.one_device import replica
 from keras_allreduce.one_device.replicas import Replicas
@@ -281,9 +281,8 @@ def _sizes(replicas: Sequence[Any], num_workers: int) -> list[tf.Tensor] | None:
     """
     shapes = [tf.TensorShape(value.shape) for value in replicas]
     static = {shape[0] if shape.rank else None for shape in shapes}
-    # A traced shape holds for every batch, on all workers; an eager one only
-    # for this batch here.
-    known_of_all = num_workers == 1 or not tf.executing_eagerly()
+    # Else it may be that of this batch, on this worker.
+    known_of_all = num_workers == 1 or iterators.batches_are_read_in_graph()
     if len(static) == 1 and static != {None} and known_of_all:
         return None
     return [

@@ -1,5 +1,7 @@
 """The share of each replica in a batch."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -47,6 +49,13 @@ class TwoWorkers(ProcessGroup):
         return value + 12
 
 
+OF_TWO_WORKERS = SimpleNamespace(
+    group=TwoWorkers(ALONE.gradient_ops),
+    devices=STRATEGY.extended.devices,
+    local_values=STRATEGY.extended.local_values,
+)
+
+
 def test_shares_have_mean_1():
     shares = shares_of(constants(3, 1), ALONE)
     np.testing.assert_array_equal(shares, [1.5, 0.5])
@@ -77,6 +86,37 @@ def test_equal_parts_need_no_scale():
     x = distributed(tf.ones([2, 1]), tf.ones([2, 1]))
     shares = of((x, x))
     assert shares == BatchShares()
+
+
+def test_equal_parts_of_a_batch_may_be_uneven_over_all_workers():
+    """A function that is called with a batch is traced with its shapes."""
+
+    @tf.function
+    def shares(x):
+        return shares_of_batch(x, OF_TWO_WORKERS, counts_weights=False).on_host
+
+    x = distributed(tf.ones([3, 1]), tf.ones([3, 1]))
+    # 3 of 6 + 12 samples, times 4 replicas.
+    np.testing.assert_allclose(shares(x), [2 / 3, 2 / 3], rtol=1e-6)
+
+
+def test_equal_parts_that_a_function_reads_are_equal_on_all_workers():
+    data = tf.data.Dataset.from_tensor_slices(tf.ones([12, 1]))
+    batches = data.batch(6, drop_remainder=True)
+    found = []
+
+    @tf.function
+    def read(iterator):
+        @tf.function
+        def step(x):
+            found.append(
+                shares_of_batch(x, OF_TWO_WORKERS, counts_weights=False)
+            )
+
+        step(next(iterator))
+
+    read(iter(STRATEGY.experimental_distribute_dataset(batches)))
+    assert found == [BatchShares()]
 
 
 @pytest.mark.parametrize("counts_weights", [False, True])

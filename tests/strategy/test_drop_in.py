@@ -312,6 +312,21 @@ def test_one_number_in_a_batch_is_an_error_that_says_so():
         third_part(tf.constant(2.0))
 
 
+def test_the_next_batch_is_an_optional_that_may_have_none_in_it():
+    """Keras 3.16 reads batches so."""
+    data = tf.data.Dataset.from_tensor_slices(tf.ones([5, 1])).batch(4)
+    strategy = AllReduceStrategy(DEVICES[:2])
+    batches = iter(
+        strategy.experimental_distribute_dataset(data.map(lambda x: (x, None)))
+    )
+    read = [batches.get_next_as_optional() for _ in range(3)]
+    assert [bool(each.has_value()) for each in read] == [True, True, False]
+    for optional, rows in zip(read, [[2, 2], [1, 0]], strict=False):
+        x, nothing = optional.get_value()
+        assert [len(part) for part in x.values] == rows
+        assert set(tf.nest.flatten(nothing, expand_composites=True)) == {None}
+
+
 def test_none_of_a_generator_is_trained_on_as_on_one_device():
     x = np.arange(10.0).reshape(5, 2).astype("float32")
 
