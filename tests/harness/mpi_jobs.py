@@ -133,7 +133,7 @@ class Rank:
     Attributes:
         index: Its rank.
         folder: Where it leaves its result and its output.
-        process: Its `mpirun`, a `subprocess.Popen`.
+        process: What has started it, `mpirun`: a `subprocess.Popen`.
         end: `time.monotonic()` at which that has to be gone.
     """
 
@@ -143,7 +143,7 @@ class Rank:
     end: float
 
     def wait(self):
-        """Exit code of its `mpirun`, or `None` if it did not end in time."""
+        """Exit code of `process`, or `None` if it did not end in time."""
         return workers.exit_code(self.process, self.end)
 
     @property

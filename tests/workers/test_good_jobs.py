@@ -7,6 +7,7 @@ import time
 import mpi_jobs
 import namespaces
 import pytest
+import ray_jobs
 import workers
 from deadlines import PATIENCE_SECONDS
 
@@ -24,12 +25,13 @@ LINKS = {
     params=[
         pytest.param(workers, id="gRPC"),
         pytest.param(mpi_jobs, id="MPI", marks=pytest.mark.nightly),
+        pytest.param(ray_jobs, id="Ray", marks=pytest.mark.nightly),
     ]
 )
 def jobs(request):
-    """The module that starts workers, which are connected by a transport."""
-    if request.param is mpi_jobs:
-        request.getfixturevalue("needs_mpirun")
+    """The module that starts workers: by hand over gRPC, by mpirun, by Ray."""
+    if request.param is not workers and request.param.missing():
+        pytest.skip(request.param.missing())
     return request.param
 
 
@@ -38,6 +40,8 @@ def jobs(request):
 def test_a_slow_link_ends_nobody(name, jobs):
     if namespaces.missing():
         pytest.skip(namespaces.missing())
+    if jobs is ray_jobs:
+        pytest.skip("Ray is started on one machine here.")
     rates = LINKS[name]
     with namespaces.network(len(rates), rate=rates) as network:
         first, *others = jobs.results(
@@ -76,7 +80,7 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(jobs):
             codes = [worker.process.poll() for worker in pair]
             assert codes == [None, None], [worker.output for worker in pair]
             time.sleep(0.05)
-        # That of `mpirun`, too.
+        # What has started them, too.
         pids = [pid for each in pair for pid in (each.process.pid, each.pid)]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)

@@ -1,6 +1,5 @@
 """Ray Train starts the workers, and starts them again if one fails."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -8,16 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray_jobs
 from deadlines import DEADLINE_SECONDS
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_train.py"
 
 pytestmark = [
     pytest.mark.nightly,
-    pytest.mark.skipif(
-        importlib.util.find_spec("ray") is None,
-        reason='Ray is not installed: pip install "ray[train]"',
-    ),
+    pytest.mark.skipif(bool(ray_jobs.missing()), reason=ray_jobs.missing()),
 ]
 
 
