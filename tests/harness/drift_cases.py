@@ -7,6 +7,7 @@ that have found out by comparison that they differ can go on.
 
 import contextlib
 import io
+import itertools
 import os
 import random
 import tempfile
@@ -355,6 +356,19 @@ def terminate_on_nan(strategy, index):
 def train_on_batch(strategy, index):
     model = made(strategy, metrics=["mae"])
     return [model.train_on_batch(X[:33], Y[:33]) for _ in range(2)]
+
+
+@case
+def train_on_own_parts(strategy, index):
+    """Of uneven sizes; only the second worker traces its step twice."""
+    model, losses = made(strategy), []
+    for end in (33, 34):
+        part = slice(0, end)
+        if strategy.num_replicas_in_sync > 1:
+            part = (slice(0, 20), slice(20, end))[index]
+        losses.append(model.train_on_batch(X[part], Y[part]))
+    weights = [weight.ravel().tolist() for weight in model.get_weights()]
+    return [*losses, *itertools.chain(*weights)]
 
 
 @case

@@ -112,9 +112,17 @@ FAULTS = [
         "eager_sizes",
         "eager: equal parts here are taken for equal parts on all workers",
         "one_device/shares.py",
-        "known_of_all = num_workers == 1 or not tf.executing_eagerly()",
+        "known_of_all = num_workers == 1 or iterators.batches_are_read_in_graph()",
         "known_of_all = True",
         ("test_shares.py", "test_threads.py -k eagerly"),
+    ),
+    Fault(
+        "traced_sizes",
+        "the traced size of one worker's batch is taken for that of all",
+        "one_device/shares.py",
+        "known_of_all = num_workers == 1 or iterators.batches_are_read_in_graph()",
+        "known_of_all = num_workers == 1 or not tf.executing_eagerly()",
+        ("test_shares.py",),
     ),
     Fault(
         "divided_floor",

@@ -96,6 +96,7 @@ SHARED = [
     "logs_of_accumulating_steps",
     "terminate_on_nan",
     "train_on_batch",
+    "train_on_own_parts",
     "numbers",
     "warnings_of_order",
     "warnings_of_shards",
@@ -180,7 +181,12 @@ def test_the_chiefs_weights_and_learning_rate_are_taken_where_asked_for(found):
 
 @pytest.mark.parametrize(
     "name",
-    ["logs_of_steps", "logs_of_accumulating_steps", "train_on_batch"],
+    [
+        "logs_of_steps",
+        "logs_of_accumulating_steps",
+        "train_on_batch",
+        "train_on_own_parts",
+    ],
 )
 def test_logs_of_steps_are_those_of_one_device(name, found):
     np.testing.assert_allclose(
