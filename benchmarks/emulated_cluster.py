@@ -286,8 +286,8 @@ def links(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
     rates = [args.rate / slower] * setting.workers
     if setting.link == "slow":
         rates[1] /= SLOW
-    # The queue has room for some frames even if they take long.
-    queue = max(0.02, 16 * FRAME * 8 / min(rates))
+    # A queue that drops nothing, as that of a card is, whatever the rate.
+    queue = 128 * FRAME * 8 / min(rates)
     return {
         "rate": [(f"{rate:.0f}bit", f"{rate:.0f}bit") for rate in rates],
         "burst": f"{max(2 * FRAME, 2**17 / slower):.0f}b",
@@ -385,7 +385,7 @@ def start_mpi(
 
 
 def train(
-    setting: Setting, profile: Profile, args: argparse.Namespace
+    setting: Setting, profile: Profile, args: argparse.Namespace, steps: int
 ) -> tuple[list[Result], float]:
     """Results of all workers, and the seconds that they took to start."""
     seconds = profile.step_seconds * args.stretch
@@ -396,7 +396,7 @@ def train(
             sizes(profile, args.shrink),
             [forward + each * (seconds - forward) for each in profile.ready],
             forward,
-            args.steps,
+            steps,
             setting.transport,
             WIRE_DTYPES[setting.dtype],
             args.bytes_per_pack // args.shrink,
@@ -493,7 +493,7 @@ def row(
     link: Link,
     args: argparse.Namespace,
 ) -> str:
-    results, start_up = train(setting, profile, args)
+    results, start_up = train(setting, profile, args, args.steps)
     # In step, all take the same time.
     step = statistics.median(
         max(times)
@@ -541,8 +541,9 @@ def print_table(args: argparse.Namespace) -> None:
         profile = gradient_sets.PROFILES[model]()
         check_packs(profile, args)
         single = Setting(model, "grpc", "even", "float32", 1)
-        (result,), _ = train(single, profile, args)
-        alone = statistics.median(result.steps)
+        # Nothing but sleep, so that one step is like any other.
+        (result,), _ = train(single, profile, args, steps=1)
+        (alone,) = result.steps
         for of in itertools.product(
             args.transports, args.links, args.dtypes, args.workers
         ):
