@@ -22,10 +22,12 @@ class PackSize:
     alone_above: int | None = None
 
 
-# By the name of the algorithm. That of NCCL is PyTorch
-# DistributedDataParallel's.
+# PyTorch DistributedDataParallel's.
+_LARGE = 25 * _MIB
+
+# By the name of the algorithm.
 DEFAULTS = {
-    "nccl": PackSize(25 * _MIB, 1 * _MIB),
+    "nccl": PackSize(_LARGE, 1 * _MIB),
     "ring": PackSize(4 * _MIB, 1 * _MIB),
     "shared_memory": PackSize(1 * _MIB, 256 * _KIB, alone_above=16 * _KIB),
 }
@@ -44,7 +46,8 @@ def between_workers(num_workers: int, nbytes: int) -> PackSize:
     pack has a latency, so that a pack is a sixteenth of all gradients, or
     512 KiB, or a little more than half of all if that is less (two packs that
     leave no rest for a third); and latency grows with the workers, so that the
-    best pack grows about as the root of their number.
+    best pack grows about as the root of their number, up to 25 MiB, whose bytes
+    take longer than its latency.
     See "Pack sizes between workers" and "Scaling" in benchmarks/RESULTS.md.
 
     Args:
@@ -53,7 +56,7 @@ def between_workers(num_workers: int, nbytes: int) -> PackSize:
     """
     half = max(128 * _KIB, nbytes * 9 // 16)
     capacity = min(half, max(512 * _KIB, nbytes // 16))
-    capacity *= math.isqrt(num_workers)
+    capacity = min(capacity * math.isqrt(num_workers), _LARGE)
     alone_above = max(capacity // 2, min(capacity, 256 * _KIB))
     return PackSize(capacity, alone_above=alone_above)
 

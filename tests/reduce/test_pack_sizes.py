@@ -47,7 +47,7 @@ def test_the_documents_tell_the_size_of_a_pack(algorithm):
 
 def test_the_documents_tell_the_size_of_a_pack_between_workers():
     (row,) = [row for row in table_of("Pack sizes") if "workers" in row[0]]
-    least, alone_at_least = bytes_in(row[1]) + bytes_in(row[3])
+    least, most, alone_at_least = bytes_in(row[1]) + bytes_in(row[3])
     # One worker, whose root is 1: 9/16 of all, the least, a sixteenth.
     for nbytes, capacity in [
         (MIB // 2, MIB // 2 * 9 // 16),
@@ -58,6 +58,9 @@ def test_the_documents_tell_the_size_of_a_pack_between_workers():
         assert size.bytes_per_pack == capacity
         assert size.alone_above == max(capacity // 2, alone_at_least)
     assert least == 512 * KIB
+    size = pack_sizes.between_workers(16, 1024 * MIB)
+    assert size == PackSize(most, alone_above=most // 2)
+    assert most == 25 * MIB
 
 
 @pytest.mark.parametrize(("workers", "root"), [(4, 2), (9, 3), (15, 3)])
