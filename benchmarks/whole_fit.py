@@ -242,7 +242,18 @@ class Trainer:
             np.savez(initial, *self._model.get_weights())
         self._model.set_weights(read_weights(initial))
         seconds = self._fit(1)[0][0]
-        np.savez(after, *self._model.get_weights())
+        # MirroredStrategy keeps the statistics of one replica.
+        trained = {id(weight) for weight in self._model.trainable_weights}
+        weights = [
+            now if id(weight) in trained else before
+            for weight, now, before in zip(
+                self._model.weights,
+                self._model.get_weights(),
+                read_weights(initial),
+                strict=True,
+            )
+        ]
+        np.savez(after, *weights)
         is_split_seen = any(
             isinstance(layer, keras.layers.BatchNormalization)
             for layer in self._model.layers
