@@ -19,17 +19,14 @@ FAST = [
     "gradient_by_hand",
     "no_optimizer",
     "optimizer_that_accumulates",
-    "optimizer_that_clips",
     "plain_mean",
     "step_of_an_optimizer_that_is_called_itself",
     "weights_that_a_step_updates_by_a_sum",
     "weights_that_a_step_updates_itself",
 ]
 
-# Masks, added losses, several optimizers, state.
+# Masks and state.
 SLOW = [
-    "added_losses_of_every_kind",
-    "adversaries",
     "masked_loss_with_weights",
     "state_that_a_layer_keeps",
 ]

@@ -22,7 +22,7 @@ import keras_allreduce
 from programs import data
 
 NUM_SAMPLES = 17
-IN_FAST_TIER = 20
+IN_FAST_TIER = 12
 AT_NIGHT = 200
 
 
