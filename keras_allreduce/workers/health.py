@@ -238,8 +238,13 @@ class HealthMonitor:
                 self._give_up(detector())
                 if self._error is not None:
                     return
-            if time.monotonic() < hear_until and _repeat_sigterm(self._cluster):
-                hear_until = 0
+                if self._heartbeats.are_unsure:
+                    break  # A closed port is asked again first.
+            else:
+                if time.monotonic() < hear_until and _repeat_sigterm(
+                    self._cluster
+                ):
+                    hear_until = 0
 
     def _give_up(self, error: WorkerError | None) -> None:
         with self._giving_up:

@@ -208,6 +208,24 @@ def test_what_another_has_said_counts_more_than_that_it_is_late(runtime):
     assert str(monitor.failure()) == "worker 1 (b:1) has failed"
 
 
+def test_a_closed_port_is_asked_again_before_others_are_asked(runtime):
+    class Unsure(FakeHeartbeats):
+        left = 3
+
+        def check(self, *, all_now=False):
+            self.left -= 1
+            self.are_unsure = self.left > 0
+            return WorkerLostError("gone") if not self.left else None
+
+    asked = []
+    monitor = HealthMonitor(
+        CLUSTER, AwakeClock(), Unsure(), None, [lambda: asked.append(1)]
+    )
+    monitor._run()
+    assert str(monitor.failure()) == "gone"
+    assert asked == []
+
+
 def test_a_collective_that_failed_asks_the_others_at_once(runtime):
     heartbeats = FakeHeartbeats(WorkerLostError("worker 1 is gone"))
     monitor = HealthMonitor(CLUSTER, AwakeClock(), heartbeats, None)
