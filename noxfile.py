@@ -45,6 +45,8 @@ TESTS = [
     "tests/compat/test_overrides.py",
     "tests/workers/test_multi_worker.py::"
     "test_workers_train_as_one_device_does[even_batches]",
+    "tests/workers/test_multi_worker.py::"
+    "test_workers_train_as_one_device_does[embedding]",
 ]
 
 FOUND = (

@@ -32,8 +32,8 @@ _KEY = "keras_allreduce_xla"
 # Not a replica's computation: clocks, and ops that leave the device.
 _NEVER = ("Timestamp", "Collective", "Nccl")
 
-# XLA pads what has a shape that values decide, and what is computed from the
-# row splits of a ragged tensor no longer fits.
+# XLA pads tensors of a shape that values decide. Tensors computed from the row
+# splits of a ragged one no longer fit them.
 _SHAPED_BY_VALUES = ("Where", "Unique")
 
 # Ops that cost nothing.
