@@ -240,7 +240,8 @@ class Trainer:
 
         if not Path(initial).exists():
             np.savez(initial, *self._model.get_weights())
-        self._model.set_weights(read_weights(initial))
+        at_first = read_weights(initial)
+        self._model.set_weights(at_first)
         seconds = self._fit(1)[0][0]
         # MirroredStrategy keeps the statistics of one replica.
         trained = {id(weight) for weight in self._model.trainable_weights}
@@ -249,7 +250,7 @@ class Trainer:
             for weight, now, before in zip(
                 self._model.weights,
                 self._model.get_weights(),
-                read_weights(initial),
+                at_first,
                 strict=True,
             )
         ]

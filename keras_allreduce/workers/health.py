@@ -156,9 +156,7 @@ class HealthMonitor:
         self._heartbeats = heartbeats
         self._inspector = inspector
         self._detectors: list[Callable[[], WorkerError | None]]
-        self._detectors = [heartbeats.check]
-        if inspector is not None:
-            self._detectors.append(inspector.check)
+        self._detectors = [] if inspector is None else [inspector.check]
         self._detectors += others
         self._stopped = threading.Event()
         self._giving_up = threading.Lock()
@@ -234,17 +232,16 @@ class HealthMonitor:
             TIMING.refused if self._heartbeats.are_unsure else TIMING.tick
         ):
             self._clock.look()
+            error = self._heartbeats.check()
+            if error is None and self._heartbeats.are_unsure:
+                continue  # A closed port is asked again first.
             for detector in self._detectors:
-                self._give_up(detector())
-                if self._error is not None:
-                    return
-                if self._heartbeats.are_unsure:
-                    break  # A closed port is asked again first.
-            else:
-                if time.monotonic() < hear_until and _repeat_sigterm(
-                    self._cluster
-                ):
-                    hear_until = 0
+                error = error or detector()
+            self._give_up(error)
+            if self._error is not None:
+                return
+            if time.monotonic() < hear_until and _repeat_sigterm(self._cluster):
+                hear_until = 0
 
     def _give_up(self, error: WorkerError | None) -> None:
         with self._giving_up:
