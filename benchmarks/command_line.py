@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -27,6 +28,15 @@ def environment(*packages: str) -> str:
         f"{', '.join(versions)}, Python {platform.python_version()}, "
         f"{os.cpu_count()} cores ({platform.machine()})"
     )
+
+
+def tf_config(addresses: Sequence[str], index: int) -> dict[str, str]:
+    """The variable that tells one worker of its cluster."""
+    config = {
+        "cluster": {"worker": list(addresses)},
+        "task": {"type": "worker", "index": index},
+    }
+    return {"TF_CONFIG": json.dumps(config)}
 
 
 def devices(replicas: int, on_gpus: bool = False) -> list[str]:

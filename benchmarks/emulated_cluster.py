@@ -347,15 +347,13 @@ def start_grpc(
     processes = []
     for rank, output in enumerate(outputs):
         output.touch()
-        task = {"type": "worker", "index": rank}
-        config = {"cluster": {"worker": addresses}, "task": task}
         process = warm_python.Process(
             argv,
             folder=folder,
             environment={
                 **os.environ,
                 **ENVIRONMENT,
-                "TF_CONFIG": json.dumps(config),
+                **command_line.tf_config(addresses, rank),
             },
             stdout=output,
             stderr=output,

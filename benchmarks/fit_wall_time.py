@@ -341,12 +341,7 @@ def print_workers(args: argparse.Namespace) -> None:
                 WORKERS,
                 1,
                 args,
-                TF_CONFIG=json.dumps(
-                    {
-                        "cluster": {"worker": addresses},
-                        "task": {"type": "worker", "index": index},
-                    }
-                ),
+                **command_line.tf_config(addresses, index),
             )
             for index in range(2)
         ]

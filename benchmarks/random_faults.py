@@ -72,6 +72,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "harness")]
 
+import command_line
 import namespaces
 import numpy as np
 import warm_python
@@ -497,14 +498,10 @@ def start(
     options: argparse.Namespace,
     net: Any,
 ) -> warm_python.Process:
-    config = {
-        "cluster": {"worker": addresses},
-        "task": {"type": "worker", "index": rank},
-    }
     output = folder / f"output{rank}"
     output.touch()
     order = [astuple(fault), options.timeout, rank, options.limit]
-    added = {"TF_CONFIG": json.dumps(config)}
+    added = command_line.tf_config(addresses, rank)
     if fault.kind == "proxy":
         nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
         names = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")

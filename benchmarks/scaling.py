@@ -116,14 +116,12 @@ def in_namespaces(network: namespaces.Network, arguments: list[str]) -> str:
     with contextlib.ExitStack() as stack:
         files, processes = [], []
         for index in range(len(addresses)):
-            task = {"type": "worker", "index": index}
-            config = {"cluster": {"worker": addresses}, "task": task}
             files.append(stack.enter_context(tempfile.TemporaryFile("w+")))
             process = subprocess.Popen(
                 network.command(index, command),
                 env={
                     **os.environ,
-                    "TF_CONFIG": json.dumps(config),
+                    **command_line.tf_config(addresses, index),
                     "CUDA_VISIBLE_DEVICES": "-1",
                 },
                 stdout=files[-1],
