@@ -122,16 +122,17 @@ class Worker:
                 status = "".join(self._tagged(unfinished))
             self._screen.write(stream, lines, status)
             self.last_lines.extend(lines)
-        self._append(unwritten, is_last=True)
+        if unwritten:
+            self._append(unwritten + b"\n")
         lines = self._tagged(reader.close())
         self._screen.write(stream, lines, "" if is_chief_out else None)
         self.last_lines.extend(lines)
 
-    def _append(self, data: bytes, *, is_last: bool = False) -> bytes:
+    def _append(self, data: bytes) -> bytes:
         """Adds to the file of this worker; a full disk must not end the job.
 
         Both pipes write to it, so a line is written when it is complete, or
-        as long as can be.
+        as long as can be. The last one of a pipe ends, too.
 
         Returns:
             The bytes of an unfinished line.
@@ -139,7 +140,7 @@ class Worker:
         if self._log is None:
             return b""
         end = data.rfind(b"\n") + 1
-        if is_last or len(data) - end > MOST_BYTES:
+        if len(data) - end > MOST_BYTES:
             end = len(data)
         if end:
             with (
