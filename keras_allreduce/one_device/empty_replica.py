@@ -2,18 +2,23 @@
 
 Some kernels of TensorFlow end the process on an empty batch, and some layers
 make NaNs of it. The loss of the borrowed sample counts 0, and the replica
-forgets it.
+forgets it. Layers such as `BatchNormalization(synchronized=True)` sum over the
+replicas in the forward pass, and their gradients do in backprop: an empty
+replica counts 0 there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_allreduce.compat import distribute
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.devices import on_each
+from keras_allreduce.one_device.replica import Replicas
 from keras_allreduce.one_device.shared_state import synchronized_variables
+from keras_allreduce.reduce import packing
 
 
 def spare_sample(data: Any, replicas: Replicas) -> Any:
@@ -135,3 +140,62 @@ def rows_if(has_samples: tf.Tensor, value: Any) -> Any:
     every = value.nrows() if isinstance(value, tf.RaggedTensor) else None
     count = tf.shape(value)[0] if every is None else every
     return value[: tf.where(has_samples, count, tf.zeros_like(count))]
+
+
+class SynchronizedSums:
+    """Sums over the replicas in which an empty replica counts 0.
+
+    Args:
+        replicas: The replicas of this worker.
+        has_samples: Distributed bool, false on empty replicas. `None`: none
+            is left out.
+
+    Attributes:
+        in_backprop: Whether a sum may now be that of a gradient.
+        used: Whether a layer has summed over the replicas.
+    """
+
+    def __init__(self, replicas: Replicas, has_samples: Any):
+        self._replicas = replicas
+        self._has_samples = has_samples
+        self.in_backprop = False
+        self.used = False
+
+    def sum(
+        self,
+        sum_over_replicas: Callable[[list[tuple[Any, Any]]], list[Any]],
+        value_destination_pairs: Sequence[tuple[Any, Any]],
+    ) -> list[Any]:
+        """The sums of the values, without those of empty replicas.
+
+        In the forward pass all replicas get the sum: a synchronized layer has
+        the same statistics everywhere. In backprop empty replicas get 0, so
+        that nothing flows back into them.
+
+        Args:
+            sum_over_replicas: Sums all replicas.
+            value_destination_pairs: Its argument.
+        """
+        self.used = True
+        sums = sum_over_replicas(
+            [
+                (self._of_replicas_with_samples(value), destination)
+                for value, destination in value_destination_pairs
+            ]
+        )
+        if not self.in_backprop:
+            return sums
+        return [self._of_replicas_with_samples(total) for total in sums]
+
+    def _of_replicas_with_samples(self, value: Any) -> Any:
+        """A distributed value, with 0 in the place of empty replicas."""
+        if self._has_samples is None:
+            return value
+        counts = self._has_samples.values
+        parts = on_each(
+            [count.device for count in counts],
+            packing.scale,
+            self._replicas.local_values(value),
+            counts,
+        )
+        return distribute.PerReplica(tuple(parts))

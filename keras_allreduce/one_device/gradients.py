@@ -25,15 +25,15 @@ import tensorflow as tf
 from keras_allreduce.compat import graphs
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import reduction, replica
+from keras_allreduce.one_device.empty_replica import SynchronizedSums
 from keras_allreduce.one_device.reduction import (
     RATIO,
     SUM,
     Key,
     Reductions,
 )
-from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.replica import Replicas
 from keras_allreduce.one_device.shares import part_of_denominators
-from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.one_device.update import (
     is_done_once,
     number_on_worker,

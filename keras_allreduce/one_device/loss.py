@@ -25,7 +25,7 @@ from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.compat import keras_losses
 from keras_allreduce.one_device import mixing, replica, warn, whole_batch
 from keras_allreduce.one_device.reduction import Reductions
-from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.replica import Replicas
 from keras_allreduce.one_device.shares import part_of_sum
 from keras_allreduce.reduce.packing import scale
 from keras_allreduce.reduce.plan import GatheredLoss

@@ -15,9 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.one_device import facts, first_batch, judge, reduction
+from keras_allreduce.one_device import facts, judge, reduction, samples
 from keras_allreduce.one_device.judge import judged
-from keras_allreduce.one_device.probe import Failure, Probe, probe
 from keras_allreduce.one_device.reduction import (
     MAX,
     MEAN,
@@ -29,7 +28,8 @@ from keras_allreduce.one_device.reduction import (
     Reduction,
     Reductions,
 )
-from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.replica import Replicas
+from keras_allreduce.one_device.samples import Failure, probe
 from keras_allreduce.one_device.trial import Trial
 
 # How often a step with random numbers is measured: at least, before there is
@@ -38,6 +38,9 @@ FEWEST_ROUNDS = 8
 ROUNDS_FOR_DOUBT = 32
 MOST_ROUNDS = 256
 MOST_EAGER_ROUNDS = 64
+
+_Round = tuple[Any, Any, Any]
+"""The values of a step on the whole example, its first and its second half."""
 
 
 def reductions_of(
@@ -88,7 +91,7 @@ def measure(
         The findings, or the reason for their absence.
     """
     trial = Trial(model, step, strategy)
-    example = first_batch.like(model, data)
+    example = samples.like(model, data)
     tolerance = _tolerance(model)
     try:
         rounds = _rounds(trial, example, tolerance)
@@ -124,9 +127,9 @@ def measure(
 
 def _rounds(
     trial: Trial, example: Any, tolerance: float
-) -> list[Probe] | Failure:
+) -> list[_Round] | Failure:
     """The results of a step, in as many rounds as it takes to judge it."""
-    rounds: list[Probe] = []
+    rounds: list[_Round] = []
     wanted = 2
     while len(rounds) < wanted:
         found = probe(trial, example)
@@ -138,7 +141,7 @@ def _rounds(
     return rounds
 
 
-def _takes_more(trial: Trial, rounds: list[Probe], tolerance: float) -> bool:
+def _takes_more(trial: Trial, rounds: list[_Round], tolerance: float) -> bool:
     """Whether it takes more rounds to judge a step.
 
     Few random numbers, such as a dropout of two samples, may be equal in some
@@ -175,13 +178,12 @@ _Values = dict[Key, tuple[np.ndarray, ...]]
 """The whole, first and second of each value; `[round, element]`."""
 
 
-def _values_of(keys: Sequence[Key], rounds: Sequence[Probe]) -> _Values:
+def _values_of(keys: Sequence[Key], rounds: Sequence[_Round]) -> _Values:
     """The values of rounds that returned those of `keys`."""
     return {
-        key: (
-            np.stack([each.whole[index] for each in rounds]),
-            np.stack([each.first[index] for each in rounds]),
-            np.stack([each.second[index] for each in rounds]),
+        key: tuple(
+            np.stack([values[index] for values in part])
+            for part in zip(*rounds, strict=True)
         )
         for index, key in enumerate(keys)
     }
@@ -350,12 +352,11 @@ def _tolerance(model: keras.Model) -> float:
     return judge.EXACT
 
 
-def _are_equal(rounds: Sequence[Probe]) -> bool:
+def _are_equal(rounds: Sequence[_Round]) -> bool:
     """Whether all rounds gave the same."""
-    first = rounds[0]
     return all(
-        np.array_equal(a, b, equal_nan=True)
-        for other in rounds[1:]
-        for part in ("whole", "first", "second")
-        for a, b in zip(getattr(first, part), getattr(other, part), strict=True)
+        np.array_equal(one, another, equal_nan=True)
+        for first, *others in zip(*rounds, strict=True)
+        for other in others
+        for one, another in zip(first, other, strict=True)
     )

@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import graphs
-from keras_allreduce.one_device import metric_results, reduction, replica
+from keras_allreduce.one_device import metrics, reduction, replica
 from keras_allreduce.one_device.reduction import Key
 from keras_allreduce.one_device.shared_state import read_outside_of_branches
 
@@ -194,7 +194,7 @@ class ValueRecorder:
     ) -> Any:
         """Results are not measured, unless a log is computed from them."""
         found = result(*args, **kwargs)
-        metric_results.note(args[0], found)
+        metrics.note_results(args[0], found)
         return found
 
     def next_seed(
@@ -286,7 +286,7 @@ class ValueRecorder:
 
     def record_logs(self, logs: Any) -> None:
         """Records the result of the step, but not the results of metrics."""
-        results = metric_results.among(logs)
+        results = metrics.results_among(logs)
         noted = replica.current().metric_results.values()
         known = [each.value for each in noted]
         for path, value in keras.tree.flatten_with_path(logs):

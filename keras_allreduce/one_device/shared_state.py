@@ -13,6 +13,17 @@ every replica gets the state of one device:
 Keras's layers keep means. What others keep is measured, as losses are. A queue
 or a last value is neither; the first replica's is that of a part of the batch,
 at the scale of one device's.
+
+The replicas run the Python code of a step in turn, each as far as the next
+merge_call, and a measurement runs it before them. So that all of them find the
+numbers in attributes of the model as on one device, they are put back:
+
+    self.n += 1     measured   replica 0   replica 1   after the step
+    found              0           0           0
+    left               1           1           1             1
+
+Only numbers and strings: anything else that a step changes, such as a list, is
+shared by the replicas.
 """
 
 from collections.abc import Sequence
@@ -25,9 +36,11 @@ from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.compat import keras_door
 from keras_allreduce.one_device import reduction, replica
 from keras_allreduce.one_device.reduction import FIRST, SUM, Reductions
-from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.replica import Replicas
 from keras_allreduce.one_device.shares import BatchShares
 from keras_allreduce.reduce import packing
+
+_KINDS = (bool, int, float, str)
 
 
 class SharedState:
@@ -166,6 +179,42 @@ class SharedState:
             for pack, weight in zip(others, weights[1:], strict=True)
         ]
         return tf.add_n([first, *gaps])
+
+
+class PythonNumbers:
+    """The numbers and strings in attributes of a model, at this moment.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: keras.Model):
+        self._model = model
+        # Past `__getattr__` and `__setattr__` of Keras.
+        self._names = set(vars(model))
+        self._values = {
+            name: value
+            for name, value in vars(model).items()
+            if type(value) in _KINDS
+        }
+
+    def put_back(self) -> None:
+        """Gives the attributes their values of that moment.
+
+        Attributes of Keras, and those that are something else by now, stay as
+        they are; a new one is removed where the class has one of its name.
+        """
+        own = vars(self._model)
+        for name in own.keys() - keras_compat.attributes_of_any_model():
+            if type(own[name]) not in _KINDS:
+                continue
+            if name in self._values:
+                own[name] = self._values[name]
+            elif name not in self._names and self._is_of_class(name):
+                del own[name]
+
+    def _is_of_class(self, name: str) -> bool:
+        return type(getattr(type(self._model), name, None)) in _KINDS
 
 
 def synchronized_variables(model: keras.Model) -> frozenset[int]:

@@ -16,7 +16,7 @@ import tensorflow as tf
 from keras_allreduce.compat import distribute, graphs, iterators
 from keras_allreduce.devices import on_each
 from keras_allreduce.one_device import replica
-from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.replica import Replicas
 from keras_allreduce.reduce.packing import scale
 from keras_allreduce.reduce.process_group import (
     ProcessGroup,

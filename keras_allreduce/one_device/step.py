@@ -14,19 +14,17 @@ model (`hooks.py`). Afterwards all is as it was.
     optimizer.apply              gradients.py  then Keras's: finite check,
                                                accumulate, clip, update
     metric.update_state          view.py       counts with the share
-    metric.result                metric_results.py
-                                               in the logs: of all samples
+    metric.result                metrics.py    in the logs: of all samples
     seed_generator.next          view.py       another one per replica
     variable.assign              shared_state.py
                                                then one value for all replicas
-    context.merge_call           python_numbers.py
+    context.merge_call           shared_state.py
                                                numbers of the model in Python
 
     replaced in the model
     compute_loss                 loss.py       empty replica: 0
     losses, add_loss             loss.py       corrected to a mean over samples
-    custom metrics               metric_state.py
-                                               a maximum is that of all
+    custom metrics               metrics.py    a maximum is that of all
 """
 
 import contextlib
@@ -42,28 +40,31 @@ from keras_allreduce.compat import keras_losses, keras_threads
 from keras_allreduce.one_device import (
     empty_replica,
     hooks,
+    logs,
     measurement,
-    metric_results,
+    metrics,
     replica,
     warn,
 )
+from keras_allreduce.one_device.empty_replica import SynchronizedSums
 from keras_allreduce.one_device.gradients import GradientsOfTheBatch
 from keras_allreduce.one_device.hooks import shadowed
-from keras_allreduce.one_device.logs import Logs, are_metric_results
 from keras_allreduce.one_device.loss import LossOfTheReplica
-from keras_allreduce.one_device.metric_results import MetricResult, Path
-from keras_allreduce.one_device.metric_state import SharedMetricState
+from keras_allreduce.one_device.metrics import (
+    MetricResult,
+    Path,
+    SharedMetricState,
+)
 from keras_allreduce.one_device.reduction import Reductions
-from keras_allreduce.one_device.replica import Replica
-from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.replica import Replica, Replicas
 from keras_allreduce.one_device.shared_state import SharedState
 from keras_allreduce.one_device.shares import (
     BatchShares,
     divided,
+    replicas_with_samples,
     shares_of_batch,
     static_samples,
 )
-from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.one_device.view import CurrentStep
 from keras_allreduce.reduce.observe import BatchRecord
 from keras_allreduce.reduce.plan import GatheredLoss
@@ -110,7 +111,7 @@ class Step:
         self._count = replicas.group.size * len(replicas.devices)
         self._trains = name == "train_step"
         self._metrics = SharedMetricState(model, replicas, strategy)
-        self._returns_metrics = are_metric_results(model, name)
+        self._returns_metrics = logs.are_metric_results(model, name)
         self._results: Mapping[Path, MetricResult] = {}
         self._measure: Callable[[], Reductions] = Reductions
         self.gathered: Mapping[int, GatheredLoss] = {}
@@ -155,13 +156,15 @@ class Step:
             )
         state.agree(shares)  # [5]
         self._metrics.agree(shares)
-        logs = Logs(
+        return logs.of_one_device(  # [6]
+            outputs,
+            self._results,
+            shares,
             reductions,
             self._replicas,
             self._group_of_logs(),
             static_samples(data, self._replicas),
         )
-        return logs.of_one_device(outputs, self._results, shares)  # [6]
 
     @contextlib.contextmanager
     def _errors_explained(self, known: Reductions) -> Iterator[None]:
@@ -215,9 +218,9 @@ class Step:
     def _shown(self, current: CurrentStep, outputs: Any) -> Any:
         """The logs of a replica, in which results of metrics are found."""
         if self._returns_metrics:
-            self._results = metric_results.of_keras(outputs)
+            self._results = metrics.results_of_keras(outputs)
         else:
-            self._results = metric_results.among(outputs)
+            self._results = metrics.results_among(outputs)
         return current.shown(outputs, self._results)
 
     def _group_of_logs(self) -> ProcessGroup:
@@ -290,3 +293,75 @@ class Step:
             yield shadowed(self._model, {name: method})
         for owner, methods in (*losses.shadows(), *self._metrics.shadows()):
             yield shadowed(owner, methods)
+
+
+def predict(
+    model: keras.Model,
+    replicas: Replicas,
+    call_for_each_replica: Callable[..., Any],
+    fn: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """Runs a `predict_step` on every replica; returns one row per sample.
+
+    Some layers cannot run on an empty batch, so an empty replica runs on a
+    sample that it borrows, and returns no row for it.
+
+    Args:
+        model: The model whose step it is.
+        replicas: The replicas of this worker.
+        call_for_each_replica: Calls a function on every replica.
+        fn: The step.
+        args: Its arguments, the batch first.
+        kwargs: Likewise.
+
+    Raises:
+        ValueError: If an output is one number for all samples.
+    """
+    count = replicas.group.size * len(replicas.devices)
+    if count == 1:
+        return call_for_each_replica(fn, args, kwargs)
+    data, *rest = args
+    data = divided(data, replicas)
+    of_replicas = replicas_with_samples(data, replicas)
+    spare = None
+    if of_replicas is not None:
+        spare = empty_replica.spare_sample(data, replicas)
+    step = CurrentStep(model, Reductions())
+    settings = keras_threads.settings()
+
+    @_do_not_convert
+    def on_replica(
+        has_samples: Any, data: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        keras_threads.take_over(settings)
+        this = Replica(has_samples=has_samples, num_replicas=count)
+        with replica.running(this, step):
+            step.begin_replica()
+            if has_samples is None:
+                return _with_rows(fn(data, *args, **kwargs))
+            data = empty_replica.with_a_sample(data, has_samples, spare)
+            return keras.tree.map_structure(
+                partial(empty_replica.rows_if, has_samples),
+                _with_rows(fn(data, *args, **kwargs)),
+            )
+
+    with hooks.taking_part(step):
+        return call_for_each_replica(
+            on_replica, (of_replicas, data, *rest), kwargs
+        )
+
+
+def _with_rows(outputs: Any) -> Any:
+    """The outputs, each of which must have one row for each sample."""
+    for path, output in keras.tree.flatten_with_path(outputs):
+        if tf.TensorShape(output.shape).rank == 0:
+            raise ValueError(
+                "Outputs of `predict` have one row for each sample, since "
+                "those of all replicas are joined. Received: one number for "
+                f"a batch in outputs{list(path) or ''}. Return a value for "
+                "each sample and reduce what `predict` returns, or compute "
+                "it with `evaluate`, in a metric."
+            )
+    return outputs

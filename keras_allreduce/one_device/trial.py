@@ -24,10 +24,10 @@ from keras_allreduce.compat import (
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import hooks
 from keras_allreduce.one_device.hooks import shadowed
-from keras_allreduce.one_device.python_numbers import PythonNumbers
 from keras_allreduce.one_device.recorder import ValueRecorder, WholeBatch
 from keras_allreduce.one_device.reduction import Key
 from keras_allreduce.one_device.replica import Replica
+from keras_allreduce.one_device.shared_state import PythonNumbers
 
 # Elements of all gradients of a call that are looked at.
 _ELEMENTS = 2**15

@@ -17,7 +17,7 @@ from keras_allreduce.compat import distribute, keras_config
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.devices import is_gpu
 from keras_allreduce.one_device import replica
-from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.replica import Replicas
 from keras_allreduce.one_device.shares import largest
 from keras_allreduce.reduce.observe import BatchRecord, observe
 from keras_allreduce.reduce.packing import nbytes_of

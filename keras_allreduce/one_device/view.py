@@ -10,14 +10,14 @@ import tensorflow as tf
 
 from keras_allreduce.compat import graphs, keras_losses
 from keras_allreduce.one_device import (
-    metric_results,
+    metrics,
     reduction,
     replica,
     warn,
     whole_batch,
 )
+from keras_allreduce.one_device.empty_replica import SynchronizedSums
 from keras_allreduce.one_device.gradients import GradientsOfTheBatch
-from keras_allreduce.one_device.python_numbers import PythonNumbers
 from keras_allreduce.one_device.reduction import (
     MAX,
     MEAN,
@@ -27,10 +27,9 @@ from keras_allreduce.one_device.reduction import (
     Key,
     Reductions,
 )
-from keras_allreduce.one_device.replicas import Replicas
-from keras_allreduce.one_device.shared_state import SharedState
+from keras_allreduce.one_device.replica import Replicas
+from keras_allreduce.one_device.shared_state import PythonNumbers, SharedState
 from keras_allreduce.one_device.shares import extreme, scaled_ratio
-from keras_allreduce.one_device.synchronized_layers import SynchronizedSums
 from keras_allreduce.reduce.packing import scale
 
 
@@ -257,9 +256,9 @@ class CurrentStep:
     def metric_result(
         self, result: Callable[..., Any], metric: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """The result on this replica; see `metric_results.py`."""
+        """The result on this replica; see `metrics.py`."""
         found = result(metric, *args, **kwargs)
-        metric_results.note(metric, found)
+        metrics.note_results(metric, found)
         return found
 
     def next_seed(

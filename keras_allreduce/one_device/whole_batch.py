@@ -27,8 +27,7 @@ from keras_allreduce.compat import distribute, keras_losses
 from keras_allreduce.compat.split_datasets import first_dimension
 from keras_allreduce.devices import on_each
 from keras_allreduce.one_device import empty_replica, replica
-from keras_allreduce.one_device.replica import Replica
-from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.replica import Replica, Replicas
 from keras_allreduce.reduce.packing import scale
 
 MOST_BYTES_OF_A_SAMPLE = 2**20

@@ -22,7 +22,7 @@ from keras_allreduce.fit_output.meter import Meter
 from keras_allreduce.fit_output.stats import ReduceStats
 from keras_allreduce.fit_output.step_log import StepLog
 from keras_allreduce.fit_output.timeline import recording
-from keras_allreduce.one_device import first_batch, replica
+from keras_allreduce.one_device import replica, samples
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.reduce.buckets import parts_of
 from keras_allreduce.reduce.cost_model import Link
@@ -94,7 +94,7 @@ class StrategyBase(tf.distribute.Strategy):
         """The steps that the fit output shows; `None` if `fit_log=False`."""
         return self.step_log if self._fit_log else None
 
-    samples_to_measure = first_batch.SAMPLES
+    samples_to_measure = samples.SAMPLES
 
     def prepare_model(self, model: keras.Model, batch: Any) -> None:
         """Prepares the first step of a model; nothing is traced yet.
@@ -103,7 +103,7 @@ class StrategyBase(tf.distribute.Strategy):
             model: The model, which Keras is about to build.
             batch: Some of its samples, or a first batch of one replica.
         """
-        first_batch.remember(model, batch)
+        samples.remember(model, batch)
         keras_threads.make_generator_of_unseeded(self)
 
     def refuse_model_made_outside(self, model: keras.Model) -> NoReturn:

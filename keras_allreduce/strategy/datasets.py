@@ -18,7 +18,7 @@ from keras_allreduce.compat.split_datasets import first_dimension
 from keras_allreduce.input.dataset import know_steps, own
 from keras_allreduce.input.shuffled_arrays import shuffled
 from keras_allreduce.one_device import shares
-from keras_allreduce.one_device.replicas import Replicas
+from keras_allreduce.one_device.replica import Replicas
 
 
 def distribute(

@@ -13,9 +13,9 @@ from keras_allreduce import xla_clusters
 from keras_allreduce.compat import distribute, keras_door, variables, versions
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.input.dataset import own
-from keras_allreduce.one_device import predict, replica
-from keras_allreduce.one_device.replicas import Replicas
-from keras_allreduce.one_device.step import Step
+from keras_allreduce.one_device import replica
+from keras_allreduce.one_device.replica import Replicas
+from keras_allreduce.one_device.step import Step, predict
 from keras_allreduce.reduce.observe import observe
 from keras_allreduce.reduce.process_group import ProcessGroup
 from keras_allreduce.strategy.checks import check_model
@@ -184,7 +184,7 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         if keras_door.compiles_replicas(model):
             run = partial(_compiled_by_xla, model, run)
         if step_name == keras_compat.PREDICT:
-            return predict.run(model, self, run, fn, args, kwargs)
+            return predict(model, self, run, fn, args, kwargs)
         return self._run_step(model, step_name, run, fn, args, kwargs)
 
     def _run_custom(

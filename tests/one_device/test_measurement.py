@@ -12,9 +12,9 @@ from five_devices import DEVICES
 from programs import Custom, X, Y, dense, fit, mean_squared, sgd
 
 import keras_allreduce
-from keras_allreduce.one_device import facts, first_batch, measurement
-from keras_allreduce.one_device.probe import probe
+from keras_allreduce.one_device import facts, measurement, samples
 from keras_allreduce.one_device.reduction import Reductions
+from keras_allreduce.one_device.samples import probe
 
 pytestmark = pytest.mark.slow
 
@@ -161,10 +161,10 @@ def test_what_cannot_be_measured_is_taken_for_a_mean_with_a_warning():
 
 def test_an_example_is_made_up_where_none_was_seen():
     data = (tf.ones([3, 5]), tf.zeros([3], tf.int32), tf.constant(["x"] * 3))
-    made = first_batch.like(Custom(), data)
+    made = samples.like(Custom(), data)
     assert [part.shape[1:] for part in made] == [[5], [], []]
     assert [part.dtype for part in made] == [part.dtype for part in data]
-    (whole, _), (first, _), (second, _) = first_batch.parts(made)
+    (whole, _), (first, _), (second, _) = samples.parts(made)
     for parts in zip(whole, first, second, strict=True):
         sizes = [part.shape[0] for part in parts]
         assert sizes == [sizes[1] * 2, sizes[1], sizes[1]]
@@ -190,7 +190,7 @@ def test_a_built_model_is_measured_on_samples_of_its_data(data, monkeypatch):
         measurement,
         "measure",
         lambda model, _step, given, _: (
-            seen.append(first_batch.like(model, given)) or Reductions()
+            seen.append(samples.like(model, given)) or Reductions()
         ),
     )
     with keras_allreduce.AllReduceStrategy(DEVICES[:2]).scope():
@@ -204,7 +204,7 @@ def test_a_built_model_is_measured_on_samples_of_its_data(data, monkeypatch):
 
 
 def test_one_sample_is_measured_twice():
-    parts = first_batch.parts((X[:1], None))
+    parts = samples.parts((X[:1], None))
     assert [rows for _, rows in parts] == [
         slice(0, 2),
         slice(0, 1),
@@ -271,7 +271,7 @@ def test_coins_that_fall_alike_are_no_difference(
     of_samples, kind, is_random, monkeypatch
 ):
     data = tf.constant([[1.0, 0.2], [0.3, -1.0]])
-    monkeypatch.setattr(first_batch, "like", lambda model, data: data)
+    monkeypatch.setattr(samples, "like", lambda model, data: data)
     # Seeds whose first two rounds are alike, and halves unlike the whole.
     for seed in (31, 34, 49, 53):
         trial = Coins(of_samples, seed, is_random)

@@ -199,7 +199,7 @@ FAULTS = [
     Fault(
         "metric_min",
         "a metric that is a minimum agrees on the maximum",
-        "one_device/metric_state.py",
+        "one_device/metrics.py",
         "least = tf.reduce_min(tf.stack(parts), 0)",
         "least = tf.reduce_max(tf.stack(parts), 0)",
         ("test_programs.py -k whose_state_is_no_sum",),
@@ -208,8 +208,8 @@ FAULTS = [
         "log_sum_empty",
         "a log that is a sum counts the borrowed sample",
         "one_device/logs.py",
-        "weights = [tf.cast(weight > 0, tf.float64) for weight in weights]",
-        "weights = [tf.ones([], tf.float64) for weight in weights]",
+        "counts = [tf.cast(weight > 0, tf.float64) for weight in weights]",
+        "counts = [tf.ones([], tf.float64) for weight in weights]",
         ("test_programs.py -k plain_sum-3",),
     ),
     Fault(

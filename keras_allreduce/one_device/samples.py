@@ -1,5 +1,9 @@
-"""A few samples of a model's training data, to measure its step with."""
+"""A few samples of a model's training data, and the user's code run on them."""
 
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -12,6 +16,17 @@ SAMPLES = 16
 """How many samples are kept; a measurement runs on two halves of them."""
 
 _MOST_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The user's code failed on input that it may not expect.
+
+    Attributes:
+        reason: The kind and the first line of the error.
+    """
+
+    reason: str
 
 
 def remember(model: keras.Model, batch: Any) -> None:
@@ -153,3 +168,45 @@ def made_up(value: Any, seed: int = 0, sign: int = 1) -> Any:
         if value.dtype == tf.string:
             return tf.constant("a", shape=shape)
         return tf.cast(rng.integers(0, 2, shape), value.dtype)
+
+
+def probe(
+    run: Callable[[Any, slice], Any], example: Any
+) -> tuple[Any, Any, Any] | Failure:
+    """Calls the user's code on a few samples, and on each half of them.
+
+    A judge compares the three results: `measurement` whether a step's loss is a
+    mean or a sum, `metrics` how the state of a metric is reduced.
+
+    Args:
+        run: Gets a structure like `example`, and which of the samples it has.
+            Called in a thread of its own, where no replica, graph or tape
+            takes part.
+        example: Nested structure of tensors, samples first.
+
+    Returns:
+        The results for all samples, for the first half and for the second.
+    """
+
+    def in_thread() -> tuple[Any, Any, Any]:
+        whole, first, second = parts(example)
+        return run(*whole), run(*first), run(*second)
+
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(in_thread).result()
+    except Exception as error:  # noqa: BLE001 - The user's code runs here.
+        return Failure(f"{type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error that gives its reason."""
+    lines = map(str.strip, str(error).splitlines())
+    return next((line for line in lines if not _NOTHING.match(line)), "")
+
+
+# What TensorFlow puts before an error of a graph.
+_NOTHING = re.compile(
+    r"$|Graph execution error|Detected at node|<stack traces|File |"
+    r"\d+ root error"
+)
