@@ -369,25 +369,13 @@ def first_samples(epoch_iterator: Any, count: int) -> Any:
         return None  # Sparse matrices of SciPy, for example.
 
 
-@dataclass(frozen=True)
-class ShuffledArrays:
-    """Arrays that Keras is to shuffle in every epoch.
+def shuffled_arrays(epoch_iterator: Any) -> tuple[Any, int, int] | None:
+    """The arrays that Keras is to shuffle in every epoch.
 
-    Attributes:
-        tensors: Structure of a batch, of whole tensors.
-        num_samples: Length of each.
-        batch_size: Samples in a batch.
-    """
-
-    tensors: Any
-    num_samples: int
-    batch_size: int
-
-
-def shuffled_arrays(epoch_iterator: Any) -> ShuffledArrays | None:
-    """The arrays that Keras shuffles as a whole; `None` if it does not.
-
-    `None` too for sparse and ragged ones, and with `shuffle="batch"`.
+    Returns:
+        The structure of a batch, of whole tensors, their length and the samples
+        in a batch. `None` if Keras does not shuffle them as a whole, as with
+        `shuffle="batch"`, and for sparse and ragged ones.
     """
     adapter = getattr(epoch_iterator, "data_adapter", None)
     if not isinstance(adapter, _ArrayDataAdapter) or not adapter._shuffle:
@@ -403,7 +391,7 @@ def shuffled_arrays(epoch_iterator: Any) -> ShuffledArrays | None:
     tensors = keras.tree.map_structure(
         lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), dense
     )
-    return ShuffledArrays(tensors, adapter._num_samples, adapter._batch_size)
+    return tensors, adapter._num_samples, adapter._batch_size
 
 
 def shuffles_in_python(epoch_iterator: Any) -> bool:

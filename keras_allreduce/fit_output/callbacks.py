@@ -6,8 +6,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_allreduce.fit_output.meter import EpochMeter, Meter, step_log_of
 from keras_allreduce.fit_output.stats import ReduceStats
+from keras_allreduce.fit_output.step_log import EpochMeter, Meter, step_log_of
 
 
 class AllReduceLogger(keras.callbacks.Callback):

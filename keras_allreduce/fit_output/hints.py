@@ -2,18 +2,23 @@
 
 Each rule looks at one possible change and returns its largest possible gain,
 from the times of the measured steps. The hint names the largest gain, if it is
-a tenth of a step or more, and a second or more of the whole `fit`. No
-TensorFlow in here.
+a tenth of a step or more, and a second or more of the whole `fit`. An `Advisor`
+gathers the measurements while the first epoch of `fit` runs.
 """
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import keras
 import numpy as np
 
 from keras_allreduce import environment
 from keras_allreduce.fit_output.readable import milliseconds
 from keras_allreduce.fit_output.stats import measure
+from keras_allreduce.fit_output.step_log import StepLog, TracedStep
 from keras_allreduce.reduce.plan import ReducePlan
 
 WORTH = 0.1
@@ -30,21 +35,8 @@ MOST_STEPS_PER_CALL = 8
 
 
 @dataclass(frozen=True)
-class Options:
-    """The options of a strategy that hints mention.
-
-    Attributes:
-        bytes_per_pack: Capacity of a pack that was asked for; 0: none.
-        sparse_as_dense: Whether sparse gradients are made dense.
-    """
-
-    bytes_per_pack: int = 0
-    sparse_as_dense: bool = False
-
-
-@dataclass(frozen=True)
 class Measured:
-    """Measurements of one epoch.
+    """Measurements of one epoch, and the options that hints mention.
 
     Attributes:
         step_ms: Milliseconds from one step to the next, on average, without
@@ -60,6 +52,8 @@ class Measured:
         lateness_ms: How much later than the first the last worker comes to a
             step; `nan` if not known.
         last_worker: Number of that worker.
+        bytes_per_pack: Capacity of a pack that was asked for; 0: none.
+        sparse_as_dense: Whether sparse gradients are made dense.
     """
 
     step_ms: float
@@ -73,6 +67,8 @@ class Measured:
     tables: Sequence[int] = ()
     lateness_ms: float = float("nan")
     last_worker: int = 0
+    bytes_per_pack: int = 0
+    sparse_as_dense: bool = False
 
     @property
     def exposed_ms(self) -> float:
@@ -90,34 +86,23 @@ class Measured:
         return measure(ready, done, None, 1).exposed_ms
 
 
-@dataclass(frozen=True)
-class _Advice:
-    gain_ms: float
-    text: str
+_Advice = tuple[float, str]
+"""Milliseconds of a step that a change would gain, and its text."""
 
 
-def hint(measured: Measured, options: Options) -> str | None:
-    """The one change that would gain most, or `None`.
-
-    Args:
-        measured: Measurements of one epoch.
-        options: Options of the strategy.
-    """
+def hint(measured: Measured) -> str | None:
+    """The one change that would gain most, or `None`."""
     if measured.ready.shape[0] < MIN_STEPS or not measured.step_ms > 0:
         return None
     least = max(
         WORTH * measured.step_ms, WORTH_MS_OF_FIT / measured.steps_of_fit
     )
-    found = [
-        advice
-        for rule in (_straggler, _one_pack, _sparse, _between)
-        for advice in [rule(measured, options)]
-        if advice is not None and advice.gain_ms >= least
-    ]
-    if not found:
+    rules = (_straggler, _one_pack, _sparse, _between)
+    found = [advice for rule in rules if (advice := rule(measured))]
+    gain_ms, text = max(found, default=(0.0, ""))
+    if not text or gain_ms < least:
         return None
-    best = max(found, key=lambda advice: advice.gain_ms)
-    return f"hint: {best.text} ({environment.HINT}=0 hides this line.)"
+    return f"hint: {text} ({environment.HINT}=0 hides this line.)"
 
 
 def _of_step(ms: float, measured: Measured) -> str:
@@ -129,12 +114,12 @@ def _of_step(ms: float, measured: Measured) -> str:
     )
 
 
-def _straggler(measured: Measured, _options: Options) -> _Advice | None:
+def _straggler(measured: Measured) -> _Advice | None:
     late, exposed = measured.lateness_ms, measured.exposed_ms
     # Not if it is hidden behind backprop of the others.
     if not late > 0 or exposed < late / 2:
         return None
-    return _Advice(
+    return (
         min(late, exposed),
         f"worker {measured.last_worker} comes last to the all-reduce; waiting "
         f"for it is {_of_step(late, measured)}. Look at its load, its input "
@@ -142,25 +127,25 @@ def _straggler(measured: Measured, _options: Options) -> _Advice | None:
     )
 
 
-def _one_pack(measured: Measured, options: Options) -> _Advice | None:
-    if not options.bytes_per_pack or measured.plan.num_packs != 1:
+def _one_pack(measured: Measured) -> _Advice | None:
+    if not measured.bytes_per_pack or measured.plan.num_packs != 1:
         return None
     if measured.plan.num_gradients < 2:
         return None
     exposed = measured.exposed_ms
-    return _Advice(
+    return (
         exposed,
-        f"bytes_per_pack={options.bytes_per_pack} puts all gradients into one "
+        f"bytes_per_pack={measured.bytes_per_pack} puts all gradients into one "
         "pack, which leaves when backprop is over: "
         f"{_of_step(exposed, measured)} wait for it. Leave bytes_per_pack "
         "out, so that packs leave earlier.",
     )
 
 
-def _sparse(measured: Measured, options: Options) -> _Advice | None:
+def _sparse(measured: Measured) -> _Advice | None:
     """Small tables, whose rows cost more than the whole of them would."""
     plan = measured.plan
-    if options.sparse_as_dense or not plan.num_sparse or not plan.num_packs:
+    if measured.sparse_as_dense or not plan.num_sparse or not plan.num_packs:
         return None
     dense = range(plan.num_packs)
     nbytes = [plan.packs[pack].nbytes for pack in dense]
@@ -175,7 +160,7 @@ def _sparse(measured: Measured, options: Options) -> _Advice | None:
     as_dense = sum(measured.tables) * rate * 1e3
     without = measured.exposed_of(dense)
     gain = measured.exposed_ms - without - as_dense
-    return _Advice(
+    return (
         gain,
         f"{_of_step(measured.exposed_ms - without, measured)} wait for the "
         "rows of sparse gradients. sparse_as_dense=True would send the whole "
@@ -184,16 +169,93 @@ def _sparse(measured: Measured, options: Options) -> _Advice | None:
     )
 
 
-def _between(measured: Measured, _options: Options) -> _Advice | None:
+def _between(measured: Measured) -> _Advice | None:
     # Keras calls the function at least once per epoch.
     steps = min(MOST_STEPS_PER_CALL, measured.steps_of_epoch)
     if steps <= measured.steps_per_call:
         return None
     between = measured.between_ms
-    return _Advice(
+    return (
         between * (1 - measured.steps_per_call / steps),
         f"{_of_step(between, measured)} pass between two steps, in Keras and "
         f"in callbacks. compile(steps_per_execution={steps}) pays this once "
         f"every {steps} steps; batch callbacks then run once per {steps} "
         "steps.",
     )
+
+
+class Advisor:
+    """Times the calls of the train function of one epoch.
+
+    Args:
+        log: The steps of the strategy.
+        model: The model in training.
+    """
+
+    def __init__(self, log: StepLog, model: keras.Model):
+        self._log = log
+        self._model = model
+        # The first call also traces: it is not timed.
+        self._first_end = self._last_end = math.nan
+        self._first_steps = self._last_steps = 0
+        self._between = 0.0
+
+    def call_begins(self) -> None:
+        """The train function is about to be called."""
+        if self._last_steps:
+            self._between += time.perf_counter() - self._last_end
+
+    def call_ends(self, steps: int) -> None:
+        """It has returned, after `steps` steps of the epoch."""
+        self._last_end, self._last_steps = time.perf_counter(), steps
+        if not self._first_steps:
+            self._first_end, self._first_steps = self._last_end, steps
+
+    def line(self, logs: Mapping[str, Any], epochs: int) -> str | None:
+        """The hint, if there is one; after that never again.
+
+        Args:
+            logs: Logs of the epoch, including those of an `AllReduceLogger`.
+            epochs: Epochs of this `fit`.
+        """
+        steps = self._last_steps - self._first_steps
+        found = self._log.steps(self._model)
+        if not self._log.may_hint or not steps or not found:
+            return None
+        step = max(found, key=lambda each: each.clocks().steps)
+        times = step.clocks().read()
+        line = hint(
+            Measured(
+                1e3 * (self._last_end - self._first_end) / steps,
+                1e3 * self._between / steps,
+                times.ready,
+                times.done,
+                step.plan,
+                self._last_steps,
+                self._last_steps * epochs,
+                self._model.steps_per_execution,
+                self._tables(step),
+                float(logs.get("lateness_ms", math.nan)),
+                int(logs.get("last_worker", 0)),
+                self._log.bytes_per_pack,
+                self._log.sparse_as_dense,
+            )
+        )
+        if line:
+            self._log.may_hint = False
+        return line
+
+    def _tables(self, step: TracedStep) -> list[int]:
+        """Bytes of the variables whose gradients are sparse, if known."""
+        variables = self._model.trainable_variables
+        plan = step.plan
+        if len(variables) != plan.num_gradients + plan.num_sparse:
+            return []
+        tables = [
+            variables[index]
+            for pack in plan.packs[plan.num_packs :]
+            for index in pack.indices
+        ]
+        return [
+            math.prod(table.shape) * table.value.dtype.size for table in tables
+        ]

@@ -24,9 +24,8 @@ from absl import logging
 from keras_allreduce.compat import versions
 from keras_allreduce.environment import COLUMNS
 from keras_allreduce.fit_output import readable
-from keras_allreduce.fit_output.advisor import Advisor
-from keras_allreduce.fit_output.meter import EpochMeter
-from keras_allreduce.fit_output.step_log import StepLog
+from keras_allreduce.fit_output.hints import Advisor
+from keras_allreduce.fit_output.step_log import EpochMeter, StepLog
 
 REFRESH_SECONDS = 0.5
 """Least time between two readings of the clocks for the progress bar."""

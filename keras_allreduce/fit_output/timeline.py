@@ -12,13 +12,12 @@ import tensorflow as tf
 
 from keras_allreduce.fit_output import chrome_trace
 from keras_allreduce.fit_output.clocks import ROWS, ReplicaTimes
-from keras_allreduce.fit_output.meter import step_log_of
 from keras_allreduce.fit_output.recording import (
     Call,
     StepTimes,
     WorkerTimeline,
 )
-from keras_allreduce.fit_output.step_log import StepLog, TracedStep
+from keras_allreduce.fit_output.step_log import StepLog, TracedStep, step_log_of
 from keras_allreduce.reduce.process_group import ProcessGroup
 
 _MEETINGS = 16

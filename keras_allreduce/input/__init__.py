@@ -6,8 +6,6 @@ Elements, their order and their split over replicas are TensorFlow's.
 
     dataset.py         iter(dataset), in the order of the calls
     |                  logical CPU devices: one iterator, read in turn
-    |-- to_devices.py  GPUs: prefetched to each, functions traced once
+    |                  GPUs: prefetched to each, functions traced once
     `-- release.py     frees iterators in the background
-
-    shuffled_arrays.py arrays of Keras in one order on all workers
 """

@@ -24,9 +24,13 @@ from keras_allreduce.compat import (
     split_datasets,
 )
 from keras_allreduce.compat.datasets import Source
+from keras_allreduce.compat.multi_device import DeviceFunctions
 from keras_allreduce.devices import on_gpus
-from keras_allreduce.input import to_devices
 from keras_allreduce.input.release import RELEASER, Handles
+
+# Specs of a program: those of `fit`, `evaluate` and `predict` of some models.
+_MAX_SPECS = 32
+_functions: dict[tuple[tuple[str, ...], str, str], DeviceFunctions] = {}
 
 _warned = False
 
@@ -212,7 +216,7 @@ def _maker(source: datasets.Source, one_by_one: bool) -> Callable[[], Any]:
         _read_by_devices(len(source.devices), size)
     )
     if not one_by_one:
-        return partial(to_devices.make, dataset, source)
+        return partial(_prefetched_to_devices, dataset, source)
     if size > 0:
         # As far ahead as TensorFlow reads: it has a buffer on the host and
         # one on the devices.
@@ -233,6 +237,21 @@ def _read_in_turn(dataset: Any, source: Source) -> iterators.InTurn:
     """
     with tf.device(source.worker):
         return iterators.InTurn(iter(dataset), source.devices)
+
+
+def _prefetched_to_devices(dataset: Any, source: Source) -> Any:
+    """GPUs: parts are prefetched to each, by functions that are traced once.
+
+    The functions of one spec serve all data sets of that spec.
+    """
+    key = tuple(source.devices), source.host, repr(dataset.element_spec)
+    functions = _functions.get(key)
+    if functions is None:
+        while len(_functions) >= _MAX_SPECS:
+            _functions.pop(next(iter(_functions)))
+        functions = DeviceFunctions(source.devices, source.host, dataset)
+        _functions[key] = functions
+    return functions.make(dataset, source)
 
 
 def _read_by_devices(num_devices: int, buffer_size: int) -> tf.data.Options:

@@ -17,10 +17,8 @@ from keras_allreduce.compat import (
 )
 from keras_allreduce.fit_output import explain, progress_bar
 from keras_allreduce.fit_output.gradients import ModelGradients, gradients_of
-from keras_allreduce.fit_output.hints import Options
-from keras_allreduce.fit_output.meter import Meter
 from keras_allreduce.fit_output.stats import ReduceStats
-from keras_allreduce.fit_output.step_log import StepLog
+from keras_allreduce.fit_output.step_log import Meter, StepLog
 from keras_allreduce.fit_output.timeline import recording
 from keras_allreduce.one_device import replica, samples
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
@@ -67,7 +65,8 @@ class StrategyBase(tf.distribute.Strategy):
             debug.log(f"{type(self).__name__}: {'; '.join(texts)}")
 
     def _set_options_of_hints(self, ops: BatchAllReduce) -> None:
-        self.step_log.options = Options(ops.bytes_per_pack, ops.sparse_as_dense)
+        self.step_log.bytes_per_pack = ops.bytes_per_pack
+        self.step_log.sparse_as_dense = ops.sparse_as_dense
 
     @property
     def num_replicas_in_sync(self) -> int:

@@ -1,4 +1,4 @@
-"""Distributes data sets; copies arrays that belong to Python."""
+"""Distributes data sets; copies arrays of Python, and shuffles them alike."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,9 +16,10 @@ from keras_allreduce.compat.datasets import (
 from keras_allreduce.compat.keras_calls import KerasCall
 from keras_allreduce.compat.split_datasets import first_dimension
 from keras_allreduce.input.dataset import know_steps, own
-from keras_allreduce.input.shuffled_arrays import shuffled
 from keras_allreduce.one_device import shares
 from keras_allreduce.one_device.replica import Replicas
+
+_do_not_convert = tf.autograph.experimental.do_not_convert
 
 
 def distribute(
@@ -56,7 +57,7 @@ def distribute(
     return own(split(dataset))
 
 
-@tf.autograph.experimental.do_not_convert
+@_do_not_convert
 def _changed(changes: Sequence[Callable[[Any], Any]], *batch: Any) -> Any:
     """All changes of a batch, in the one `map` that they cost."""
     for change in changes:
@@ -190,6 +191,59 @@ def shuffled_alike(
     if seed is None or runtime.has_global_seed():
         return dataset
     arrays = keras_calls.shuffled_arrays(call.epoch_iterator)
-    if arrays is None:
-        return dataset
-    return shuffled(arrays.tensors, arrays.num_samples, arrays.batch_size, seed)
+    return dataset if arrays is None else shuffled(*arrays, seed)
+
+
+def shuffled(
+    tensors: Any, num_samples: int, batch_size: int, seed: int
+) -> tf.data.Dataset:
+    """Returns batches of all samples, in every epoch in another order.
+
+    One seed gives one order on all workers.
+
+    Args:
+        tensors: Structure of tensors whose first dimension is `num_samples`.
+        num_samples: Number of samples.
+        batch_size: Samples in a batch; the last may have fewer.
+        seed: Of the orders of all epochs.
+
+    Returns:
+        A data set of structures like `tensors`.
+    """
+
+    @_do_not_convert
+    def order(epoch_seed: tf.Tensor) -> tf.data.Dataset:
+        indices = tf.random.experimental.stateless_shuffle(
+            tf.range(num_samples, dtype=tf.int64), [epoch_seed, epoch_seed]
+        )
+        return tf.data.Dataset.from_tensor_slices(indices).batch(batch_size)
+
+    @_do_not_convert
+    def gather(indices: tf.Tensor) -> Any:
+        return tf.nest.map_structure(
+            lambda tensor: (
+                None if tensor is None else tf.gather(tensor, indices)
+            ),
+            tensors,
+        )
+
+    seeds = tf.data.Dataset.random(seed, rerandomize_each_iteration=True)
+    return (
+        seeds.take(1)
+        .flat_map(order)
+        .map(gather, num_parallel_calls=tf.data.AUTOTUNE)
+        .prefetch(tf.data.AUTOTUNE)
+        .with_options(_options())
+    )
+
+
+def _options() -> tf.data.Options:
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.DATA
+    )
+    # The state is that of the seeds, which workers share.
+    options.experimental_external_state_policy = (
+        tf.data.experimental.ExternalStatePolicy.IGNORE
+    )
+    return options

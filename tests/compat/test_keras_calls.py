@@ -249,9 +249,10 @@ def test_arrays_are_seen_with_how_keras_shuffles_them(under_spy):
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(3)
     model.fit(data, verbose=0)
     shuffled, *others = strategy.shuffled
-    assert (shuffled.num_samples, shuffled.batch_size) == (8, 3)
-    np.testing.assert_array_equal(shuffled.tensors[0], X)
-    np.testing.assert_array_equal(shuffled.tensors[1], Y)
+    (x, y), num_samples, batch_size = shuffled
+    assert (num_samples, batch_size) == (8, 3)
+    np.testing.assert_array_equal(x, X)
+    np.testing.assert_array_equal(y, Y)
     assert others == [None, None, None]
     assert [each is None for each in strategy.arrays] == [0, 0, 0, 1]
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from keras_allreduce.fit_output.hints import Measured, Options, hint
+from keras_allreduce.fit_output.hints import Measured, hint
 from keras_allreduce.reduce.buckets import Bucket
 from keras_allreduce.reduce.plan import ReducePlan
 
@@ -55,7 +55,7 @@ EXPOSED = ([[0, 10], [20, 40], [50, 90]], [MIB, 2 * MIB, 4 * MIB])
 
 
 def test_a_hint_says_what_how_much_and_how_to_hide_it():
-    assert hint(measured(*EXPOSED, between_ms=30.0), Options()) == (
+    assert hint(measured(*EXPOSED, between_ms=30.0)) == (
         "hint: 30ms of 100ms per step (30%, without the first step) pass "
         "between two steps, in Keras and in callbacks. "
         "compile(steps_per_execution=8) pays this once every 8 steps; batch "
@@ -65,11 +65,10 @@ def test_a_hint_says_what_how_much_and_how_to_hide_it():
 
 
 @pytest.mark.parametrize(
-    ("seen", "options", "word"),
+    ("seen", "word"),
     [
         (
-            measured([[50, 70]], [MIB]),
-            Options(bytes_per_pack=MIB),
+            measured([[50, 70]], [MIB], bytes_per_pack=MIB),
             "Leave bytes_per_pack out",
         ),
         (
@@ -79,54 +78,43 @@ def test_a_hint_says_what_how_much_and_how_to_hide_it():
                 num_sparse=1,
                 tables=[2**16],
             ),
-            Options(),
             "sparse_as_dense=True",
         ),
         (
             measured([[0, 1]], [MIB], between_ms=30.0),
-            Options(),
             "steps_per_execution",
         ),
         (
             measured(*EXPOSED, lateness_ms=25.0, last_worker=3),
-            Options(),
             "worker 3 comes last",
         ),
     ],
     ids=["one pack", "sparse", "between", "straggler"],
 )
-def test_what_would_help_is_named(seen, options, word):
-    assert word in hint(seen, options)
+def test_what_would_help_is_named(seen, word):
+    assert word in hint(seen)
 
 
 @pytest.mark.parametrize(
-    ("seen", "options"),
+    "seen",
     [
-        (measured([[0, 30]], [MIB], step_ms=1000.0), Options()),
-        (measured(*EXPOSED), Options()),
-        (measured([[50, 70]], [MIB]), Options()),
-        (
-            measured(
-                [[40, 41], [50, 80]],
-                [MIB, None],
-                num_sparse=1,
-                tables=[100 * MIB],
-            ),
-            Options(),
+        measured([[0, 30]], [MIB], step_ms=1000.0),
+        measured(*EXPOSED),
+        measured([[50, 70]], [MIB]),
+        measured(
+            [[40, 41], [50, 80]],
+            [MIB, None],
+            num_sparse=1,
+            tables=[100 * MIB],
         ),
-        (
-            measured(
-                [[40, 41], [50, 80]],
-                [MIB, None],
-                num_sparse=1,
-                tables=[2**16],
-            ),
-            Options(sparse_as_dense=True),
+        measured(
+            [[40, 41], [50, 80]],
+            [MIB, None],
+            num_sparse=1,
+            tables=[2**16],
+            sparse_as_dense=True,
         ),
-        (
-            measured([[0, 50], [80, 81]], [MIB, MIB], lateness_ms=25.0),
-            Options(),
-        ),
+        measured([[0, 50], [80, 81]], [MIB, MIB], lateness_ms=25.0),
     ],
     ids=[
         "little of a long step",
@@ -137,16 +125,16 @@ def test_what_would_help_is_named(seen, options, word):
         "lateness that is hidden",
     ],
 )
-def test_what_is_not_sure_is_not_said(seen, options):
-    assert hint(seen, options) is None
+def test_what_is_not_sure_is_not_said(seen):
+    assert hint(seen) is None
 
 
 def test_the_largest_gain_is_told():
     late = {"lateness_ms": 25.0, "last_worker": 3}
     seen = measured(*EXPOSED, between_ms=24.0, **late)
-    assert "worker 3 comes last" in hint(seen, Options())
+    assert "worker 3 comes last" in hint(seen)
     seen = measured(*EXPOSED, between_ms=30.0, **late)
-    assert "steps_per_execution" in hint(seen, Options())
+    assert "steps_per_execution" in hint(seen)
 
 
 def test_a_few_steps_are_not_enough():
@@ -154,8 +142,8 @@ def test_a_few_steps_are_not_enough():
     few = replace(
         seen, between_ms=90.0, ready=seen.ready[:4], done=seen.done[:4]
     )
-    assert hint(replace(seen, between_ms=90.0), Options())
-    assert hint(few, Options()) is None
+    assert hint(replace(seen, between_ms=90.0))
+    assert hint(few) is None
 
 
 @pytest.mark.parametrize(
@@ -172,7 +160,7 @@ def test_no_more_steps_per_call_are_advised_than_an_epoch_has(
     seen = measured(
         *EXPOSED, between_ms=60.0, steps=steps, steps_per_call=per_call
     )
-    assert advised in hint(seen, Options())
+    assert advised in hint(seen)
 
 
 @pytest.mark.parametrize(("steps", "per_call"), [(100, 8), (6, 6), (1, 1)])
@@ -184,14 +172,14 @@ def test_as_many_steps_per_call_as_are_advised_are_enough(steps, per_call):
         epochs=1000,
         steps_per_call=per_call,
     )
-    assert hint(seen, Options()) is None
+    assert hint(seen) is None
 
 
 @pytest.mark.parametrize(("epochs", "is_said"), [(4, False), (5, True)])
 def test_less_than_a_second_of_the_whole_fit_is_not_said(epochs, is_said):
     # 7/8 of 24 ms in each of 10 steps: 0.21 s per epoch.
     seen = measured(*EXPOSED, between_ms=24.0, steps=10, epochs=epochs)
-    assert (hint(seen, Options()) is not None) == is_said
+    assert (hint(seen) is not None) == is_said
 
 
 def test_what_would_be_exposed_without_some_packs():

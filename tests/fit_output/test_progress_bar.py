@@ -12,8 +12,7 @@ from five_devices import DEVICES
 from small_model import X, Y, fit, make_model, stock
 
 from keras_allreduce import AllReduceLogger, AllReduceStrategy
-from keras_allreduce.fit_output import advisor
-from keras_allreduce.fit_output.hints import Options
+from keras_allreduce.fit_output import hints
 
 pytestmark = pytest.mark.slow
 
@@ -203,7 +202,7 @@ class TestTheHint:
     @pytest.fixture
     def clock(self, monkeypatch):
         clock = Clock()
-        monkeypatch.setattr(advisor, "time", clock)
+        monkeypatch.setattr(hints, "time", clock)
         return clock
 
     def test_it_comes_once_after_the_first_epoch(self, model, clock, capsys):
@@ -222,9 +221,7 @@ class TestTheHint:
 
     def test_it_knows_the_steps_of_the_fit(self, strategy, monkeypatch):
         seen = []
-        monkeypatch.setattr(
-            advisor, "hint", lambda measured, _: seen.append(measured)
-        )
+        monkeypatch.setattr(hints, "hint", seen.append)
         model = make_model(strategy, steps_per_execution=2)
         fit(model, batch_size=4, initial_epoch=1, epochs=4)
         (found,) = seen
@@ -243,7 +240,8 @@ class TestTheHint:
         ours = AllReduceStrategy(
             DEVICES[:2], bytes_per_pack=7, sparse_as_dense=True
         )
-        assert ours.step_log.options == Options(7, True)
+        assert ours.step_log.bytes_per_pack == 7
+        assert ours.step_log.sparse_as_dense
 
 
 class TestWithoutInteractiveLogging:

@@ -19,9 +19,9 @@ from programs import data, run
 from keras_allreduce.compat.split_datasets import SplitDataset
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.strategy.datasets import distribute
-from keras_allreduce.strategy.metric_sums import MetricSums
 from keras_allreduce.strategy.multi_worker import MultiWorkerAllReduceStrategy
 from keras_allreduce.strategy.multi_worker_extended import (
+    MetricSums,
     MultiWorkerAllReduceExtended,
 )
 from keras_allreduce.strategy.one_machine import AllReduceExtended

@@ -24,7 +24,6 @@ from keras_allreduce.compat import (
 )
 from keras_allreduce.compat.datasets import Source
 from keras_allreduce.input import dataset as input_dataset
-from keras_allreduce.input import to_devices
 from keras_allreduce.input.release import RELEASER, Handles, Releaser
 
 
@@ -541,15 +540,15 @@ def test_an_iterator_is_freed_however_fit_ends(how):
 @pytest.mark.slow
 def test_the_functions_of_devices_are_traced_once(traced):
     """Host devices stand in for GPUs: the functions are the same."""
-    to_devices._functions.clear()
+    input_dataset._functions.clear()
     data = numbers(8, 2)
     source = Source(data, DEVICES[0], _full(DEVICES[:2]), None)
-    first = to_devices.make(data, source)
+    first = input_dataset._prefetched_to_devices(data, source)
     before = traced()
     assert before > 0
-    second = to_devices.make(data, source)
+    second = input_dataset._prefetched_to_devices(data, source)
     other = numbers(4, 2)
-    third = to_devices.make(other, source)
+    third = input_dataset._prefetched_to_devices(other, source)
     assert traced() == before
     assert _pairs(first) == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
     # Each has its own place in the data.
@@ -577,14 +576,14 @@ def _pairs(iterator):
 @pytest.fixture
 def as_on_gpus(monkeypatch):
     monkeypatch.setattr(input_dataset, "on_gpus", lambda devices: True)
-    to_devices._functions.clear()
+    input_dataset._functions.clear()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DATA)
 def test_prefetched_parts_are_those_of_tensorflow(name, as_on_gpus):
     ours = read(strategy(3), distributed(DATA[name]))
-    assert to_devices._functions
+    assert input_dataset._functions
     assert ours == read_by_tensorflow(name, 3)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_allreduce.input.shuffled_arrays import shuffled
+from keras_allreduce.strategy.datasets import shuffled
 
 pytestmark = pytest.mark.slow
 
