@@ -7,7 +7,7 @@ behaviour has a test (`tests/compat/test_keras_assumptions.py`).
     keras.py           steps, layers, variables and optimizers of a model
     keras_calls.py     fit, evaluate and predict, as a value
     keras_door.py      the methods of Keras that make that value
-    keras_config.py    the layers and options that a model consists of
+    keras_config.py    the layers and options of a model, settings of threads
     distribute.py      private names of tf.distribute
     variables.py       distributed variables
     datasets.py        distributed data sets

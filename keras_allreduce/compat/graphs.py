@@ -18,82 +18,35 @@ from tensorflow.python.ops import handle_data_util as _handle_data_util
 # Ops that have state, but none outside of the variables, random generators
 # and values of the graph. Beginnings of their names.
 _INSIDE = (
-    "Arg",
-    "Assert",
-    "Assign",
-    "Case",
-    "Collective",
-    "CudnnRNN",
-    "EmptyTensorList",
-    "If",
-    "LookupTableFind",
-    "LookupTableSize",
-    "Multinomial",
-    "NcclAllReduce",
-    "NoOp",
-    "ParameterizedTruncatedNormal",
-    "PartitionedCall",
-    "Placeholder",
-    "Random",
-    "ReadFile",
-    "ReadVariable",
-    "Resource",
-    "Rng",
-    "Stack",
-    "Stateful",
-    "Stateless",
-    "TensorArray",
-    "Timestamp",
-    "TruncatedNormal",
-    "VarHandle",
-    "VarIsInitialized",
-    "VariableShape",
-    "While",
-    "Xla",
-    "_",
+    *("Arg", "Assert", "Assign", "Case", "Collective", "CudnnRNN"),
+    *("EmptyTensorList", "If", "LookupTableFind", "LookupTableSize"),
+    *("Multinomial", "NcclAllReduce", "NoOp", "ParameterizedTruncatedNormal"),
+    *("PartitionedCall", "Placeholder", "Random", "ReadFile", "ReadVariable"),
+    *("Resource", "Rng", "Stack", "Stateful", "Stateless", "TensorArray"),
+    *("Timestamp", "TruncatedNormal", "VarHandle", "VarIsInitialized"),
+    *("VariableShape", "While", "Xla", "_"),
 )
 
 # Ops whose result is linear in one of their inputs, where the others do not
 # depend on the samples. So a division before them divides what follows.
-_LINEAR = frozenset(
-    {
-        "AddN",
-        "AddV2",
-        "Cast",
-        "Identity",
-        "IdentityN",
-        "Mean",
-        "Mul",
-        "Neg",
-        "Reshape",
-        "Squeeze",
-        "Sub",
-        "Sum",
-    }
-)
+_LINEAR = {
+    *("AddN", "AddV2", "Cast", "Identity", "IdentityN", "Mean", "Mul", "Neg"),
+    *("Reshape", "Squeeze", "Sub", "Sum"),
+}
 # Ops that draw random numbers. Beginnings of their names.
 _RANDOM = (
-    "Multinomial",
-    "ParameterizedTruncatedNormal",
-    "Random",
-    "Rng",
-    "StatefulRandom",
-    "StatefulStandardNormal",
-    "StatefulTruncatedNormal",
-    "StatefulUniform",
-    "StatelessMultinomial",
-    "StatelessParameterizedTruncatedNormal",
-    "StatelessRandom",
-    "StatelessSample",
-    "StatelessShuffle",
-    "StatelessTruncatedNormal",
+    *("Multinomial", "ParameterizedTruncatedNormal", "Random", "Rng"),
+    *("StatefulRandom", "StatefulStandardNormal", "StatefulTruncatedNormal"),
+    *("StatefulUniform", "StatelessMultinomial"),
+    *("StatelessParameterizedTruncatedNormal", "StatelessRandom"),
+    *("StatelessSample", "StatelessShuffle", "StatelessTruncatedNormal"),
     "TruncatedNormal",
 )
 _READS_OF_DATA = ("IteratorGetNext", "OptionalGetValue", *_RANDOM)
 # Ops that leave a value as it is.
-_SAME = frozenset({"Cast", "Identity", "Reshape", "Squeeze"})
-_REDUCTIONS = frozenset({"Max", "Mean", "Min", "Sum"})
-_DIVISIONS = frozenset({"RealDiv", "DivNoNan", "Div"})
+_SAME = {"Cast", "Identity", "Reshape", "Squeeze"}
+_REDUCTIONS = {"Max", "Mean", "Min", "Sum"}
+_DIVISIONS = {"RealDiv", "DivNoNan", "Div"}
 _MOST_OPS = 10_000
 
 
@@ -181,30 +134,27 @@ def terms(target: Any) -> list[tf.Tensor]:
 
 def _depends_on_data(tensor: tf.Tensor) -> bool:
     """Whether a tensor follows from more than constants and variables."""
-    return any(
-        op.type.startswith(_READS_OF_DATA)
-        or (
-            op.type == "Placeholder"
-            and op.outputs[0].dtype not in (tf.resource, tf.variant)
-        )
-        for op in _ancestors(tensor, through_shapes=True)
-    )
+    return any(map(_is_data, _ancestors(tensor, through_shapes=True)))
 
 
 def _may_divide(tensor: tf.Tensor) -> bool:
     """Whether a tensor is a scalar that depends on data, not on variables."""
     if tensor.shape.rank != 0 or not tensor.dtype.is_floating:
         return False
-    depends_on_data = False
-    for op in _ancestors(tensor):
-        if op.type in ("ReadVariableOp", "ResourceGather"):
-            if op.outputs[0].dtype.is_floating:
-                return False
-        elif op.type == "Placeholder":
-            depends_on_data |= op.outputs[0].dtype != tf.resource
-        else:
-            depends_on_data |= op.type.startswith(("Random", "Stateless"))
-    return depends_on_data
+    ops = list(_ancestors(tensor))
+    reads_variables = any(
+        op.type in ("ReadVariableOp", "ResourceGather")
+        and op.outputs[0].dtype.is_floating
+        for op in ops
+    )
+    return not reads_variables and any(map(_is_data, ops))
+
+
+def _is_data(op: Any) -> bool:
+    """Whether an op reads a batch or draws random numbers."""
+    if op.type == "Placeholder":
+        return op.outputs[0].dtype not in (tf.resource, tf.variant)
+    return bool(op.type.startswith(_READS_OF_DATA))
 
 
 def _ancestors(
@@ -274,57 +224,43 @@ def without_outside_effects(traced: Any) -> Callable[..., list[tf.Tensor]]:
         ValueError: If a result depends on such an op.
     """
     definition = traced.graph.as_graph_def()
-    outside = _Outside(definition.library)
-    effects = {
-        node.name: node.op
-        for node in definition.node
-        if outside.has_effect(node)
-    }
+    effects = _nodes_with_effect(definition)
     return _pruned(traced, definition, effects) if effects else traced
 
 
-class _Outside:
-    """Knows which nodes of a graph have an effect outside of it.
-
-    Args:
-        library: The functions of the graph.
-    """
-
-    def __init__(self, library: Any):
-        self._functions = {
-            function.signature.name: function for function in library.function
+def _nodes_with_effect(definition: Any) -> dict[str, str]:
+    """Name and op of each node whose effect is noticed outside of a graph."""
+    functions: set[str] = set()
+    while True:  # A function may call others.
+        found = {
+            function.signature.name
+            for function in definition.library.function
+            if any(_has_effect(node, functions) for node in function.node_def)
         }
-        self._known: dict[str, bool] = {}
+        if found == functions:
+            break
+        functions = found
+    return {
+        node.name: node.op
+        for node in definition.node
+        if _has_effect(node, functions)
+    }
 
-    def has_effect(self, node: Any) -> bool:
-        """Whether running a node is noticed outside of the graph."""
-        calls = [
-            attribute.func.name
-            for attribute in node.attr.values()
-            if attribute.HasField("func")
-        ] + [
-            each.name
-            for attribute in node.attr.values()
-            for each in attribute.list.func
-        ]
-        if any(map(self._function_has_effect, calls)):
+
+def _has_effect(node: Any, functions: set[str]) -> bool:
+    """Whether a node has an effect itself, or calls a function that has."""
+    for attribute in node.attr.values():
+        if attribute.func.name in functions or any(
+            each.name in functions for each in attribute.list.func
+        ):
             return True
-        if node.op.startswith(_INSIDE):
-            return False
-        definition = _op_defs.get(node.op)
-        return definition is not None and (
-            definition.is_stateful
-            or any(arg.type == _RESOURCE for arg in definition.input_arg)
-        )
-
-    def _function_has_effect(self, name: str) -> bool:
-        if name not in self._known:
-            self._known[name] = False  # While it is looked at: recursion.
-            function = self._functions.get(name)
-            self._known[name] = function is not None and any(
-                map(self.has_effect, function.node_def)
-            )
-        return self._known[name]
+    if node.op.startswith(_INSIDE):
+        return False
+    definition = _op_defs.get(node.op)
+    return definition is not None and (
+        definition.is_stateful
+        or any(arg.type == _RESOURCE for arg in definition.input_arg)
+    )
 
 
 _RESOURCE = tf.resource.as_datatype_enum

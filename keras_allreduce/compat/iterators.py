@@ -5,6 +5,7 @@ Keras and `tf.function` take.
 """
 
 import contextlib
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -63,43 +64,47 @@ class InTurn:
 
     def get_next_as_optional_list(self) -> list[Any]:
         """The next part for each replica, empty at the end of the data."""
-        return [
-            _OptionalPart(self.iterator.get_next_as_optional(), device)
-            for device in self._devices
-        ]
+        return [_next_part(self.iterator, device) for device in self._devices]
 
 
-class _OptionalPart:
-    """A part of a replica, or none, with the interface of a `tf.Optional`."""
+class _Optional:
+    """A value, or none, with the interface of a `tf.Optional`.
 
-    def __init__(self, optional: tf.experimental.Optional, device: str):
-        self._optional = optional
-        self._device = device
-        self.element_spec = optional.element_spec
+    One of TensorFlow cannot hold None, which a batch may have in the place of
+    targets or weights.
 
-    def has_value(self) -> tf.Tensor:
-        return self._optional.has_value()
-
-    def get_value(self) -> Any:
-        return _on(self._device, self._optional.get_value)
-
-
-class _OptionalBatch:
-    """The next batch, or none, with the interface of a `tf.Optional`.
-
-    An optional of TensorFlow cannot hold None, which a batch may have in the
-    place of targets or weights.
+    Args:
+        element_spec: Spec of the value.
+        has_value: Returns whether there is one.
+        get_value: Returns it.
     """
 
-    def __init__(self, iterator: _DistributedIterator):
-        self.element_spec = iterator.element_spec
-        self._batches = list(itertools.islice(iterator, 1))
+    def __init__(
+        self,
+        element_spec: Any,
+        has_value: Callable[[], tf.Tensor],
+        get_value: Callable[[], Any],
+    ):
+        self.element_spec = element_spec
+        self.has_value = has_value
+        self.get_value = get_value
 
-    def has_value(self) -> tf.Tensor:
-        return tf.constant(bool(self._batches))
 
-    def get_value(self) -> Any:
-        return self._batches[0]
+def _next_part(iterator: tf.data.Iterator, device: str) -> _Optional:
+    """The next part of a replica, if there is one, on its device."""
+    part = iterator.get_next_as_optional()
+    get_value = functools.partial(_on, device, part.get_value)
+    return _Optional(part.element_spec, part.has_value, get_value)
+
+
+def _next_batch(iterator: _DistributedIterator) -> _Optional:
+    """The next batch, if there is one."""
+    batches = list(itertools.islice(iterator, 1))
+    return _Optional(
+        iterator.element_spec,
+        lambda: tf.constant(bool(batches)),
+        lambda: batches[0],
+    )
 
 
 def _has_none(spec: Any) -> bool:
@@ -184,7 +189,7 @@ class _InputIterator(_DistributedIterator):
         """See `tf.distribute.DistributedIterator`."""
         _note_read()
         if tf.executing_eagerly() and _has_none(self.element_spec):
-            return _OptionalBatch(self)
+            return _next_batch(self)
         with _known(self._spec_class.steps_are_known):
             return super().get_next_as_optional()
 
@@ -231,15 +236,11 @@ class LateIterator(_InputIterator):
         return self._get_iterators()
 
 
-class _IteratorInGraph(_InputIterator):
-    """The argument of a function for a `LateIterator`."""
-
-
 class _Spec(_DistributedIteratorSpec):
     """The spec of a `LateIterator`."""
 
-    in_turn = False
-    steps_are_known = False
+    in_turn: bool
+    steps_are_known: bool
 
     @property
     def value_type(self) -> Any:
@@ -267,26 +268,18 @@ class _Spec(_DistributedIteratorSpec):
                 for index, each in enumerate(components)
             ]
         iterator = super()._from_components(components)
-        iterator.__class__ = _IteratorInGraph
+        iterator.__class__ = _InputIterator
         iterator._spec_class = type(self)
         return iterator
 
 
-class _InTurnSpec(_Spec):
-    in_turn = True
-
-
-class _KnownStepsSpec(_Spec):
-    steps_are_known = True
-
-
-class _InTurnKnownStepsSpec(_InTurnSpec, _KnownStepsSpec):
-    pass
-
-
+# TensorFlow keeps one trace for each class of specs.
 _SPECS: dict[tuple[bool, bool], type[_Spec]] = {
-    (False, False): _Spec,
-    (True, False): _InTurnSpec,
-    (False, True): _KnownStepsSpec,
-    (True, True): _InTurnKnownStepsSpec,
+    (in_turn, known): type(
+        f"_Spec_{in_turn}_{known}",
+        (_Spec,),
+        {"in_turn": in_turn, "steps_are_known": known},
+    )
+    for in_turn in (False, True)
+    for known in (False, True)
 }

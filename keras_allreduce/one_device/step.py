@@ -36,7 +36,7 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.compat import keras_losses, keras_threads
+from keras_allreduce.compat import keras_config, keras_losses
 from keras_allreduce.one_device import (
     empty_replica,
     hooks,
@@ -148,7 +148,7 @@ class Step:
             current = self._current_step(reductions, shares, state)
             stack.enter_context(hooks.taking_part(current))
             on = partial(
-                self._on_replica, current, fn, spare, keras_threads.settings()
+                self._on_replica, current, fn, spare, keras_config.settings()
             )
             stack.enter_context(self._errors_explained(known))
             outputs = call_for_each_replica(  # [4]
@@ -178,7 +178,7 @@ class Step:
 
     def _shares(self, data: Any) -> tuple[BatchShares, Any]:
         """The shares of a batch, and a spare sample if some may be empty."""
-        keras_threads.make_generator_of_unseeded(self._strategy)
+        keras_config.make_generator_of_unseeded(self._strategy)
         shares = shares_of_batch(
             data,
             self._replicas,
@@ -200,7 +200,7 @@ class Step:
         **kwargs: Any,
     ) -> Any:
         """The logs of one replica."""
-        keras_threads.take_over(settings)
+        keras_config.take_over(settings)
         this = Replica(*shares, num_replicas=self._count)
         with replica.running(this, current):
             current.begin_replica()
@@ -329,13 +329,13 @@ def predict(
     if of_replicas is not None:
         spare = empty_replica.spare_sample(data, replicas)
     step = CurrentStep(model, Reductions())
-    settings = keras_threads.settings()
+    settings = keras_config.settings()
 
     @_do_not_convert
     def on_replica(
         has_samples: Any, data: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        keras_threads.take_over(settings)
+        keras_config.take_over(settings)
         this = Replica(has_samples=has_samples, num_replicas=count)
         with replica.running(this, step):
             step.begin_replica()

@@ -18,8 +18,8 @@ import tensorflow as tf
 
 from keras_allreduce.compat import (
     graphs,
+    keras_config,
     keras_losses,
-    keras_threads,
 )
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import hooks
@@ -61,7 +61,7 @@ class Trial:
         self._step = step
         self._strategy = strategy
         self._device = strategy.extended.worker_devices[0]
-        self._settings = keras_threads.settings()
+        self._settings = keras_config.settings()
         # A loss may be measured while Keras goes through what layers added.
         self._losses = keras_losses.added_losses(model)
         self._pythons_random = random.getstate(), np.random.get_state()
@@ -85,7 +85,7 @@ class Trial:
         if self._batch is None:
             self._batch = WholeBatch(rows.stop, self._device)
         if self._run is None:
-            keras_threads.take_over(self._settings)
+            keras_config.take_over(self._settings)
             self._run = (
                 self._eager() if self._is_eager() else self._traced(batch)
             )

@@ -12,8 +12,8 @@ import tensorflow as tf
 from keras_allreduce import debug
 from keras_allreduce.compat import (
     distribute,
+    keras_config,
     keras_door,
-    keras_threads,
 )
 from keras_allreduce.fit_output import explain, progress_bar
 from keras_allreduce.fit_output.gradients import ModelGradients, gradients_of
@@ -103,7 +103,7 @@ class StrategyBase(tf.distribute.Strategy):
             batch: Some of its samples, or a first batch of one replica.
         """
         samples.remember(model, batch)
-        keras_threads.make_generator_of_unseeded(self)
+        keras_config.make_generator_of_unseeded(self)
 
     def refuse_model_made_outside(self, model: keras.Model) -> NoReturn:
         """Raises: a model that was made outside has an optimizer from here.

@@ -10,7 +10,7 @@ import warm_python
 from five_devices import DEVICES
 
 import keras_allreduce
-from keras_allreduce.compat import keras_threads
+from keras_allreduce.compat import keras_config
 from programs import Custom, X, Y, dense, fit
 
 
@@ -179,7 +179,7 @@ def test_settings_of_keras_reach_the_threads_of_replicas():
 @pytest.mark.slow
 def test_the_stacks_of_a_thread_stay_its_own():
     with keras.name_scope("outer"):
-        assert not any("scope" in name for name in keras_threads.settings())
+        assert not any("scope" in name for name in keras_config.settings())
 
 
 DETERMINISTIC = """
