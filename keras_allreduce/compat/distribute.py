@@ -1,7 +1,6 @@
-"""The only importer of private TensorFlow and Keras names, and why of each.
+"""Private names of `tf.distribute`, and why each is needed.
 
-Everything else in the package uses public API. A name moves out of this file
-as soon as there is a public way.
+A name moves out of this file as soon as there is a public way.
 """
 
 import sys

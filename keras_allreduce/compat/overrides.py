@@ -59,12 +59,10 @@ MEMBERS = {
         "_update_config_proto": (
             "Options of the server, which has no public ones."
         ),
-        "_is_chief": "Facts of the cluster that have no public name.",
-        "_num_workers": "The same.",
         "_collective_key_base": (
             "Groups of our own are numbered from there, far above."
         ),
-        "_worker_device": "The same.",
+        "_worker_device": "The device of this worker has no public name.",
     },
     "CollectiveAllReduceStrategy": {
         "_collective_key_base": (

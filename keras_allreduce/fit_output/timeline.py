@@ -5,6 +5,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -81,10 +82,7 @@ def _numbered(
 ) -> list[StepTimes]:
     """The steps that ran inside `calls`, each with its number."""
     if not calls:
-        return [
-            StepTimes(**{**vars(step), "number": number})
-            for number, step in enumerate(steps)
-        ]
+        return [replace(step, number=n) for n, step in enumerate(steps)]
     numbered = []
     for call in calls:
         inside = [
@@ -93,8 +91,8 @@ def _numbered(
             if call.begin <= max(step.ready[0]) <= call.end
         ]
         numbered += [
-            StepTimes(**{**vars(step), "number": call.number + index})
-            for index, step in enumerate(inside)
+            replace(step, number=n)
+            for n, step in enumerate(inside, call.number)
         ]
     return numbered
 

@@ -83,10 +83,7 @@ def sum_when_applied(
         return [distribute.PerReplica(tuple(each)) for each in kept]
 
     dense = [tf.convert_to_tensor(gradients[index]) for index in moving]
-    reduced = list(gradients)
-    for index, total in zip(moving, replica.merged(merge, dense), strict=True):
-        reduced[index] = total
-    return reduced
+    return _exchanged(gradients, moving, replica.merged(merge, dense))
 
 
 def sum_over_replicas(
@@ -113,9 +110,7 @@ def sum_over_replicas(
         return replicas.sum_gradients(moved, weights)
 
     sums = replica.merged(merge, [reduced[index] for index in moving])
-    for index, total in zip(moving, sums, strict=True):
-        reduced[index] = total
-    return reduced
+    return _exchanged(reduced, moving, sums)
 
 
 def largest_of_assigned(
@@ -140,11 +135,16 @@ def largest_of_assigned(
     def merge(_strategy: Any, values: Sequence[Any]) -> list[Any]:
         return [largest(value, replicas) for value in values]
 
-    found = list(gradients)
-    merged = replica.merged(merge, [gradients[index] for index in assigned])
-    for index, value in zip(assigned, merged, strict=True):
-        found[index] = value
-    return found
+    found = replica.merged(merge, [gradients[index] for index in assigned])
+    return _exchanged(gradients, assigned, found)
+
+
+def _exchanged(
+    values: Sequence[Any], indices: Sequence[int], others: Sequence[Any]
+) -> list[Any]:
+    """The values, with others at some indices."""
+    by_index = dict(zip(indices, others, strict=True))
+    return [by_index.get(at, value) for at, value in enumerate(values)]
 
 
 def _moving(

@@ -90,8 +90,12 @@ class StrategyBase(tf.distribute.Strategy):
 
     @property
     def shown_steps(self) -> StepLog | None:
-        """The steps that the fit output shows; `None` if `fit_log=False`."""
-        return self.step_log if self._fit_log else None
+        """The steps that the fit output shows: those of the chief.
+
+        `None` on other workers, and with `fit_log=False`.
+        """
+        is_shown = self._fit_log and self.extended.is_chief
+        return self.step_log if is_shown else None
 
     samples_to_measure = samples.SAMPLES
 
@@ -168,7 +172,8 @@ class StrategyBase(tf.distribute.Strategy):
                 all-reduce between 2 to 64 workers, by the model of
                 docs/algorithms.md ("Scaling").
             step_seconds: Seconds of a step without all-reduce.
-            print_fn: Called with the text. `None`: it is printed.
+            print_fn: Called with the text, on each worker that passes one.
+                `None`: the chief prints it.
 
         Raises:
             ValueError: See `plan`; or if `link` comes without `step_seconds`,
@@ -176,15 +181,16 @@ class StrategyBase(tf.distribute.Strategy):
         """
         explain.check_prediction(link, step_seconds)
         plan, gradients = self._planned(model, x)
-        explain.show(
-            model,
-            plan,
-            gradients,
-            self.extended.group.gradient_ops.bytes_per_pack,
-            link,
-            step_seconds,
-            print_fn,
-        )
+        if print_fn or self.extended.is_chief:
+            explain.show(
+                model,
+                plan,
+                gradients,
+                self.extended.group.gradient_ops.bytes_per_pack,
+                link,
+                step_seconds,
+                print_fn,
+            )
 
     def _planned(
         self, model: keras.Model, x: Any

@@ -139,6 +139,11 @@ class ExtendedBase(distribute.MirroredExtended, Replicas):
         return self._workers
 
     @property
+    def is_chief(self) -> bool:
+        """Whether this is the worker that reports and saves."""
+        return self.group.rank == 0
+
+    @property
     def num_workers(self) -> int:
         """Number of workers."""
         return self.group.size

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -11,8 +10,6 @@ import tensorflow as tf
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.devices import host_devices
 from keras_allreduce.environment import HOST_DEVICES
-from keras_allreduce.fit_output.step_log import StepLog
-from keras_allreduce.reduce.cost_model import Link
 from keras_allreduce.strategy.base import StrategyBase
 from keras_allreduce.strategy.checks import explained
 from keras_allreduce.strategy.multi_worker_extended import (
@@ -140,39 +137,6 @@ class MultiWorkerAllReduceStrategy(
             f"options: {options.facts()}",
         )
 
-    @property
-    def shown_steps(self) -> StepLog | None:
-        """The steps that the fit output shows: nothing but on the chief."""
-        return super().shown_steps if self.extended.is_chief else None
-
-    def explain(
-        self,
-        model: keras.Model,
-        x: Any = None,
-        *,
-        link: Link | None = None,
-        step_seconds: float | None = None,
-        print_fn: Callable[[str], Any] | None = None,
-    ) -> None:
-        """Prints the plan of the steps of `model`, on the chief.
-
-        Args:
-            model: See `StrategyBase.explain`.
-            x: The same.
-            link: The same.
-            step_seconds: The same.
-            print_fn: Called with the text, on each worker that passes one.
-        """
-        if print_fn is None and not self.extended.is_chief:
-            print_fn = _nowhere
-        super().explain(
-            model,
-            x,
-            link=link,
-            step_seconds=step_seconds,
-            print_fn=print_fn,
-        )
-
     def worker_lateness(self) -> list[float]:
         """How much later than the first each worker comes to a step.
 
@@ -256,7 +220,3 @@ def _wire_format(
             f"{wire_dtype!r}, compression={compression.name!r}."
         )
     return compression
-
-
-def _nowhere(text: str) -> None:
-    """Prints nothing."""

@@ -104,11 +104,6 @@ class MultiWorkerAllReduceExtended(
             replica_id, device, primary_var, **kwargs
         )
 
-    @property
-    def is_chief(self) -> bool:
-        """Whether this is the worker that reports and saves."""
-        return bool(self._is_chief)
-
     def waits(self) -> list[float]:
         """Mean seconds per step in a collective, by worker; `nan`: none."""
         own = tf.constant([self._in_flight.read_waits()], tf.float64)
@@ -182,7 +177,7 @@ class MultiWorkerAllReduceExtended(
     ) -> Any:
         if (
             self._workers.sums_now
-            and self._num_workers > 1
+            and self._workers.size > 1
             and reduce_op == _SUM
             and isinstance(value, tf.Tensor)
         ):

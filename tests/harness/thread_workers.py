@@ -89,10 +89,6 @@ class ExtendedOfWorker(AllReduceExtended):
         return self._workers
 
     @property
-    def is_chief(self):
-        return self._workers.rank == 0
-
-    @property
     def _num_replicas_in_sync(self):
         return self._workers.size * len(self.worker_devices)
 

@@ -194,7 +194,7 @@ FAULTS = [
         "one_device/empty_replica.py",
         "tf.cond(has_samples, lambda: None, put_back)",
         "tf.cond(has_samples, lambda: None, lambda: None)",
-        ("test_empty_replica.py",),
+        ("test_step.py -k empty_replica",),
     ),
     Fault(
         "metric_min",
