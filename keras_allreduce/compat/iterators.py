@@ -23,7 +23,7 @@ from tensorflow.python.distribute.input_lib import (
 )
 
 
-class InTurn:
+class RoundRobin:
     """The replicas of one worker read one plain iterator, each in its turn.
 
     Stands in the place of an iterator per device, with its methods.
@@ -41,7 +41,7 @@ class InTurn:
     def __eq__(self, other: object) -> bool:
         """Whether both read the same iterator: a spec makes others of it."""
         return (
-            isinstance(other, InTurn)
+            isinstance(other, RoundRobin)
             and self.iterator is other.iterator
             and tuple(self._devices) == tuple(other._devices)
         )
@@ -200,13 +200,13 @@ class _InputIterator(_DistributedIterator):
         return spec
 
 
-class LateIterator(_InputIterator):
+class LazyIterator(_InputIterator):
     """A distributed iterator whose iterators are made when they are needed.
 
     Args:
         dataset: The distributed data set, whose options it takes.
         iterators: Returns the iterators, one per worker device.
-        in_turn: Whether they are `InTurn`.
+        in_turn: Whether they are `RoundRobin`.
         steps_are_known: Whether the data ends in one step on all workers.
     """
 
@@ -237,7 +237,7 @@ class LateIterator(_InputIterator):
 
 
 class _Spec(_DistributedIteratorSpec):
-    """The spec of a `LateIterator`."""
+    """The spec of a `LazyIterator`."""
 
     in_turn: bool
     steps_are_known: bool
@@ -264,7 +264,7 @@ class _Spec(_DistributedIteratorSpec):
         if self.in_turn:
             workers = self._input_workers
             components = [
-                InTurn(each, workers.compute_devices_for_worker(index))
+                RoundRobin(each, workers.compute_devices_for_worker(index))
                 for index, each in enumerate(components)
             ]
         iterator = super()._from_components(components)

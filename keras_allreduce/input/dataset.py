@@ -89,7 +89,7 @@ def know_steps(dataset: Any) -> None:
     """
     iteration = getattr(dataset, "iteration", None)
     if iteration is not None:
-        iteration.know_steps()
+        iteration.steps_are_known = True
 
 
 def _warn(error: Exception) -> None:
@@ -111,6 +111,10 @@ class Iteration:
 
     Args:
         dataset: The data set.
+
+    Attributes:
+        steps_are_known: Whether the data is known to end in the same step on
+            all workers.
 
     Raises:
         AttributeError, TypeError, ValueError: If TensorFlow's are not as they
@@ -135,13 +139,9 @@ class Iteration:
             for source in sources
         )
         self._makers = [_maker(source, self._in_turn) for source in sources]
-        self._steps_are_known = False
+        self.steps_are_known = False
         # One that is not made, to see whether it can be.
         self._iterator_of(Handles(list, self._lock))
-
-    def know_steps(self) -> None:
-        """The data is known to end in the same step on all workers."""
-        self._steps_are_known = True
 
     def start(self) -> Any:
         """Returns an iterator, which is made when it is first read."""
@@ -175,11 +175,11 @@ class Iteration:
         return () if found is None else found
 
     def _iterator_of(self, handles: Handles) -> Any:
-        return iterators.LateIterator(
+        return iterators.LazyIterator(
             self._dataset(),
             partial(self._made, handles),
             self._in_turn,
-            self._steps_are_known,
+            self.steps_are_known,
         )
 
     def _queue_up(self, handles: Callable[[], Handles | None]) -> None:
@@ -224,7 +224,7 @@ def _maker(source: datasets.Source, one_by_one: bool) -> Callable[[], Any]:
     return partial(_read_in_turn, dataset, source)
 
 
-def _read_in_turn(dataset: Any, source: Source) -> iterators.InTurn:
+def _read_in_turn(dataset: Any, source: Source) -> iterators.RoundRobin:
     """Logical CPU devices read one iterator in turn.
 
     TensorFlow hands the parts to an iterator per device, each with threads
@@ -236,7 +236,7 @@ def _read_in_turn(dataset: Any, source: Source) -> iterators.InTurn:
     A graph runs the reads of one iterator in program order.
     """
     with tf.device(source.worker):
-        return iterators.InTurn(iter(dataset), source.devices)
+        return iterators.RoundRobin(iter(dataset), source.devices)
 
 
 def _prefetched_to_devices(dataset: Any, source: Source) -> Any:

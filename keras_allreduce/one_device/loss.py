@@ -125,7 +125,7 @@ class LossOfTheReplica:
             value, _, mask = keras_losses.call_and_see(loss, *given)
             return self._of_samples(loss, value, mask, sample_weight)
         if self._is_known or not self._may_gather(index, loss, given):
-            return self._of_replica(index, loss, *given)
+            return self._of_replica(index, loss, given)
         if replica.is_measured():
             return whole_batch.stand_in(loss(*given), y_pred)
         return whole_batch.loss_of_batch(loss, *given, self._replicas)
@@ -141,23 +141,15 @@ class LossOfTheReplica:
         return True
 
     def _of_replica(
-        self,
-        index: int,
-        loss: Any,
-        y_true: Any,
-        y_pred: Any,
-        sample_weight: Any,
+        self, index: int, loss: Any, given: tuple[Any, Any, Any]
     ) -> Any:
         """The loss of the replica's samples: a mean or a sum of them."""
         if not keras_losses.reduces_as_keras(loss):
-            value = loss(y_true, y_pred, sample_weight)
-            return self._measured("loss", index, value)
-        value, rank, mask = keras_losses.call_and_see(
-            loss, y_true, y_pred, sample_weight
-        )
+            return self._measured("loss", index, loss(*given))
+        value, rank, mask = keras_losses.call_and_see(loss, *given)
         if rank == 0:
             return self._measured("loss", index, value)
-        return self._of_samples(loss, value, mask, sample_weight)
+        return self._of_samples(loss, value, mask, sample_weight=given[2])
 
     def _of_samples(
         self, loss: Any, value: Any, mask: Any, sample_weight: Any

@@ -277,13 +277,13 @@ def test_an_iterator_that_a_spec_makes_again_equals_the_first():
 def made(monkeypatch):
     """Counts the iterators that are made for replicas."""
     count = []
-    stock = iterators.InTurn.__init__
+    stock = iterators.RoundRobin.__init__
 
     def counted(self, iterator, devices):
         count.append(iterator)
         stock(self, iterator, devices)
 
-    monkeypatch.setattr(iterators.InTurn, "__init__", counted)
+    monkeypatch.setattr(iterators.RoundRobin, "__init__", counted)
     # Those made in eager mode, not what a traced function was called with.
     return lambda: sum(hasattr(each, "_dataset") for each in count)
 
