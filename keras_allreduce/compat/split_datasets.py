@@ -103,10 +103,8 @@ def _part(value: Any, index: tf.Tensor, count: int) -> Any:
         size = -(-rows // count)
         return value[index * size : (index + 1) * size]
     size = -(-value.dense_shape[0] // count)
-    rest = value.dense_shape[1:]
     start = tf.minimum(index * size, value.dense_shape[0])
-    begin = tf.concat([[start], tf.zeros_like(rest)], axis=0)
-    part = tf.sparse.slice(value, begin, tf.concat([[size], rest], axis=0))
+    part = sparse_rows(value, start, size)
     inner = value.shape[1:].as_list() if value.shape.rank else None
     if inner is None or None in inner:
         return part
@@ -122,6 +120,13 @@ def first_dimension(value: Any) -> tf.Tensor:
     if isinstance(value, tf.RaggedTensor):
         return value.nrows()
     return tf.shape(value, out_type=tf.int64)[0]
+
+
+def sparse_rows(value: tf.SparseTensor, start: Any, size: Any) -> Any:
+    """As many rows of a sparse tensor as there are, `size` at most."""
+    rest = value.dense_shape[1:]
+    begin = tf.concat([[start], tf.zeros_like(rest)], axis=0)
+    return tf.sparse.slice(value, begin, tf.concat([[size], rest], axis=0))
 
 
 class _DenseParts(UnaryDataset):

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from keras_allreduce.compat import distribute
 from keras_allreduce.compat import keras as keras_compat
+from keras_allreduce.compat.split_datasets import sparse_rows
 from keras_allreduce.devices import on_each
 from keras_allreduce.one_device.replica import Replicas
 from keras_allreduce.one_device.shared_state import synchronized_variables
@@ -42,9 +43,9 @@ def first_sample(value: Any) -> Any:
     On a worker of several the whole part of the worker may be empty.
     """
     if isinstance(value, tf.SparseTensor):
-        size = tf.concat([[1], value.dense_shape[1:]], axis=0)
-        first = tf.sparse.slice(value, tf.zeros_like(size), size)
-        return tf.SparseTensor(first.indices, first.values, size)
+        first = sparse_rows(value, 0, 1)
+        shape = tf.concat([[1], value.dense_shape[1:]], axis=0)
+        return tf.SparseTensor(first.indices, first.values, shape)
     if isinstance(value, tf.RaggedTensor):
         return value[:1]
     shape = tf.concat([[1], tf.shape(value)[1:]], axis=0)
@@ -127,14 +128,8 @@ def restore(
 def rows_if(has_samples: tf.Tensor, value: Any) -> Any:
     """`value`, or none of its rows if the replica has no samples."""
     if isinstance(value, tf.SparseTensor):
-        size = value.dense_shape * tf.concat(
-            [
-                [tf.cast(has_samples, tf.int64)],
-                tf.ones_like(value.dense_shape[1:]),
-            ],
-            axis=0,
-        )
-        return tf.sparse.slice(value, tf.zeros_like(size), size)
+        size = value.dense_shape[0] * tf.cast(has_samples, tf.int64)
+        return sparse_rows(value, 0, size)
     if not tf.TensorShape(value.shape).rank:
         return value
     every = value.nrows() if isinstance(value, tf.RaggedTensor) else None

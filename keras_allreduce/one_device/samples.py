@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_allreduce.compat.split_datasets import sparse_rows
 from keras_allreduce.one_device import facts
 
 SAMPLES = 16
@@ -97,10 +98,7 @@ def _size(value: Any) -> int | None:
 
 def _rows(value: Any, start: int, end: int) -> Any:
     if isinstance(value, tf.SparseTensor):
-        rest = value.dense_shape[1:]
-        begin = tf.concat([[start], tf.zeros_like(rest)], axis=0)
-        size = tf.concat([[end - start], rest], axis=0)
-        return tf.sparse.slice(value, begin, size)
+        return sparse_rows(value, start, end - start)
     return value[start:end]
 
 
