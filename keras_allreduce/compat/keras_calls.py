@@ -98,6 +98,17 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+@contextlib.contextmanager
+def _with(**values: Any) -> Iterator[None]:
+    """This thread has other values in the block."""
+    before = {name: getattr(_thread, name) for name in values}
+    vars(_thread).update(values)
+    try:
+        yield
+    finally:
+        vars(_thread).update(before)
+
+
 def current_call() -> KerasCall | None:
     """The call of Keras that runs in this thread, or `None`."""
     return _thread.call
@@ -119,15 +130,13 @@ def during(kind: str, model: keras.Model) -> Iterator[list[str]]:
             epoch_iterator=None,
             seen=[],
         )
-    _thread.call = made
     try:
-        yield made.seen
+        with _with(call=made):
+            yield made.seen
     except Exception as error:
         if kind == "fit":
             _tag(error)
         raise
-    finally:
-        _thread.call = outer
 
 
 def _tag(error: Exception) -> None:
@@ -152,15 +161,11 @@ def is_raised_in_callback(error: BaseException) -> bool:
     return bool(getattr(error, _IN_CALLBACK, False))
 
 
-@contextlib.contextmanager
-def running_step(model: keras.Model, name: str) -> Iterator[None]:
+def running_step(
+    model: keras.Model, name: str
+) -> contextlib.AbstractContextManager[None]:
     """Keras runs a step of a model in the block."""
-    outer = _thread.step
-    _thread.step = (model, name)
-    try:
-        yield
-    finally:
-        _thread.step = outer
+    return _with(step=(model, name))
 
 
 def current_step() -> tuple[keras.Model, str] | None:
@@ -168,15 +173,11 @@ def current_step() -> tuple[keras.Model, str] | None:
     return _thread.step
 
 
-@contextlib.contextmanager
-def making_variable(variable: keras.Variable) -> Iterator[None]:
+def making_variable(
+    variable: keras.Variable,
+) -> contextlib.AbstractContextManager[None]:
     """Keras makes the value of a variable in the block."""
-    outer = _thread.variable
-    _thread.variable = variable
-    try:
-        yield
-    finally:
-        _thread.variable = outer
+    return _with(variable=variable)
 
 
 def path_of_new_variable() -> str | None:
@@ -200,20 +201,14 @@ def begin_epoch(callbacks: Any, epoch: int) -> None:
     )
 
 
-@contextlib.contextmanager
-def making(epoch_iterator: Any) -> Iterator[None]:
+def making(epoch_iterator: Any) -> contextlib.AbstractContextManager[None]:
     """Keras makes an iterator over epochs in the block."""
     call = _thread.call
     if call is None:
-        yield
-        return
+        return contextlib.nullcontext()
     call.seen.append("iterator")
-    _thread.call = replace(call, epoch_iterator=epoch_iterator)
-    try:
-        yield
-    finally:
-        # Else it would keep the data of the call.
-        _thread.call = call
+    # Only in the block: it would keep the data of the call.
+    return _with(call=replace(call, epoch_iterator=epoch_iterator))
 
 
 def epoch_iterator_class() -> Any:
@@ -228,18 +223,15 @@ def epoch_iterator_class() -> Any:
     return TFEpochIterator
 
 
-@contextlib.contextmanager
-def reading_metrics(model: keras.Model) -> Iterator[None]:
+def reading_metrics(
+    model: keras.Model,
+) -> contextlib.AbstractContextManager[None]:
     """Keras reads all metrics of a model in the block."""
-    before = _thread.metrics_read
     values = [
         getattr(variable, "value", None) for variable in model.metrics_variables
     ]
-    _thread.metrics_read = list(filter(distribute.is_summed_when_read, values))
-    try:
-        yield
-    finally:
-        _thread.metrics_read = before
+    read = list(filter(distribute.is_summed_when_read, values))
+    return _with(metrics_read=read)
 
 
 def metrics_being_read() -> list[Any] | None:

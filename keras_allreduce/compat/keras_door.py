@@ -89,7 +89,8 @@ def _doors() -> Iterator[tuple[Any, str, Callable[..., Any], str]]:
     callbacks = keras.callbacks.CallbackList
     yield callbacks, "on_epoch_begin", _on_epoch_begin, unknown
     iterator = keras_calls.epoch_iterator_class()
-    yield iterator, "__init__", _iterator_made, unknown
+    made = functools.partial(_within, keras_calls.making)
+    yield iterator, "__init__", made, unknown
     slow = "workers sum their metrics one by one"
     yield keras.Model, "get_metrics_result", _metrics_read, slow
     lost = "the first batch of a Python generator may be lost"
@@ -101,7 +102,8 @@ def _doors() -> Iterator[tuple[Any, str, Callable[..., Any], str]]:
         maker = functools.partial(_function_made, step, loss)
         yield keras.Model, keras_compat.maker_of(step), maker, loss
     nameless = "errors about variables do not name them"
-    yield keras.Variable, "_initialize", _variable_made, nameless
+    made = functools.partial(_within, keras_calls.making_variable)
+    yield keras.Variable, "_initialize", made, nameless
 
 
 def _has_arguments(stock: Any, wrap: Callable[..., Any]) -> bool:
@@ -144,13 +146,15 @@ def _on_epoch_begin(stock: Any) -> Any:
     return on_epoch_begin
 
 
-def _iterator_made(stock: Any) -> Any:
-    @functools.wraps(stock)
-    def init(iterator: Any, *args: Any, **kwargs: Any) -> None:
-        with keras_calls.making(iterator):
-            stock(iterator, *args, **kwargs)
+def _within(block: Callable[[Any], Any], stock: Any) -> Any:
+    """A method that runs in a block, which gets the object of the method."""
 
-    return init
+    @functools.wraps(stock)
+    def method(owner: Any, *args: Any, **kwargs: Any) -> Any:
+        with block(owner):
+            return stock(owner, *args, **kwargs)
+
+    return method
 
 
 def _metrics_read(stock: Any) -> Any:
@@ -318,15 +322,6 @@ def _saying(model: Any, step: str, function: Any) -> Any:
             return function(*args, **kwargs)
 
     return run
-
-
-def _variable_made(stock: Any) -> Any:
-    @functools.wraps(stock)
-    def initialize(variable: Any, *args: Any, **kwargs: Any) -> Any:
-        with keras_calls.making_variable(variable):
-            return stock(variable, *args, **kwargs)
-
-    return initialize
 
 
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
