@@ -88,11 +88,19 @@ class KerasCall:
         return f"{self.kind}, epoch {self.epoch} of {self.epochs}"
 
 
+_CONSTANTS = {
+    keras.initializers.Zeros: "zeros",
+    keras.initializers.Ones: "ones",
+}
+
+
 class _Thread(threading.local):
     call: KerasCall | None = None
     metrics_read: list[Any] | None = None
     step: tuple[keras.Model, str] | None = None
     variable: keras.Variable | None = None
+    value: Any = None
+    initializer: Any = None
 
 
 _thread = _Thread()
@@ -174,15 +182,40 @@ def current_step() -> tuple[keras.Model, str] | None:
 
 
 def making_variable(
-    variable: keras.Variable,
+    variable: keras.Variable, value: Any
 ) -> contextlib.AbstractContextManager[None]:
-    """Keras makes the value of a variable in the block."""
-    return _with(variable=variable)
+    """Keras makes a variable of a value in the block."""
+    return _with(variable=variable, value=value)
+
+
+def initializing(initializer: Any) -> contextlib.AbstractContextManager[None]:
+    """Keras makes a variable with an initializer in the block."""
+    return _with(initializer=initializer)
 
 
 def path_of_new_variable() -> str | None:
     """Path of the variable that Keras is making; `None` if it makes none."""
     return None if _thread.variable is None else str(_thread.variable.path)
+
+
+def constant_of(initial_value: Any) -> str | None:
+    """Describes the value of a new variable if its initializer alone says it.
+
+    Args:
+        initial_value: Of the variable, as TensorFlow hands it on.
+
+    Returns:
+        Such as `"zeros of float32 [3]"`; `None` for any other initializer than
+        Keras's zeros and ones, and for a value that a creator of the user's
+        has put in place of Keras's.
+    """
+    constant = _CONSTANTS.get(type(_thread.initializer))
+    variable = _thread.variable
+    if constant is None or variable is None:
+        return None
+    if initial_value is not _thread.value:
+        return None
+    return f"{constant} of {variable.dtype} {list(variable.shape)}"
 
 
 def begin_epoch(callbacks: Any, epoch: int) -> None:

@@ -12,7 +12,8 @@ For models that are not under a strategy of ours they stay the same.
     _maybe_symbolic_build                a model is built: see below
     make_train_function, and of test     the function that it makes says, while
       and predict                          it runs, whose step it runs
-    Variable._initialize                 a variable is made
+    Variable._initialize and             a variable is made, by which
+      _initialize_with_initializer         initializer
 
 Only under a strategy does Keras take a first batch before the first step, and
 call the model, its metrics and its losses on its shapes, to make all
@@ -102,8 +103,10 @@ def _doors() -> Iterator[tuple[Any, str, Callable[..., Any], str]]:
         maker = functools.partial(_function_made, step, loss)
         yield keras.Model, keras_compat.maker_of(step), maker, loss
     nameless = "errors about variables do not name them"
-    made = functools.partial(_within, keras_calls.making_variable)
-    yield keras.Variable, "_initialize", made, nameless
+    yield keras.Variable, "_initialize", _value_made, nameless
+    sent = "variables of zeros and ones cross between workers as well"
+    name = "_initialize_with_initializer"
+    yield keras.Variable, name, _initialized, sent
 
 
 def _has_arguments(stock: Any, wrap: Callable[..., Any]) -> bool:
@@ -324,9 +327,29 @@ def _saying(model: Any, step: str, function: Any) -> Any:
     return run
 
 
+def _value_made(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def initialize(variable: Any, value: Any) -> Any:
+        with keras_calls.making_variable(variable, value):
+            return stock(variable, value)
+
+    return initialize
+
+
+def _initialized(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def initialize(variable: Any, initializer: Any) -> Any:
+        with keras_calls.initializing(initializer):
+            return stock(variable, initializer)
+
+    return initialize
+
+
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     _on_epoch_begin: ("epoch",),
     _build: ("iterator", "data_batch"),
+    _value_made: ("value",),
+    _initialized: ("initializer",),
 }
 
 

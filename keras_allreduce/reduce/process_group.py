@@ -76,6 +76,16 @@ class ProcessGroup:
         """The dtype in which TensorFlow's may sum gradients of `dtype`."""
         return dtype
 
+    def knows_initial_value(self, initial_value: Any) -> bool:
+        """Whether all workers give a new variable the same value anyhow.
+
+        It is compared later then.
+
+        Args:
+            initial_value: Value of the variable, or a function that makes it.
+        """
+        return False
+
     def compare_initial_value(self, initial_value: Any) -> Any:
         """Compares a variable as it is made.
 

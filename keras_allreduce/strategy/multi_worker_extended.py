@@ -97,8 +97,11 @@ class MultiWorkerAllReduceExtended(
         self, replica_id: int, device: Any, primary_var: Any, **kwargs: Any
     ) -> Any:
         if replica_id == 0:
+            initial_value = kwargs["initial_value"]
+            if self._workers.knows_initial_value(initial_value):
+                return initial_value
             kwargs["initial_value"] = self._workers.compare_initial_value(
-                kwargs["initial_value"]
+                initial_value
             )
         return super()._get_variable_creator_initial_value(
             replica_id, device, primary_var, **kwargs

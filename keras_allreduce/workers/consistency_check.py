@@ -6,9 +6,11 @@ the store, and reads those of the others.
 """
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -16,11 +18,13 @@ import tensorflow as tf
 
 from keras_allreduce import debug
 from keras_allreduce.compat import keras_calls
+from keras_allreduce.environment import DOOR
 from keras_allreduce.version import __version__
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.errors import WorkersDifferError
 from keras_allreduce.workers.fingerprint import (
     Fingerprint,
+    combined,
     difference,
     in_another_order,
     without_numbers,
@@ -34,6 +38,8 @@ ORDER = (
 )
 
 _STEPS = "models and steps"
+
+_CONSTANTS = "variables of zeros and ones"
 
 REMEDY = "Run the same script, in the same environment, on all workers."
 
@@ -71,6 +77,9 @@ class ConsistencyCheck:
         self._progress = progress
         self._paths_of_gradients = paths_of_gradients
         self._lists: list[dict[str, str]] = []
+        # Variables of zeros and ones, which only the next comparison sees.
+        self._num_constants, self._constants = 0, ""
+        self._last_constant = ""
         # Of the last comparison.
         self._point = 0
         self.rank = cluster.rank
@@ -151,7 +160,8 @@ class ConsistencyCheck:
         """The fingerprints of all workers, by rank, compared by nobody."""
         # All are counted together: where one worker makes a variable and
         # another goes on to its step, these two meet.
-        texts = self._all_gather("a comparison", fingerprint.to_json())
+        both = self._with_constants(fingerprint)
+        texts = self._all_gather("a comparison", both.to_json())
         return [Fingerprint.from_json(text) for text in texts]
 
     def raise_differences(
@@ -197,6 +207,38 @@ class ConsistencyCheck:
         found = self.compare(_STEPS, fingerprint)
         order = in_another_order("gradient", found)
         self.raise_differences(_STEPS, order, ORDER)
+
+    def knows_initial_value(self, initial_value: Any) -> bool:
+        """Whether a variable begins with zeros or ones, on all workers alike.
+
+        So its value need not come from the chief, and the workers need not
+        wait for each other: the next comparison, of anything, includes it.
+        Most variables are so: biases, moving statistics, the state of
+        optimizers and metrics.
+
+        Args:
+            initial_value: See `compare_initial_value`.
+        """
+        constant = keras_calls.constant_of(initial_value)
+        if constant is None:
+            return False
+        self._num_constants += 1
+        self._constants = combined([self._constants, constant])
+        path = keras_calls.path_of_new_variable()
+        self._last_constant = f"{path!r} ({constant})"
+        return True
+
+    def _with_constants(self, fingerprint: Fingerprint) -> Fingerprint:
+        """A fingerprint that includes the variables of zeros and ones."""
+        if not self._num_constants:
+            return fingerprint
+        fact = f"{self._num_constants} of checksum {self._constants}"
+        label = f"variables of zeros and ones up to {self._last_constant}"
+        return replace(
+            fingerprint,
+            facts={**fingerprint.facts, _CONSTANTS: fact},
+            labels={**fingerprint.labels, _CONSTANTS: label},
+        )
 
     def compare_initial_value(self, initial_value: Any) -> Any:
         """Compares a variable as it is made; its value comes from the chief.
@@ -273,6 +315,7 @@ def environment(devices: Sequence[str]) -> dict[str, Any]:
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
         "python": ".".join(python[:2]),
+        DOOR: os.environ.get(DOOR, "1"),
         "devices": len(devices),
         "device_type": tf.DeviceSpec.from_string(devices[0]).device_type,
     }

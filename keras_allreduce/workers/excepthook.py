@@ -27,6 +27,7 @@ from keras_allreduce.workers.errors import (
     WorkerError,
     WorkerLostError,
     from_tagged,
+    shown,
 )
 from keras_allreduce.workers.health import HealthMonitor
 from keras_allreduce.workers.timing import TIMING
@@ -144,8 +145,17 @@ def explain(error: BaseException | None) -> str | None:
         cause = monitor.cause()
         if cause is not None:
             return str(cause)
+    if _monitors and isinstance(error, tf.errors.UnavailableError):
+        return _DISCONNECTED.format(shown(error))
     return None
 
+
+_DISCONNECTED = (
+    "All workers must stay connected until training ends. Received: a "
+    "connection broke, and no worker is gone or silent ({}). Look for a link "
+    "that was down, or a firewall that closes connections, then start all "
+    "workers again; keras.callbacks.BackupAndRestore goes on where they were."
+)
 
 _REMEDY = (
     "All workers must write to files of their own. Received: {what}. Pass one "

@@ -173,6 +173,10 @@ class WorkerGroup(ProcessGroup):
         calls = Calls(check, progress, weights)
         return cls(workers, check, calls, between, nccl, options)
 
+    def knows_initial_value(self, initial_value: Any) -> bool:
+        """See `ConsistencyCheck`."""
+        return self._check.knows_initial_value(initial_value)
+
     def compare_initial_value(self, initial_value: Any) -> Any:
         """See `ConsistencyCheck`."""
         return self._check.compare_initial_value(initial_value)

@@ -4,12 +4,15 @@ Not a test. `workers.py` starts it.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -497,6 +500,39 @@ def fit_and_exit(index):
     """Trains until worker `index` ends by `sys.exit(3)` in an epoch."""
     act = AtBatch(5, index, lambda model: sys.exit(3))
     _fit(60, act, batch_size=4, epochs=1000)
+
+
+def fit_and_disconnect(index):
+    """Trains; from a batch on, connections to worker `index` break."""
+
+    def start(model):
+        threading.Thread(target=_break_connections, daemon=True).start()
+
+    _fit(60, AtBatch(5, index, start), batch_size=4, epochs=1000)
+
+
+def _break_connections():
+    """Resets the connections that others have made, again and again."""
+    own = json.loads(os.environ["TF_CONFIG"])
+    address = own["cluster"]["worker"][own["task"]["index"]]
+    port = int(address.rpartition(":")[2])
+    reset = ctypes.CDLL(None).connect  # To nowhere: `AF_UNSPEC`.
+    before = set()
+    while True:
+        found = {}
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                kind = os.readlink(f"/proc/self/fd/{name}")
+                if not kind.startswith("socket:"):
+                    continue
+                with socket.socket(fileno=os.dup(int(name))) as connection:
+                    if connection.getsockname()[1] == port:
+                        found[connection.getpeername()] = int(name)
+        # A question of a heartbeat is over by now.
+        for peer in before & set(found):
+            reset(found[peer], bytes(16), 16)
+        before = set(found)
+        time.sleep(0.2)
 
 
 def fit_and_leave(index):

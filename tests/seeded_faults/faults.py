@@ -440,4 +440,12 @@ FAULTS = [
         '"Skip", "Take", "Zip"),\n}\n\n\ndef ends_in_one',
         ("test_input.py -k may_differ_in_length",),
     ),
+    Fault(
+        "constants",
+        "no initial value comes from the chief, also if it is random",
+        "compat/keras_calls.py",
+        "_CONSTANTS.get(type(_thread.initializer))",
+        '"values"',
+        ("test_keras_calls.py -k initial_value",),
+    ),
 ]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_allreduce.compat import keras_calls
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.consistency_check import ConsistencyCheck
 from keras_allreduce.workers.data_fingerprint import (
@@ -124,6 +125,36 @@ class Published:
 def compare(mine, other):
     check = ConsistencyCheck(CLUSTER, Published(other), Progress(InFlight()))
     return check.compare("options", mine, "Do the same.")
+
+
+@pytest.mark.parametrize(
+    ("of_other", "said"),
+    [(["zeros"], None), ([], "has none"), (["ones"], "has 1 of checksum")],
+    ids=["alike", "one alone", "other values"],
+)
+def test_zeros_are_compared_with_whatever_comes_next(
+    of_other, said, monkeypatch
+):
+    monkeypatch.setattr(keras_calls, "constant_of", lambda value: value)
+    monkeypatch.setattr(keras_calls, "path_of_new_variable", lambda: "bias")
+    options = Fingerprint({"a": 1})
+    published = Published(options)
+    # The other worker, whose store keeps what it publishes.
+    other = ConsistencyCheck(CLUSTER, published, Progress(InFlight()))
+    assert not other.knows_initial_value(None)
+    assert all(map(other.knows_initial_value, of_other))
+    store = Published(other.state(options)[0])
+    check = ConsistencyCheck(CLUSTER, store, Progress(InFlight()))
+    assert check.knows_initial_value("zeros")
+    if said is None:
+        check.compare("options", options)
+        return
+    with pytest.raises(WorkersDifferError) as raised:
+        check.compare("options", options)
+    assert "variables of zeros and ones up to 'bias' (zeros)" in str(
+        raised.value
+    )
+    assert f"worker 1 (b:2) {said}" in str(raised.value)
 
 
 def test_workers_with_the_same_facts_go_on_with_what_all_offer():

@@ -5,6 +5,17 @@ import tensorflow as tf
 
 from keras_allreduce.workers import errors, excepthook
 
+
+class Monitor:
+    """A health monitor that knows `failure`, or that all is well."""
+
+    def __init__(self, failure=None):
+        self.failure = failure
+
+    def cause(self):
+        return self.failure
+
+
 WHYS = {
     "as we write them": "All workers must stay. Received: worker 1 (a:1) fell",
     "other words": "Nobody is left but worker 1 ([::1]:5000).",
@@ -31,3 +42,34 @@ def test_an_error_that_another_worker_has_sent_is_explained_by_its_tag(why):
 def test_an_error_without_a_tag_is_none_of_ours_whatever_it_says():
     text = "Collective: All workers must stay until training ends."
     assert errors.from_tagged(text) is None
+
+
+BROKEN = "Collective ops is aborted by: recvmsg:Connection reset by peer"
+
+
+@pytest.mark.parametrize(
+    ("error", "monitors", "said"),
+    [
+        (
+            tf.errors.UnavailableError(None, None, BROKEN),
+            [Monitor(), Monitor(errors.WorkerLostError("Worker 1 is gone."))],
+            "Worker 1 is gone.",
+        ),
+        (
+            tf.errors.UnavailableError(None, None, BROKEN),
+            [Monitor()],
+            "a connection broke, and no worker is gone or silent "
+            f"(UnavailableError: {BROKEN})",
+        ),
+        (tf.errors.UnavailableError(None, None, BROKEN), [], None),
+        (tf.errors.InternalError(None, None, BROKEN), [Monitor()], None),
+        (tf.errors.UnavailableError(None, None, "a disk"), [Monitor()], None),
+    ],
+    ids=["a worker is gone", "all are there", "one process", "other", "no sum"],
+)
+def test_a_connection_that_broke_is_explained(
+    error, monitors, said, monkeypatch
+):
+    monkeypatch.setattr(excepthook, "_monitors", monitors)
+    explanation = excepthook.explain(error)
+    assert explanation is said is None or said in explanation

@@ -135,6 +135,15 @@ def test_a_code_of_sys_exit_is_a_failure_that_the_other_tells(index):
     assert "has failed: SystemExit: 3. Look at its log" in last
 
 
+def test_a_connection_that_breaks_ends_both_in_one_sentence():
+    codes, outputs = ends("fit_and_disconnect", 1)
+    assert codes == [1, 1]
+    for output in outputs:
+        last = output.strip().splitlines()[-1]
+        assert "All workers must stay connected until training ends." in last
+        assert "UnavailableError: " in last
+
+
 def test_a_sigterm_while_tensorflow_connects_ends_the_worker():
     codes, _ = ends("fit_with_a_sigterm_while_connecting", 1)
     assert codes == [1, -signal.SIGTERM]
