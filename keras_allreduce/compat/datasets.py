@@ -1,26 +1,24 @@
-"""Private names of distributed data sets."""
+"""Private names of data sets: of distributed ones, and of their parts."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
-# The full name of a device, and the host that it is on.
-from tensorflow.python.distribute import device_util as _device_util
+# TensorFlow's splitter of batches, for elements of any structure;
+# and the base of data sets that are made of one other.
+from tensorflow.python.data.experimental.ops.distribute import (
+    _LegacyRebatchDataset,
+)
+from tensorflow.python.data.ops.dataset_ops import UnaryDataset
 
 # The distributed form of a data set: only a subclass can make other
-# iterators, and Keras looks for these classes. What `InputOptions` mean for the
-# iterators, and TensorFlow's own for one worker.
+# iterators, and Keras looks for these classes.
 from tensorflow.python.distribute.input_lib import (
     DistributedDataset as DistributedDataset,
 )
 from tensorflow.python.distribute.input_lib import (
     DistributedDatasetsFromFunction as DistributedDatasetsFromFunction,
-)
-from tensorflow.python.distribute.input_lib import (
-    _should_use_multi_device_iterator,
-    _SingleWorkerOwnedDatasetIterator,
 )
 
 
@@ -174,76 +172,6 @@ _READ_NO_FILES = {
 }
 
 
-@dataclass(frozen=True)
-class Source:
-    """The data of one worker of a distributed data set.
-
-    Attributes:
-        dataset: A `tf.data.Dataset` of parts: one per replica of this worker,
-            the first for the first replica.
-        worker: Device on which it is read.
-        devices: Devices of the replicas.
-        options: The `tf.distribute.InputOptions`, or `None`.
-    """
-
-    dataset: Any
-    worker: str
-    devices: tuple[str, ...]
-    options: Any
-
-    @property
-    def host(self) -> str:
-        """Host device of the worker."""
-        return str(
-            _device_util.get_host_for_device(
-                _device_util.canonicalize(self.worker, _device_util.current())
-            )
-        )
-
-    @property
-    def prefetches(self) -> bool:
-        """Whether parts are to be prefetched to the devices."""
-        return bool(_should_use_multi_device_iterator(self.options))
-
-    @property
-    def buffer_size(self) -> int:
-        """Parts per replica that wait in each buffer."""
-        if self.options is None:
-            return 1
-        return int(self.options.experimental_per_replica_buffer_size)
-
-    def make_iterator(self) -> Any:
-        """Makes TensorFlow's own iterator."""
-        with tf.device(self.worker):
-            return _SingleWorkerOwnedDatasetIterator(
-                dataset=self.dataset,
-                worker=self.worker,
-                devices=self.devices,
-                options=self.options,
-                canonicalize_devices=True,
-            )
-
-
-def sources(dataset: Any) -> list[Source]:
-    """The data of each worker of a distributed data set."""
-    if isinstance(dataset, DistributedDataset):
-        parts = dataset._cloned_datasets
-    else:
-        parts = dataset._datasets
-    workers = dataset._input_workers
-    return [
-        Source(
-            part,
-            worker,
-            tuple(workers.compute_devices_for_worker(index)),
-            dataset._options,
-        )
-        for index, (part, worker) in enumerate(
-            zip(parts, workers.worker_devices, strict=True)
-        )
-    ]
-
-
 def example(element_spec: Any, batch_size: int) -> Any:
     """A batch of zeros like `element_spec`, `None` if that is too vague.
 
@@ -267,3 +195,148 @@ def example(element_spec: Any, batch_size: int) -> Any:
             tf.zeros([part.shape[0] or batch_size, *inner], part.dtype)
         )
     return tf.nest.pack_sequence_as(element_spec, values)
+
+
+class SplitDataset(DistributedDataset):
+    """A data set of one process, whose batches are split, and not sharded.
+
+    To shard it over one worker, TensorFlow rewrites its graph, and all that
+    comes of it is the split. A last batch from files is split evenly here, as
+    all others are.
+
+    Each batch becomes one part for every replica, an empty one if it has too
+    few samples. So at the end of the data no replica has a part: the iterator
+    need not ask for each whether there is one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._enable_get_next_as_optional = False
+
+    def _create_cloned_datasets_from_dataset(
+        self,
+        dataset: Any,
+        input_context: Any,
+        input_workers: Any,
+        strategy: Any,
+        num_replicas_in_sync: int,
+    ) -> None:
+        (worker,) = input_workers.worker_devices
+        with tf.device(worker):
+            self._cloned_datasets = [_parts(dataset, num_replicas_in_sync)]
+
+
+def split(
+    dataset: Any, extended: tf.distribute.StrategyExtended
+) -> SplitDataset:
+    """Distributes a `tf.data.Dataset` over the replicas of one process.
+
+    Args:
+        dataset: The data set.
+        extended: The `extended` of a MirroredStrategy.
+    """
+    return SplitDataset(
+        extended._input_workers,
+        extended._container_strategy(),
+        dataset=dataset,
+        num_replicas_in_sync=extended._num_replicas_in_sync,
+    )
+
+
+def _parts(dataset: Any, count: int) -> Any:
+    """A data set of the parts of each batch, first those of the first."""
+    if count == 1:
+        return dataset
+    specs = tf.nest.flatten(dataset.element_spec)
+    if all(_is_batch(spec) for spec in specs):
+        parts = _DenseParts(dataset, count)
+    elif any(isinstance(spec, tf.SparseTensorSpec) for spec in specs):
+        parts = _sparse_parts(dataset, count)
+    else:
+        parts = _LegacyRebatchDataset(dataset, count)
+    return parts.prefetch(count)
+
+
+def _is_batch(spec: Any) -> bool:
+    return isinstance(spec, tf.TensorSpec) and bool(spec.shape.rank)
+
+
+def _sparse_parts(dataset: Any, count: int) -> Any:
+    """As `_LegacyRebatchDataset`, of which a sparse part may not be empty."""
+
+    @tf.autograph.experimental.do_not_convert
+    def parts_of(*batch: Any) -> Any:
+        structure = batch if len(batch) > 1 else batch[0]
+
+        def part(index: tf.Tensor) -> Any:
+            return tf.nest.map_structure(
+                lambda value: _part(value, index, count), structure
+            )
+
+        return tf.data.Dataset.range(count).map(part)
+
+    return dataset.flat_map(parts_of)
+
+
+def _part(value: Any, index: tf.Tensor, count: int) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, tf.SparseTensor):
+        rows = tf.cast(first_dimension(value), tf.int64)
+        size = -(-rows // count)
+        return value[index * size : (index + 1) * size]
+    size = -(-value.dense_shape[0] // count)
+    start = tf.minimum(index * size, value.dense_shape[0])
+    part = sparse_rows(value, start, size)
+    inner = value.shape[1:].as_list() if value.shape.rank else None
+    if inner is None or None in inner:
+        return part
+    # `slice` forgets the dimensions that are known.
+    shape = tf.concat([part.dense_shape[:1], inner], axis=0)
+    return tf.SparseTensor(part.indices, part.values, shape)
+
+
+def first_dimension(value: Any) -> tf.Tensor:
+    """Number of rows of a dense, sparse or ragged tensor."""
+    if isinstance(value, tf.SparseTensor):
+        return value.dense_shape[0]
+    if isinstance(value, tf.RaggedTensor):
+        return value.nrows()
+    return tf.shape(value, out_type=tf.int64)[0]
+
+
+def sparse_rows(value: tf.SparseTensor, start: Any, size: Any) -> Any:
+    """As many rows of a sparse tensor as there are, `size` at most."""
+    rest = value.dense_shape[1:]
+    begin = tf.concat([[start], tf.zeros_like(rest)], axis=0)
+    return tf.sparse.slice(value, begin, tf.concat([[size], rest], axis=0))
+
+
+class _DenseParts(UnaryDataset):
+    """As `_LegacyRebatchDataset`, of dense tensors only.
+
+    That one traces a function, which sees to sparse and ragged tensors.
+    """
+
+    def __init__(self, dataset: Any, count: int):
+        def part_of(spec: tf.TensorSpec) -> tf.TensorSpec:
+            size = spec.shape[0]
+            known = size is not None and size % count == 0
+            return tf.TensorSpec(
+                [size // count if known else None, *spec.shape[1:]], spec.dtype
+            )
+
+        self._element_spec = tf.nest.map_structure(
+            part_of, dataset.element_spec
+        )
+        parts = tf.raw_ops.RebatchDataset(
+            input_dataset=dataset._variant_tensor,
+            num_replicas=count,
+            **self._flat_structure,
+        )
+        super().__init__(dataset, parts)
+
+    @property
+    def element_spec(self) -> Any:
+        """Structure of `tf.TensorSpec` of a part."""
+        return self._element_spec

@@ -1,10 +1,12 @@
-"""Private names of TensorFlow's iterator that prefetches to several devices.
+"""Private names of the iterators of one worker, which read its data.
 
-It traces about eight functions per device each time it is made. All that
-changes from one to the next are three tensors which the functions are given.
+TensorFlow's iterator that prefetches to several devices traces about eight
+functions per device each time it is made. All that changes from one to the next
+are three tensors which the functions are given.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -27,12 +29,87 @@ from tensorflow.python.data.ops.prefetch_op import (
     _PrefetchDataset,
 )
 
-# The part of a distributed iterator for each worker.
+# The full name of a device, and the host that it is on.
+from tensorflow.python.distribute import device_util as _device_util
+
+# The part of a distributed iterator for each worker, and what `InputOptions`
+# mean for it.
 from tensorflow.python.distribute.input_lib import (
+    _should_use_multi_device_iterator,
     _SingleWorkerOwnedDatasetIterator,
 )
 
-from keras_allreduce.compat.datasets import Source
+from keras_allreduce.compat.datasets import DistributedDataset
+
+
+@dataclass(frozen=True)
+class Source:
+    """The data of one worker of a distributed data set.
+
+    Attributes:
+        dataset: A `tf.data.Dataset` of parts: one per replica of this worker,
+            the first for the first replica.
+        worker: Device on which it is read.
+        devices: Devices of the replicas.
+        options: The `tf.distribute.InputOptions`, or `None`.
+    """
+
+    dataset: Any
+    worker: str
+    devices: tuple[str, ...]
+    options: Any
+
+    @property
+    def host(self) -> str:
+        """Host device of the worker."""
+        return str(
+            _device_util.get_host_for_device(
+                _device_util.canonicalize(self.worker, _device_util.current())
+            )
+        )
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether parts are to be prefetched to the devices."""
+        return bool(_should_use_multi_device_iterator(self.options))
+
+    @property
+    def buffer_size(self) -> int:
+        """Parts per replica that wait in each buffer."""
+        if self.options is None:
+            return 1
+        return int(self.options.experimental_per_replica_buffer_size)
+
+    def make_iterator(self) -> Any:
+        """Makes TensorFlow's own iterator."""
+        with tf.device(self.worker):
+            return _SingleWorkerOwnedDatasetIterator(
+                dataset=self.dataset,
+                worker=self.worker,
+                devices=self.devices,
+                options=self.options,
+                canonicalize_devices=True,
+            )
+
+
+def sources(dataset: Any) -> list[Source]:
+    """The data of each worker of a distributed data set."""
+    if isinstance(dataset, DistributedDataset):
+        parts = dataset._cloned_datasets
+    else:
+        parts = dataset._datasets
+    workers = dataset._input_workers
+    return [
+        Source(
+            part,
+            worker,
+            tuple(workers.compute_devices_for_worker(index)),
+            dataset._options,
+        )
+        for index, (part, worker) in enumerate(
+            zip(parts, workers.worker_devices, strict=True)
+        )
+    ]
 
 
 class DeviceFunctions:

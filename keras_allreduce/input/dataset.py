@@ -18,13 +18,8 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
-from keras_allreduce.compat import (
-    datasets,
-    iterators,
-    split_datasets,
-)
-from keras_allreduce.compat.datasets import Source
-from keras_allreduce.compat.multi_device import DeviceFunctions
+from keras_allreduce.compat import datasets, iterators, multi_device
+from keras_allreduce.compat.multi_device import DeviceFunctions, Source
 from keras_allreduce.devices import on_gpus
 from keras_allreduce.input.release import RELEASER, Handles
 
@@ -75,7 +70,7 @@ def split(
     if options is not None or not tf.executing_eagerly():
         return stock(dataset, options)
     try:
-        return split_datasets.split(dataset, extended)
+        return datasets.split(dataset, extended)
     except (AttributeError, TypeError) as error:
         _warn(error)
         return stock(dataset, options)
@@ -122,7 +117,7 @@ class Iteration:
     """
 
     def __init__(self, dataset: Any):
-        sources = datasets.sources(dataset)
+        sources = multi_device.sources(dataset)
         self._dataset = weakref.ref(dataset)
         self._lock = threading.RLock()
         # Iterators that are not made yet, in the order of the calls.
@@ -207,7 +202,7 @@ class Iteration:
             return [make() for make in self._makers]
 
 
-def _maker(source: datasets.Source, one_by_one: bool) -> Callable[[], Any]:
+def _maker(source: Source, one_by_one: bool) -> Callable[[], Any]:
     """Makes the iterator of one worker."""
     if not source.prefetches:
         return source.make_iterator
@@ -263,7 +258,7 @@ def _read_by_devices(num_devices: int, buffer_size: int) -> tf.data.Options:
     return options
 
 
-class _OwnDataset(split_datasets.SplitDataset):
+class _OwnDataset(datasets.SplitDataset):
     """Of `experimental_distribute_dataset`."""
 
     iteration: Iteration
@@ -289,6 +284,6 @@ class _OwnDatasetsFromFunction(datasets.DistributedDatasetsFromFunction):
 
 _OWN_CLASSES = {
     datasets.DistributedDataset: _OwnDataset,
-    split_datasets.SplitDataset: _OwnDataset,
+    datasets.SplitDataset: _OwnDataset,
     datasets.DistributedDatasetsFromFunction: _OwnDatasetsFromFunction,
 }

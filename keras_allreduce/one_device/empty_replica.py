@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from keras_allreduce.compat import distribute
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.compat.split_datasets import sparse_rows
+from keras_allreduce.compat.datasets import sparse_rows
 from keras_allreduce.devices import on_each
 from keras_allreduce.one_device.replica import Replicas
 from keras_allreduce.one_device.shared_state import synchronized_variables

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_allreduce.compat.split_datasets import sparse_rows
+from keras_allreduce.compat.datasets import sparse_rows
 from keras_allreduce.one_device import facts
 
 SAMPLES = 16

@@ -24,7 +24,7 @@ import keras
 import tensorflow as tf
 
 from keras_allreduce.compat import distribute, keras_losses
-from keras_allreduce.compat.split_datasets import first_dimension
+from keras_allreduce.compat.datasets import first_dimension
 from keras_allreduce.devices import on_each
 from keras_allreduce.one_device import empty_replica, replica
 from keras_allreduce.one_device.replica import Replica, Replicas

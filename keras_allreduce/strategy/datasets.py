@@ -11,10 +11,10 @@ from keras_allreduce.compat import keras_calls, runtime
 from keras_allreduce.compat.datasets import (
     ends_in_batch,
     ends_in_one_step,
+    first_dimension,
     yields_arrays_of_python,
 )
 from keras_allreduce.compat.keras_calls import KerasCall
-from keras_allreduce.compat.split_datasets import first_dimension
 from keras_allreduce.input.dataset import know_steps, own
 from keras_allreduce.one_device import shares
 from keras_allreduce.one_device.replica import Replicas

@@ -16,7 +16,7 @@ import tensorflow as tf
 from deadlines import DEADLINE_SECONDS
 from programs import data, run
 
-from keras_allreduce.compat.split_datasets import SplitDataset
+from keras_allreduce.compat.datasets import SplitDataset
 from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.strategy.datasets import distribute
 from keras_allreduce.strategy.multi_worker import MultiWorkerAllReduceStrategy

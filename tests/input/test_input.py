@@ -20,9 +20,8 @@ from keras_allreduce.compat import (
     datasets,
     iterators,
     multi_device,
-    split_datasets,
 )
-from keras_allreduce.compat.datasets import Source
+from keras_allreduce.compat.multi_device import Source
 from keras_allreduce.input import dataset as input_dataset
 from keras_allreduce.input.release import RELEASER, Handles, Releaser
 
@@ -628,20 +627,20 @@ def _of_elements(*sizes):
 )
 def test_each_batch_becomes_one_part_for_every_replica(data):
     # So no replica has to be asked whether it has a part.
-    rows = [part.shape[0] for part in split_datasets._parts(data, 4)]
+    rows = [part.shape[0] for part in datasets._parts(data, 4)]
     assert rows == [1, 1, 1, 0, 1, 1, 1, 0, 1, 0, 0, 0]
 
 
 def test_a_sparse_part_has_the_known_inner_dimensions():
     whole = tf.sparse.from_dense(tf.eye(6, 3))
     data = tf.data.Dataset.from_tensor_slices((whole, tf.zeros(6))).batch(4)
-    spec, _ = split_datasets._parts(data, 2).element_spec
+    spec, _ = datasets._parts(data, 2).element_spec
     assert spec.shape.as_list() == [None, 3]
 
 
 @pytest.mark.parametrize(("size", "of_a_part"), [(8, 2), (7, None)])
 def test_a_part_has_a_known_size_where_all_have_the_same(size, of_a_part):
-    parts = split_datasets._parts(numbers(size, size, drop_remainder=True), 4)
+    parts = datasets._parts(numbers(size, size, drop_remainder=True), 4)
     assert parts.element_spec.shape.as_list() == [of_a_part]
 
 
@@ -719,10 +718,10 @@ def test_keras_data_is_changed_in_one_map_at_most(data, maps):
     with both.scope():
         model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
         model.compile("sgd", "mse")
-    stock = split_datasets.split
+    stock = datasets.split
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            split_datasets,
+            datasets,
             "split",
             lambda dataset, extended: (
                 given.append(dataset) or stock(dataset, extended)
@@ -746,7 +745,7 @@ def test_what_is_not_known_stays_tensorflows_with_one_warning(monkeypatch):
     def fails(*args):
         raise AttributeError("'_datasets' is gone")
 
-    monkeypatch.setattr(datasets, "sources", fails)
+    monkeypatch.setattr(multi_device, "sources", fails)
     monkeypatch.setattr(input_dataset, "_warned", False)
     warnings = []
     monkeypatch.setattr(
@@ -755,7 +754,7 @@ def test_what_is_not_known_stays_tensorflows_with_one_warning(monkeypatch):
     both = strategy()
     for _ in range(2):
         data = both.experimental_distribute_dataset(numbers(13, 12))
-        assert type(data) is split_datasets.SplitDataset
+        assert type(data) is datasets.SplitDataset
     ((message, *values),) = warnings
     assert "own iterators" in message % tuple(values)
     assert len(list(data)) == 2
@@ -766,7 +765,7 @@ def test_what_cannot_be_split_is_left_to_tensorflow(monkeypatch):
     def fails(*args):
         raise AttributeError("'_input_workers' is gone")
 
-    monkeypatch.setattr(split_datasets, "split", fails)
+    monkeypatch.setattr(datasets, "split", fails)
     monkeypatch.setattr(input_dataset, "_warned", False)
     ours = read(strategy(2), distributed(DATA["uneven"]))
     assert ours == read_by_tensorflow("uneven", 2)

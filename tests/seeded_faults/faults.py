@@ -395,7 +395,7 @@ FAULTS = [
     Fault(
         "static_parts",
         "split data: an uneven batch is declared even",
-        "compat/split_datasets.py",
+        "compat/datasets.py",
         "known = size is not None and size % count == 0",
         "known = size is not None",
         ("test_input.py -k known_size",),
