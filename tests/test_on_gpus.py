@@ -264,14 +264,3 @@ class TestFailuresOfWorkers:
             assert other.wait() == 1, other.output
             assert "OOM when allocating tensor" in other.output
         assert f"{LOST} 1 (127.0.0.1:" in output.splitlines()[-1]
-
-    def test_workers_with_other_models_say_so(self):
-        with workers.running(
-            "fit_what_differs", "shape", environment=ON_GPUS
-        ) as pair:
-            for worker in pair:
-                code, output = workers.end_of(worker, "another model")
-                assert code == 1, output
-                last = output.strip().splitlines()[-1]
-                assert "has float32 [8, 5]" in last
-                assert "has float32 [8, 7]" in last

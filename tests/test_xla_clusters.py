@@ -46,14 +46,6 @@ def on_replicas(step, *specs):
 
 
 class TestMarks:
-    def test_what_a_replica_does_is_marked(self):
-        ops, coverage = on_replicas(lambda *m: chain(m[0], m[1:]), *FLOATS)
-        matmuls = of_type(ops, "MatMul")
-        assert len(matmuls) == 2 * (3 + 3 + 2)
-        assert all(map(xla.is_marked, matmuls))
-        assert coverage.share == 1
-        assert coverage.compiled["MatMul"] == len(matmuls)
-
     def test_what_is_made_between_the_replicas_is_not(self):
         def step(*m):
             product = chain(m[0], m[1:])[0]
@@ -64,17 +56,6 @@ class TestMarks:
         sums = of_type(ops, "AddN")
         assert sums
         assert not any(map(xla.is_marked, sums))
-
-    def test_what_follows_the_block_is_not(self):
-        def outer(x):
-            with xla_clusters.marking():
-                assert xla_clusters.is_marking()
-                y = chain(x, [x, x])
-            assert not xla_clusters.is_marking()
-            return [tf.matmul(y[0], y[1], name="after")]
-
-        after = [op for op in traced(outer, FLOATS[0]) if op.name == "after"]
-        assert not xla.is_marked(after[0])
 
     def test_a_shape_that_values_decide_stays_outside(self):
         def step(*m):
@@ -132,21 +113,6 @@ class TestMarks:
         assert not any(map(xla.is_marked, ops))
         assert not coverage.compiled
 
-    def test_a_function_in_the_graph_knows(self):
-        seen = []
-
-        def outer(x):
-            def branch():
-                seen.append(xla_clusters.is_marking())
-                return x
-
-            with xla_clusters.marking():
-                return tf.cond(tf.reduce_sum(x) > 0, branch, branch)
-
-        traced(outer, FLOATS[0])
-        assert seen
-        assert all(seen)
-
 
 class TestCut:
     def scopes(self, parts_of):
@@ -180,18 +146,6 @@ class TestCut:
                 before = [xla.scope_of(each.op) for each in gradients]
                 xla_clusters.cut([gradients])
                 assert before == [xla.scope_of(each.op) for each in gradients]
-            return gradients
-
-        traced(outer, *FLOATS)
-
-    def test_the_forward_pass_is_in_the_first_part(self):
-        def outer(*m):
-            with xla_clusters.marking():
-                gradients = chain(m[0], m[1:])
-                forward = of_type(gradients[0].graph.get_operations(), "Relu")
-                xla_clusters.cut([[each] for each in gradients])
-                scopes = {xla.scope_of(op) for op in forward}
-                assert scopes == {xla.scope_of(gradients[0].op)}
             return gradients
 
         traced(outer, *FLOATS)

@@ -57,36 +57,6 @@ def test_small_tensors_are_exchanged_and_larger_ones_go_round(workers):
 
 
 @pytest.mark.parametrize(
-    ("workers", "gradients_mib", "mib"),
-    [
-        (2, 2, 0.5),
-        (4, 2, 1),
-        (64, 8, 4),
-        (2, 96, 6),
-        (4, 96, 12),
-        (2, 0.5, 0.28125),
-        (4, 0.5, 0.5625),
-        (2, 0.125, 0.125),
-    ],
-)
-def test_packs_are_as_large_as_the_package_makes_them(
-    workers, gradients_mib, mib
-):
-    nbytes = int(gradients_mib * MIB)
-    size = pack_sizes.between_workers(workers, nbytes)
-    assert size.bytes_per_pack == mib * MIB
-    alone_above = max(mib / 2, min(mib, 0.25))
-    assert size.alone_above == alone_above * MIB
-
-
-def test_a_ring_without_latency_costs_at_most_twice_the_bytes():
-    link = Link(alpha=0.0, bandwidth=1e8)
-    assert scaling_model.ring_seconds(1e8, 4096, link) == pytest.approx(
-        2.0, rel=1e-3
-    )
-
-
-@pytest.mark.parametrize(
     ("processes", "factor"), [(1, 1.0), (2, 1.0), (3, 1.5), (4, 2.0)]
 )
 def test_processes_beyond_the_cores_share_them(processes, factor):

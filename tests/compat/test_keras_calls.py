@@ -32,6 +32,7 @@ class SpyStrategy(tf.distribute.MirroredStrategy):
         super().__init__(DEVICES[:2], tf.distribute.ReductionToOneDevice())
         self.calls, self.epochs, self.shuffled, self.arrays = [], [], [], []
         self.iterators, self.ended = [], []
+        self.look, self.seen = lambda iterator: None, []
 
     def experimental_distribute_dataset(self, dataset, options=None):
         call = keras_calls.current_call()
@@ -41,6 +42,7 @@ class SpyStrategy(tf.distribute.MirroredStrategy):
         self.shuffled.append(keras_calls.shuffled_arrays(iterator))
         self.arrays.append(keras_calls.arrays(iterator))
         self.iterators.append(weakref.ref(iterator))
+        self.seen.append(self.look(iterator))
         assert keras_calls.on_epochs(iterator, self.begin_epoch, self.end_epoch)
         return super().experimental_distribute_dataset(dataset, options)
 
@@ -268,17 +270,9 @@ class Batches(keras.utils.PyDataset):
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_py_dataset_is_shuffled_by_python(under_spy, shuffle):
     strategy, model = under_spy
-    found = []
-    distribute = strategy.experimental_distribute_dataset
-
-    def spied(dataset, options=None):
-        iterator = keras_calls.current_call().epoch_iterator
-        found.append(keras_calls.shuffles_in_python(iterator))
-        return distribute(dataset, options)
-
-    strategy.experimental_distribute_dataset = spied
+    strategy.look = keras_calls.shuffles_in_python
     model.fit(Batches(), shuffle=shuffle, verbose=0)
-    assert found == [shuffle]
+    assert strategy.seen == [shuffle]
 
 
 def test_the_path_of_a_variable_is_known_while_it_is_made():
@@ -300,21 +294,12 @@ def test_the_path_of_a_variable_is_known_while_it_is_made():
 
 def test_the_first_batch_of_a_generator_is_the_one_that_is_read(under_spy):
     strategy, model = under_spy
-    firsts = []
-
-    def distribute(dataset, options=None):
-        iterator = keras_calls.current_call().epoch_iterator
-        firsts.append(keras_calls.first_batch(iterator))
-        return type(strategy).experimental_distribute_dataset(
-            strategy, dataset, options
-        )
-
-    strategy.experimental_distribute_dataset = distribute
+    strategy.look = keras_calls.first_batch
     batches = ((X[first : first + 4], Y[:4]) for first in range(4))
     model.fit(batches, steps_per_epoch=2, verbose=0)
     model.evaluate(X, Y, verbose=0)
-    np.testing.assert_array_equal(firsts[0][0], X[:4])
-    assert firsts[-1] is None
+    np.testing.assert_array_equal(strategy.seen[0][0], X[:4])
+    assert strategy.seen[-1] is None
 
 
 class Passes(keras.utils.PyDataset):
@@ -335,42 +320,31 @@ class Passes(keras.utils.PyDataset):
 
 
 @pytest.mark.parametrize("workers", [1, 2], ids=["plain", "enqueued"])
-def test_the_first_batch_of_each_pass_of_a_py_dataset_is_told(workers):
+def test_the_first_batch_of_each_pass_of_a_py_dataset_is_told(
+    under_spy, workers
+):
     told = []
 
-    class Spy(SpyStrategy):
-        def experimental_distribute_dataset(self, dataset, options=None):
-            iterator = keras_calls.current_call().epoch_iterator
-            keras_calls.on_first_batches(
-                iterator, lambda batch: told.append(float(batch[0][0, 0]))
-            )
-            assert keras_calls.is_py_dataset(iterator)
-            return super().experimental_distribute_dataset(dataset, options)
+    def look(iterator):
+        keras_calls.on_first_batches(
+            iterator, lambda batch: told.append(float(batch[0][0, 0]))
+        )
+        assert keras_calls.is_py_dataset(iterator)
 
-    with Spy().scope():
-        model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
-        model.compile("sgd", "mse")
+    strategy, model = under_spy
+    strategy.look = look
     model.fit(Passes(workers=workers), epochs=3, shuffle=False, verbose=0)
     # Once more where Keras looks at shapes, or has begun a pass too many.
     assert set(told) >= {0.0, 10.0, 20.0}
     assert not any(number % 10 for number in told)
 
 
-def test_the_batch_size_of_arrays_is_known():
-    sizes = []
-
-    class Spy(SpyStrategy):
-        def experimental_distribute_dataset(self, dataset, options=None):
-            iterator = keras_calls.current_call().epoch_iterator
-            sizes.append(keras_calls.batch_size_of_arrays(iterator))
-            return super().experimental_distribute_dataset(dataset, options)
-
-    with Spy().scope():
-        model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
-        model.compile("sgd", "mse")
+def test_the_batch_size_of_arrays_is_known(under_spy):
+    strategy, model = under_spy
+    strategy.look = keras_calls.batch_size_of_arrays
     model.predict(X, batch_size=4, verbose=0)
     model.predict(Passes(), verbose=0)
-    assert sizes == [4, None]
+    assert strategy.seen == [4, None]
 
 
 class Almost(keras.initializers.Zeros):

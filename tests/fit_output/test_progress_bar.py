@@ -162,12 +162,6 @@ class TestTheCost:
         # Eagerly all gradients are there before the first leaves.
         assert len(re.findall(r"all_reduce: \S+ - overlap: 0%", output)) == 2
 
-    def test_a_custom_loop_can_read_it_too(self, strategy, model):
-        fit(model, verbose=0)
-        stats = strategy.all_reduce_stats()
-        assert (stats.steps, stats.num_packs, stats.nbytes) == (5, 1, 84)
-        assert strategy.all_reduce_stats() is None
-
 
 class Clock(keras.callbacks.Callback):
     """A second passes between two steps, and a tenth of one in each."""
@@ -235,13 +229,6 @@ class TestTheHint:
         output = capsys.readouterr().out
         assert PLAN in output
         assert "hint" not in output
-
-    def test_it_knows_what_the_strategy_was_made_with(self):
-        ours = AllReduceStrategy(
-            DEVICES[:2], bytes_per_pack=7, sparse_as_dense=True
-        )
-        assert ours.step_log.bytes_per_pack == 7
-        assert ours.step_log.sparse_as_dense
 
 
 class TestWithoutInteractiveLogging:

@@ -173,13 +173,6 @@ print("err", INDEX, file=sys.stderr)
 
 
 @pytest.mark.slow
-def test_a_line_arrives_before_the_worker_ends(write_script):
-    script = write_script("forever()")
-    with running("--workers", "1", script) as launcher:
-        read_until(launcher, "[worker 0] ready")
-
-
-@pytest.mark.slow
 def test_the_bar_comes_once_from_the_chief(write_script):
     script = write_script(r"""
 sys.stdout.reconfigure(encoding="utf-8")
@@ -479,13 +472,6 @@ for _ in range(10_000):
         assert launcher.wait(DEADLINE_SECONDS) == 0
         assert launcher.stderr.read() == ""
     assert (tmp_path / "done").exists()
-
-
-@pytest.mark.slow
-def test_bad_arguments_start_nothing(tmp_path):
-    done = run("--workers", "0", str(tmp_path / "train.py"))
-    assert done.returncode == 2
-    assert "--workers must be at least 1. Received: 0" in done.stderr
 
 
 @pytest.mark.slow

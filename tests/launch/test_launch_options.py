@@ -1,6 +1,5 @@
 """From the command line of the launcher to each worker's environment."""
 
-import json
 import sys
 
 import pytest
@@ -13,39 +12,6 @@ def script(tmp_path):
     path = tmp_path / "train.py"
     path.write_text("")
     return str(path)
-
-
-def task_configs(options, addresses):
-    return {
-        index: json.loads(environment["TF_CONFIG"])
-        for index, environment in environments(options, addresses).items()
-    }
-
-
-def test_every_worker_has_its_own_index_in_one_cluster(script):
-    options = parse(["--workers", "2", script])
-    cluster = {"worker": ["127.0.0.1:1001", "127.0.0.1:1002"]}
-    assert task_configs(options, cluster["worker"]) == {
-        0: {"cluster": cluster, "task": {"type": "worker", "index": 0}},
-        1: {"cluster": cluster, "task": {"type": "worker", "index": 1}},
-    }
-
-
-def test_of_several_hosts_each_starts_its_own_worker(script):
-    options = parse(["--hosts", "a:12345,b:12345", "--host-index", "1", script])
-    assert options.hosts == ("a:12345", "b:12345")
-    assert task_configs(options, options.hosts) == {
-        1: {
-            "cluster": {"worker": ["a:12345", "b:12345"]},
-            "task": {"type": "worker", "index": 1},
-        }
-    }
-
-
-def test_several_devices_per_worker_are_told_to_the_strategy(script):
-    options = parse(["--workers", "1", "--devices-per-worker", "3", script])
-    added = environments(options, ["127.0.0.1:1001"])[0]
-    assert added["KERAS_ALLREDUCE_HOST_DEVICES"] == "3"
 
 
 def test_workers_of_one_host_share_a_token_that_no_other_start_has(script):

@@ -5,35 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from five_devices import DEVICES
-from linear_model import X, Y, compiled, linear
+from linear_model import X, Y, linear
 
 import keras_allreduce
-
-
-def test_step_logs_are_means_over_samples():
-    class Logs(keras.callbacks.Callback):
-        def __init__(self):
-            super().__init__()
-            self.losses = []
-
-        def on_train_batch_end(self, batch, logs=None):
-            self.losses.append(logs["loss"])
-
-    def losses(strategy):
-        keras.utils.set_random_seed(1)
-        with strategy.scope():
-            model = compiled(linear())
-        logs = Logs()
-        model.fit(
-            X, Y, batch_size=3, shuffle=False, verbose=0, callbacks=[logs]
-        )
-        return logs.losses
-
-    np.testing.assert_allclose(
-        losses(keras_allreduce.AllReduceStrategy(DEVICES[:2])),
-        losses(tf.distribute.get_strategy()),
-        rtol=1e-6,
-    )
 
 
 class Guide(keras.Sequential):
@@ -239,31 +213,9 @@ def assert_as_on_one_device(
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-def metrics_of_every_kind():
-    return [
-        keras.metrics.RootMeanSquaredError(),
-        keras.metrics.AUC(from_logits=True, name="auc"),
-        keras.metrics.MeanAbsoluteError(),
-        keras.metrics.R2Score(),
-    ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "replicas"), [(keras.Sequential, 2), (Guide, 3)]
-)
-def test_results_of_metrics_are_those_of_all_samples(kind, replicas):
-    assert_as_on_one_device(kind, metrics_of_every_kind, replicas)
-
-
 @pytest.mark.slow
 def test_a_step_may_return_some_of_the_metrics():
     assert_as_on_one_device(Subset, replicas=3)
-
-
-@pytest.mark.nightly
-def test_results_of_metrics_of_an_eager_step_are_those_of_all_samples():
-    assert_as_on_one_device(Guide, metrics_of_every_kind, run_eagerly=True)
 
 
 def test_numbers_rows_and_vectors_are_those_of_the_batch():

@@ -12,7 +12,7 @@ from five_devices import DEVICES
 from programs import Custom, X, Y, dense, fit, mean_squared, sgd
 
 import keras_allreduce
-from keras_allreduce.one_device import facts, measurement, samples
+from keras_allreduce.one_device import measurement, samples
 from keras_allreduce.one_device.reduction import Reductions
 from keras_allreduce.one_device.samples import probe
 
@@ -95,22 +95,6 @@ def test_metrics_and_generators_of_an_eager_step_are_put_back():
     for variable in model.shown.variables:
         assert float(variable) == 0
     assert model.generator.state.numpy().tolist() == drawn
-
-
-def test_hooks_and_shadows_are_gone_after_a_step():
-    owners = [
-        tf.GradientTape,
-        keras.optimizers.Optimizer,
-        keras.metrics.Mean,
-        keras.metrics.Sum,
-        keras.random.SeedGenerator,
-    ]
-    before = [dict(vars(owner)) for owner in owners]
-    with keras_allreduce.AllReduceStrategy(DEVICES[:2]).scope():
-        model = Custom()
-        fit(model)
-    assert [dict(vars(owner)) for owner in owners] == before
-    assert not {"train_step", "compute_loss"} & set(vars(model))
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "traced"])
@@ -223,16 +207,6 @@ def test_reductions_cross_between_workers():
     assert Reductions.from_json(found.to_json()) == found
     failed = Reductions(failure="ValueError: no")
     assert Reductions.from_json(failed.to_json()) == failed
-
-
-def test_what_is_known_keeps_no_model_alive():
-    model = Custom()
-    model.compile(sgd(), "mse")
-    known = facts.of(model)
-    known.keep(model, "train_step", Reductions())
-    assert known.reductions(model, "train_step") == Reductions()
-    model.compile(sgd(), "mse")
-    assert known.reductions(model, "train_step") is None
 
 
 class Coins:

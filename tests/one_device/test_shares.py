@@ -56,20 +56,11 @@ OF_TWO_WORKERS = SimpleNamespace(
 )
 
 
-def test_shares_have_mean_1():
-    shares = shares_of(constants(3, 1), ALONE)
-    np.testing.assert_array_equal(shares, [1.5, 0.5])
-
-
 @given(st.lists(st.integers(0, 64), min_size=1, max_size=8))
 def test_shares_are_those_of_the_samples(counts):
     shares = np.asarray(shares_of(constants(*counts), ALONE))
     expected = np.asarray(counts) * len(counts) / max(1, sum(counts))
     np.testing.assert_allclose(shares, expected, rtol=1e-6)
-
-
-def test_shares_of_nothing_are_0():
-    np.testing.assert_array_equal(shares_of(constants(0, 0), ALONE), [0, 0])
 
 
 def test_shares_may_be_those_of_one_worker_among_several():

@@ -124,12 +124,6 @@ def adamw():
     return fit(dense(), optimizer=keras.optimizers.AdamW(0.01))
 
 
-@program(tolerance=1e-5, nightly="replicas")
-def adam_with_ema():
-    averages = {"use_ema": True, "ema_overwrite_frequency": 2}
-    return fit(dense(), optimizer=keras.optimizers.Adam(0.003, **averages))
-
-
 @program(feature="Learning rate schedule, momentum", nightly="replicas")
 def learning_rate_schedule():
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)

@@ -138,11 +138,6 @@ def class_weight():
 
 
 @program(nightly="replicas")
-def summed_loss_of_one_output():
-    return fit(dense(), loss=mse("sum"), optimizer=sgd(0.001))
-
-
-@program(nightly="replicas")
 def loss_with_a_dimension_more():
     return fit(of_tokens(), TOKENS, TOKENS[..., None] / 20)
 

@@ -16,7 +16,7 @@ from distributed_values import (
 from five_devices import DEVICES
 
 from keras_allreduce import BatchAllReduce
-from keras_allreduce.reduce import algorithms, pack_sizes
+from keras_allreduce.reduce import algorithms
 
 SUM = tf.distribute.ReduceOp.SUM
 MEAN = tf.distribute.ReduceOp.MEAN
@@ -266,44 +266,6 @@ class TestSparse:
         ):
             for replica in result.values:
                 np.testing.assert_array_equal(dense(replica), total)
-
-    def test_rows_are_equal_to_what_tensorflow_makes_of_them(self):
-        value = sparse_value([[2, 0, 2], [2]])
-        ours = BatchAllReduce().reduce(SUM, value, value)
-        stock = tf.distribute.ReductionToOneDevice().reduce(SUM, value, value)
-        for got, expected in zip(ours.values, stock.values, strict=True):
-            assert got.indices.numpy().tolist() == (
-                expected.indices.numpy().tolist()
-            )
-            assert got.values.numpy().tolist() == (
-                expected.values.numpy().tolist()
-            )
-
-
-@pytest.mark.parametrize("algorithm", ["Ring", "", "gloo", None, 3])
-def test_an_unknown_algorithm_is_an_error(algorithm):
-    with pytest.raises(
-        ValueError,
-        match=rf"must be one of {', '.join(pack_sizes.algorithm_names())}\. "
-        rf"Received: algorithm={algorithm!r}",
-    ):
-        BatchAllReduce(algorithm)
-
-
-@pytest.mark.parametrize("size", [-1, 1.5, "4", None, True])
-def test_bytes_per_pack_must_be_a_number_of_bytes(size):
-    with pytest.raises(
-        ValueError,
-        match=r"must be a number of bytes, 0 or more \(0: chosen for you\)\. "
-        rf"Received: bytes_per_pack={size!r}",
-    ):
-        BatchAllReduce(bytes_per_pack=size)
-
-
-def test_nccl_between_host_devices_is_an_error_when_it_is_used():
-    value = per_replica([tf.ones([2])] * 2)
-    with pytest.raises(ValueError, match=r"between GPUs only\. Received: "):
-        BatchAllReduce("nccl").reduce(SUM, value, value)
 
 
 class TestSum:

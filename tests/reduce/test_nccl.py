@@ -211,12 +211,6 @@ def test_auto_is_nccl_between_gpus(machine):
     assert BatchAllReduce().choose(GPUS[:2]) == ("nccl", "")
 
 
-def test_auto_is_shared_memory_between_host_devices(machine):
-    machine(physical=2)
-    devices = ["/device:CPU:0", "/device:CPU:1"]
-    assert BatchAllReduce().choose(devices) == ("shared_memory", "")
-
-
 def test_auto_without_nccl_in_the_build_says_so(machine):
     machine(physical=2, has_nccl=False)
     algorithm, reason = BatchAllReduce().choose(GPUS[:2])
@@ -246,14 +240,6 @@ def test_gpus_of_other_workers_do_not_make_virtual_ones(
 def test_an_algorithm_that_was_asked_for_is_not_overruled(machine, algorithm):
     machine(physical=1, logical=2, has_nccl=False)
     assert BatchAllReduce(algorithm).choose(GPUS[:2]) == (algorithm, "")
-
-
-def test_nccl_between_host_devices_is_an_error():
-    with pytest.raises(
-        ValueError,
-        match=r"between GPUs only\. Received: .*CPU:0.* Use algorithm='auto'",
-    ):
-        BatchAllReduce("nccl").choose(["/device:CPU:0", "/device:CPU:1"])
 
 
 class TestBetweenWorkers:

@@ -104,27 +104,6 @@ def test_no_result_waits_for_a_gradient_outside_its_pack(algorithm):
             assert len(waits_for) == 3 * len(pack)
 
 
-@pytest.mark.parametrize("algorithm", ["ring", "shared_memory"])
-def test_no_sum_waits_for_a_gradient_outside_its_pack(algorithm):
-    placeholders, results = traced(BatchAllReduce(algorithm, 16), [[2]] * 6)
-    number_of = {
-        tensor.op: variable
-        for variable, tensors in enumerate(placeholders)
-        for tensor in tensors
-    }
-    graph = results[0].values[0].graph
-    kind = {"ring": "AddV2", "shared_memory": "AddN"}[algorithm]
-    reached = [
-        {number_of[source] for source in ancestors(op) & number_of.keys()}
-        for op in ops_of_type(graph, kind)
-    ]
-    assert set(map(frozenset, reached)) == {
-        frozenset({5, 4}),
-        frozenset({3, 2}),
-        frozenset({1, 0}),
-    }
-
-
 def test_a_pack_leaves_while_backprop_goes_on():
     strategy = tf.distribute.MirroredStrategy(
         DEVICES[:2], cross_device_ops=BatchAllReduce("shared_memory", 1)

@@ -88,45 +88,6 @@ def test_the_ring_is_the_plain_sum_for_every_size(num_ranks):
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
-def test_the_ring_keeps_the_shape_of_a_pack(num_ranks):
-    for shape in ([], [2, 3], [5, 1, 1]):
-        pack = [tf.ones(shape) for _ in range(num_ranks)]
-        (replicas,) = ring.all_reduce([pack], DEVICES[:num_ranks])
-        for replica in replicas:
-            assert replica.shape == shape
-            assert np.all(replica.numpy() == num_ranks)
-
-
-@pytest.mark.parametrize("num_ranks", range(2, 6))
-def test_all_replicas_get_the_same_bits(num_ranks):
-    # In float32 the sum of these depends on the order of its terms.
-    rng = np.random.default_rng(num_ranks)
-    pack = [
-        tf.constant(rng.normal(size=13) * 10.0**rank, tf.float32)
-        for rank in range(num_ranks)
-    ]
-    (replicas,) = ring.all_reduce([pack], DEVICES[:num_ranks])
-    for replica in replicas:
-        assert replica.numpy().tobytes() == replicas[0].numpy().tobytes()
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_a_pack_may_have_a_size_unknown_while_tracing(num_ranks):
-    signature = [tf.TensorSpec([None], tf.float32)] * num_ranks
-
-    @tf.function(input_signature=[signature])
-    def reduce(pack):
-        (replicas,) = ring.all_reduce([pack], DEVICES[:num_ranks])
-        assert replicas[0].shape.as_list() == [None]
-        return replicas
-
-    for (pack,) in ([p] for p in packs_of(SIZES, num_ranks)):
-        plain = sum(tensor.numpy() for tensor in pack)
-        for replica in reduce(pack):
-            np.testing.assert_array_equal(replica.numpy(), plain)
-
-
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_a_rank_sends_to_the_next_one_only(num_ranks):
     devices = [f"/device:CPU:{rank}" for rank in range(num_ranks)]
     with tf.Graph().as_default() as graph:

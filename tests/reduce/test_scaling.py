@@ -32,13 +32,3 @@ def test_a_pack_that_weighs_nothing_is_0_whatever_is_in_it():
     assert not np.any(weigh(tf.constant(0.0)))
     assert np.isnan(weigh(tf.constant(1.0))[0, 0])
     assert np.isnan(weigh(tf.constant(0.5))[0, 0])
-
-
-def test_a_pack_may_have_a_shape_that_is_not_known_while_tracing():
-    @tf.function(input_signature=[tf.TensorSpec([None, 2])])
-    def weigh(value):
-        weighed = packing.scale_unless_one(value, tf.constant(0.5))
-        assert weighed.shape.as_list() == [None, 2]
-        return weighed
-
-    np.testing.assert_array_equal(weigh(tf.ones([3, 2])), np.full([3, 2], 0.5))

@@ -85,56 +85,6 @@ def test_a_custom_loop_gives_the_bits_of_stock(distribute, in_graph):
     assert seen == expected[2]
 
 
-def test_a_loop_inside_the_graph_works():
-    strategy = ours()
-    data = from_dataset(strategy)
-    with strategy.scope():
-        total = tf.Variable(
-            tf.zeros([3]),
-            synchronization=tf.VariableSynchronization.ON_READ,
-            aggregation=tf.VariableAggregation.SUM,
-        )
-
-    @tf.function
-    def epoch(data):
-        for batch in data:
-            strategy.run(
-                lambda x, _: total.assign_add(tf.reduce_sum(x, axis=0)), batch
-            )
-
-    epoch(data)
-    np.testing.assert_allclose(total.numpy(), X.sum(axis=0), rtol=1e-5)
-
-
-def test_values_of_all_replicas_can_be_reduced_and_gathered():
-    strategy = ours()
-    value = strategy.experimental_distribute_values_from_function(
-        lambda context: (
-            tf.constant([1.0, 2.0]) * (1 + context.replica_id_in_sync_group)
-        )
-    )
-    assert strategy.reduce("SUM", value, axis=None).numpy().tolist() == [3, 6]
-    assert strategy.reduce("SUM", value, axis=0).numpy() == 9
-    assert strategy.reduce("MEAN", value, axis=None).numpy().tolist() == [
-        1.5,
-        3,
-    ]
-    assert strategy.reduce("MEAN", value, axis=0).numpy() == 2.25
-    assert strategy.gather(value, axis=0).numpy().tolist() == [1, 2, 2, 4]
-    local = strategy.experimental_local_results(value)
-    assert [part.numpy().tolist() for part in local] == [[1, 2], [2, 4]]
-
-
-def test_structures_can_be_reduced():
-    strategy = ours()
-    results = strategy.run(lambda: {"a": tf.constant(1.0), "b": tf.constant(2)})
-    total = strategy.reduce("SUM", results, axis=None)
-    assert {key: float(value) for key, value in total.items()} == {
-        "a": 2.0,
-        "b": 4.0,
-    }
-
-
 AGGREGATIONS = {
     "SUM": (tf.VariableAggregation.SUM, 3.0),
     "MEAN": (tf.VariableAggregation.MEAN, 1.5),

@@ -147,11 +147,6 @@ def assert_same_bits(got, expected):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def assert_close(got, expected):
-    for ours, theirs in zip(got, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 class TestEveryModel:
     @pytest.mark.parametrize("what", ["weights", "optimizer", "predict"])
@@ -222,64 +217,6 @@ def test_one_device_is_training_without_a_strategy():
     expected, _, expected_history = train(tf.distribute.get_strategy(), dense)
     assert_same_bits(model.get_weights(), expected.get_weights())
     assert history == expected_history
-
-
-@pytest.mark.nightly
-def test_four_devices_give_the_same_up_to_rounding():
-    # Sums of more than two terms depend on their order.
-    model, _, history = train(ours(DEVICES[:4]), dense)
-    expected, _, expected_history = train(stock(DEVICES[:4]), dense)
-    assert_close(model.get_weights(), expected.get_weights())
-    assert history["loss"] == pytest.approx(expected_history["loss"])
-
-
-def test_several_steps_per_execution_change_nothing():
-    # The epoch has 4 steps: 3 and 1.
-    model, _, history = train(ours(), dense, steps_per_execution=3)
-    assert_same_bits(model.get_weights(), outcome(ours, dense)["weights"])
-    assert history == outcome(ours, dense)["history"]
-
-
-def test_running_eagerly_changes_nothing():
-    model, _, history = train(ours(), dense, run_eagerly=True)
-    assert_close(model.get_weights(), outcome(ours, dense)["weights"])
-    assert history["loss"] == pytest.approx(
-        outcome(ours, dense)["history"]["loss"], rel=1e-5
-    )
-
-
-def test_batches_can_be_fed_one_by_one():
-    """A batch is divided here; stock gives all of it to every replica.
-
-    So numbers are the same up to rounding, and stock predicts each row twice.
-    """
-    results = []
-    for strategy in (ours(), stock()):
-        model, x = build(strategy, dense)
-        logs = [
-            model.train_on_batch(x[:8], LABELS[:8]),
-            model.train_on_batch(x[8:16], LABELS[8:16], return_dict=True),
-            model.test_on_batch(x[:8], LABELS[:8]),
-        ]
-        logs = keras.tree.map_structure(float, logs)
-        results.append((logs, model.predict_on_batch(x[:8])))
-    (own_logs, own_rows), (stock_logs, stock_rows) = results
-    for own, theirs in zip(own_logs, stock_logs, strict=True):
-        assert own == pytest.approx(theirs, rel=1e-5)
-    assert own_rows.shape == (8, 3)
-    np.testing.assert_allclose(own_rows, stock_rows[:8], rtol=1e-5)
-
-
-def test_a_dataset_is_shared_out_as_stock_does():
-    results = []
-    for strategy in (ours(), stock()):
-        model, x = build(strategy, dense)
-        data = tf.data.Dataset.from_tensor_slices((x, LABELS)).batch(8)
-        history = model.fit(data, epochs=2, verbose=0, shuffle=False)
-        results.append(
-            (history.history, model.predict(data, verbose=0).tolist())
-        )
-    assert results[0] == results[1]
 
 
 def test_it_is_a_mirrored_strategy():

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from five_devices import DEVICES
-from graph_walk import ops_of_type
 
 from keras_allreduce import AllReduceStrategy, BatchAllReduce
 
@@ -152,24 +151,6 @@ def test_two_int32_values_can_be_reduced_in_one_batch(in_graph):
     first, second = (tf.function(run) if in_graph else run)()
     assert [replica.numpy() for replica in first] == [2, 2]
     assert [r.numpy().tolist() for r in second] == [[4, 6], [4, 6]]
-
-
-def test_the_options_of_a_replica_arrive():
-    strategy = tf.distribute.MirroredStrategy(
-        DEVICES[:2], cross_device_ops=BatchAllReduce("shared_memory")
-    )
-    options = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=8)
-
-    @tf.function
-    def run():
-        def step():
-            context = tf.distribute.get_replica_context()
-            return context.all_reduce(SUM, [tf.ones([2])] * 3, options)
-
-        return strategy.experimental_local_results(strategy.run(step)[0])
-
-    graph = run.get_concrete_function().graph
-    assert len(ops_of_type(graph, "AddN")) == 3
 
 
 class TestGather:

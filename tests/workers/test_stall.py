@@ -110,16 +110,6 @@ def test_two_that_wait_at_different_places_both_find_out_at_once(pair):
     assert "worker 0 (a:1) waits in a step; worker 1 (b:1) waits" in first
 
 
-def test_one_that_receives_longer_than_the_other_is_no_stall(pair):
-    (chief, of_chief), (other, of_other) = pair
-    chief.step()
-    other.step()
-    chief.sum()
-    find_nothing(of_chief, of_other)
-    other.sum()
-    find_nothing(of_chief, of_other)
-
-
 def test_who_is_behind_is_known_as_far_as_it_is_published(runtime):
     (chief, of_chief), (other, of_other), (last, of_last), _ = workers(4)
     other.here = Snapshot(call="fit, epoch 1 of 5")
@@ -138,12 +128,6 @@ def test_who_is_behind_is_known_as_far_as_it_is_published(runtime):
     assert of_chief.behind()[0].startswith("worker 1 (b:1) is at work")
 
 
-def test_one_that_waits_for_one_that_works_goes_on_waiting(pair):
-    (chief, of_chief), (_, of_other) = pair
-    chief.step()
-    find_nothing(of_chief, of_other)
-
-
 def test_what_another_said_long_ago_proves_as_much(pair):
     (chief, of_chief), (other, of_other) = pair
     other.sum()
@@ -160,14 +144,6 @@ def test_one_that_has_ended_is_missed_only_by_one_that_waits(pair):
     assert of_chief.has_ended(1)
     chief.step()
     assert "worker 1 (b:1) has ended its script" in str(of_chief.check())
-
-
-def test_one_that_has_ended_after_the_same_steps_is_not_missed(pair):
-    (chief, of_chief), (other, of_other) = pair
-    chief.step()
-    other.step()
-    of_other.say_goodbye(0.0)
-    find_nothing(of_chief)
 
 
 def test_one_that_ends_stays_while_the_other_receives_what_it_has(pair):
