@@ -38,21 +38,21 @@ def test_one_device_per_worker_leaves_the_environment_to_the_user(script):
     assert "KERAS_ALLREDUCE_HOST_DEVICES" not in added
 
 
-def test_what_follows_the_script_is_the_scripts(script):
-    options = parse(["--workers", "2", script, "--workers", "7", "--", "x"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("{script}", "--workers", "7", "--", "x"),
+        ("{script}", "-m", "json.tool"),
+        ("{script}", "-np", "3", "python"),
+        ("-m", "json.tool", "--workers", "7"),
+    ],
+    ids=" ".join,
+)
+def test_what_follows_the_script_or_module_is_its_own(words, script):
+    command = tuple(word.format(script=script) for word in words)
+    options = parse(["--workers", "2", *command])
     assert options.num_workers == 2
-    assert options.command == (script, "--workers", "7", "--", "x")
-
-
-def test_a_module_runs_as_python_runs_it():
-    options = parse(["--workers", "2", "-m", "json.tool", "--workers", "7"])
-    assert options.num_workers == 2
-    assert options.command == ("-m", "json.tool", "--workers", "7")
-
-
-def test_dash_m_after_the_script_is_the_scripts(script):
-    options = parse(["--workers", "2", script, "-m", "json.tool"])
-    assert options.command == (script, "-m", "json.tool")
+    assert options.command == command
 
 
 def test_an_ipv6_address_stands_in_brackets():
@@ -152,11 +152,6 @@ def test_a_script_needs_no_python_before_it(python, script, capsys):
         parse(["--workers", "2", python, script])
     assert error.value.code == 2
     assert f"Leave `{python}` out." in capsys.readouterr().err
-
-
-def test_arguments_of_the_script_may_be_called_as_others_options(script):
-    options = parse(["--workers", "2", script, "-np", "3", "python"])
-    assert options.command == (script, "-np", "3", "python")
 
 
 BAD_COMMANDS = {

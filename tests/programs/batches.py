@@ -60,11 +60,6 @@ def one_sample_in_all():
     return fit(dense(), samples=1, metrics=["mae"])
 
 
-@program(nightly="replicas")
-def batches_of_two():
-    return fit(dense(), samples=11, batch_size=2)
-
-
 @program(on="threads", fast=True)
 def batches_of_varying_size():
     return fit(dense(), dataset_of_batches(0, 32, 33, 40, 66))

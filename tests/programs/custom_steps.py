@@ -69,15 +69,6 @@ def plain_sum():
 
 
 @program(nightly="replicas")
-def mean_over_a_constant_batch():
-    def loss_of(model, x, y):
-        losses = tf.reduce_mean(tf.square(y - model(x)), axis=-1)
-        return tf.nn.compute_average_loss(losses, global_batch_size=SIZE.batch)
-
-    return fit(Custom(loss_of))
-
-
-@program(nightly="replicas")
 def mean_divided_by_the_replicas():
     def loss_of(model, x, y):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
@@ -217,11 +208,6 @@ def clips_gradients_itself():
 
 
 @program(nightly="replicas")
-def optimizer_that_clips():
-    return fit(Custom(), optimizer=sgd(0.3, clipnorm=0.1))
-
-
-@program(nightly="replicas")
 def optimizer_that_accumulates():
     optimizer = sgd(0.3, gradient_accumulation_steps=2)
     return fit(Custom(), optimizer=optimizer)
@@ -341,7 +327,6 @@ class Adversaries(keras.Model):
 @program(
     logs_of_worker=True,
     feature="Two optimizers in a dict, no `call`, no targets",
-    nightly="replicas",
 )
 def adversaries():
     model = Adversaries()

@@ -114,12 +114,6 @@ def test_the_benchmark_takes_every_algorithm():
     assert set(options.ALGORITHMS) == {*algorithms.ALGORITHMS, "auto", "all"}
 
 
-def test_nccl_is_not_expected_to_run_between_host_devices():
-    names = algorithms.runnable(DEVICES[:2])
-    assert {"ring", "shared_memory"} <= {*names}
-    assert "nccl" not in names
-
-
 def test_no_packs_make_no_ops():
     for algorithm in algorithms.ALGORITHMS.values():
         assert algorithm.all_reduce([], DEVICES[:2]) == []

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import tensorflow as tf
-from graph_walk import ancestors, ops_of_type
 
 from keras_allreduce.workers.in_flight import (
     Counters,
@@ -59,28 +58,6 @@ def test_what_runs_eagerly_is_in_flight_until_its_block_ends(found):
     with found.watched("sum", []):
         assert found.read().waiting_seconds > 0
     assert found.read().waiting_seconds == 0
-
-
-def test_collectives_that_are_independent_do_not_wait_for_each_other(found):
-    @tf.function
-    def run(one, other):
-        for name, tensor in (("one", one), ("other", other)):
-            with found.watched(name, [tensor]) as flight:
-                op = tf.raw_ops.CollectiveReduceV2(
-                    input=tensor,
-                    group_size=1,
-                    group_key=1,
-                    instance_key=1,
-                    ordering_token=flight.tokens,
-                    merge_op="Add",
-                    final_op="Id",
-                )
-                flight.results.append(op)
-
-    graph = run.get_concrete_function(tf.ones([]), tf.ones([])).graph
-    one, other = ops_of_type(graph, "CollectiveReduceV2")
-    assert one not in ancestors(other)
-    assert other not in ancestors(one)
 
 
 def test_what_a_session_runs_is_not_counted(found):
