@@ -264,15 +264,6 @@ class TestCluster:
         }
         assert workers_in({"TF_CONFIG": json.dumps(config)}) == 3
 
-    @pytest.mark.parametrize("text", ["", "{}", '{"cluster": {}}'])
-    def test_without_a_cluster_there_is_one_worker(self, text):
-        assert workers_in({"TF_CONFIG": text}) == 1
-
-    @pytest.mark.parametrize("text", ["{", "[]", '{"cluster": {"worker": 3}}'])
-    def test_what_is_no_cluster_is_named(self, text):
-        with pytest.raises(ValueError, match="TF_CONFIG must"):
-            workers_in({"TF_CONFIG": text})
-
 
 BAD = {
     "end below start": (

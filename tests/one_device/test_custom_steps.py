@@ -63,21 +63,6 @@ def step(of):
 
 
 @step
-class TokenMean(Model):
-    """A mean over what is not masked, and a log of it."""
-
-    def train_step(self, data):
-        x, y = data
-        mask = tf.cast(x[:, :1] > 0.3, "float32")
-        with tf.GradientTape() as tape:
-            losses = (self.net(x) - y) ** 2 * mask
-            loss = tf.reduce_sum(losses) / tf.reduce_sum(mask)
-        self.apply(loss, tape)
-        right = tf.reduce_sum(mask * tf.cast(losses < 1, "float32"))
-        return {"own": loss, "right": right / tf.reduce_sum(mask)}
-
-
-@step
 class SharpnessAware(Model):
     """The weights are moved along a first gradient, for a second."""
 
@@ -248,12 +233,6 @@ class AverageOfSumsFromOne(Keeps):
 
     def kept(self, before, x):
         return 0.9 * before + 0.1 * tf.reduce_sum(tf.cast(x > 0, x.dtype), 0)
-
-
-@step
-class LastSum(Keeps):
-    def kept(self, _before, x):
-        return tf.reduce_sum(x, axis=0)
 
 
 @step

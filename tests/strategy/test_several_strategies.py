@@ -118,15 +118,3 @@ def test_two_models_of_one_strategy_in_two_threads(alone):
         for done in trained:
             done.result()
     assert_close(models, [alone[0], alone[0]])
-
-
-def test_two_models_under_one_strategy(alone):
-    first, x, y = task(*TASKS[0])
-    with first.distribute_strategy.scope():
-        second = keras.models.clone_model(first)
-        second.compile("adam", "mse")
-    second.set_weights(first.get_weights())
-    for batch in BATCHES + BATCHES:
-        for model in (first, second):
-            model.train_on_batch(x[batch], y[batch])
-    assert_close([first, second], [alone[0], alone[0]])

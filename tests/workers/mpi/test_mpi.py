@@ -195,18 +195,6 @@ def test_a_worker_that_leaves_before_the_others_is_named():
 
 
 @pytest.mark.nightly
-def test_workers_that_differ_all_say_in_what():
-    with mpi_jobs.running(
-        "fit_what_differs", "shape", python=warm_python.executable()
-    ) as job:
-        assert job.wait() not in (0, None), job.output
-        for rank in job.ranks:
-            assert "All workers must have the same models" in rank.output
-            assert ") has float32 [8, 5]" in rank.output
-            assert ") has float32 [8, 7]" in rank.output
-
-
-@pytest.mark.nightly
 @EITHER
 def test_a_worker_that_never_makes_a_strategy_is_named(index):
     code, output = ends("start_without", index, 3)

@@ -40,6 +40,20 @@ def received(values):
     return array
 
 
+def answered(engine, step, value, answer):
+    """What a step returns while another thread answers its collectives."""
+
+    def answer_when_all_are_here():
+        engine.all_here.wait(60)
+        answer()
+
+    answering = threading.Thread(target=answer_when_all_are_here)
+    answering.start()
+    result = step(value)
+    answering.join()
+    return result
+
+
 def test_any_number_of_collectives_is_in_flight_without_a_thread():
     # Far more than TensorFlow has threads, and the last comes back first.
     count = 100
@@ -54,14 +68,11 @@ def test_any_number_of_collectives_is_in_flight_without_a_thread():
         ]
 
     def answer():
-        engine.all_here.wait(60)
         for call in reversed(engine.calls):
             call.deliver(received(call.own + 0.5))
 
-    answering = threading.Thread(target=answer)
-    answering.start()
-    results = step(tf.reshape(tf.range(2.0 * count), [count, 2]))
-    answering.join()
+    values = tf.reshape(tf.range(2.0 * count), [count, 2])
+    results = answered(engine, step, values, answer)
     for index, result in enumerate(results):
         assert result.numpy().tolist() == [2 * index + 0.5, 2 * index + 1.5]
 
@@ -71,19 +82,13 @@ def test_what_is_sent_and_received_is_not_copied():
     collectives = collectives_of(engine)
     memory = received([1.0, 2.0])
 
-    @tf.function
-    def step(value):
-        return collectives.all_reduce(value, "pack")
-
-    def answer():
-        engine.all_here.wait(60)
-        engine.calls[0].deliver(memory)
-
-    answering = threading.Thread(target=answer)
-    answering.start()
     sent = tf.constant([3.0, 4.0])
-    result = step(sent)
-    answering.join()
+    result = answered(
+        engine,
+        tf.function(lambda value: collectives.all_reduce(value, "pack")),
+        sent,
+        lambda: engine.calls[0].deliver(memory),
+    )
     assert address(result) == memory.ctypes.data
     assert engine.calls[0].own.ctypes.data == address(sent)
 
@@ -124,14 +129,10 @@ def names_in_a_graph(engine, collectives):
         return first + collectives.all_reduce(value, "pack")
 
     def answer():
-        engine.all_here.wait(60)
         for call in engine.calls:
             call.deliver(received(call.own))
 
-    answering = threading.Thread(target=answer)
-    answering.start()
-    step(tf.constant([1.0, 2.0]))
-    answering.join()
+    answered(engine, step, tf.constant([1.0, 2.0]), answer)
     return {call.name for call in engine.calls}
 
 
