@@ -20,7 +20,10 @@ Times in the table are divided by the factor again, but for the start-up.
 
 Links have no delay but that of their rate, as not every kernel can emulate one:
 "alpha" says which latency a run stands for. Frames are of 9000 bytes, as a
-worker wakes up for each.
+worker wakes up for each. A connection sends so little ahead that no queue
+overflows, since TCP would repeat what was dropped after times that are not
+stretched. If --shrink makes the chunks of a pack shorter than the queue, they
+are not sent at equal rates: TCP has no time to find them.
 
 "alone" is the step of one worker, "efficiency" that step to the one of all
 workers. "model" is what keras_allreduce/reduce/cost_model.py says, with the
@@ -76,6 +79,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 # A link can pass on no less than a frame at once.
 MTU = 9000
 FRAME = MTU + 14
+QUEUE = 128 * FRAME
 # Sleeps and messages must not wait for each other's threads.
 THREADS = 4
 
@@ -286,13 +290,16 @@ def links(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
     rates = [args.rate / slower] * setting.workers
     if setting.link == "slow":
         rates[1] /= SLOW
-    # A queue that drops nothing, as that of a card is, whatever the rate.
-    queue = 128 * FRAME * 8 / min(rates)
+    # A queue as that of a card is, whatever the rate.
+    queue = QUEUE * 8 / min(rates)
     return {
         "rate": [(f"{rate:.0f}bit", f"{rate:.0f}bit") for rate in rates],
         "burst": f"{max(2 * FRAME, 2**17 / slower):.0f}b",
         "queue": f"{queue * 1e3:.0f}ms",
         "mtu": MTU,
+        # All others may send to one worker at once. A queue that overflows
+        # makes TCP wait for times that are not stretched.
+        "window": QUEUE // max(1, setting.workers - 1),
     }
 
 

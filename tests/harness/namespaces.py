@@ -74,7 +74,14 @@ def missing():
 
 
 @contextlib.contextmanager
-def network(num_workers, rate=None, burst=BURST, queue=LONGEST_QUEUE, mtu=1500):
+def network(
+    num_workers,
+    rate=None,
+    burst=BURST,
+    queue=LONGEST_QUEUE,
+    mtu=1500,
+    window=None,
+):
     """Joins a namespace per worker.
 
     Args:
@@ -85,6 +92,8 @@ def network(num_workers, rate=None, burst=BURST, queue=LONGEST_QUEUE, mtu=1500):
         burst: What a link passes on at once after a pause, as `tc` writes it.
         queue: How long a packet waits at most before it is dropped.
         mtu: Largest packet in bytes.
+        window: Bytes that a connection sends ahead at most. `None`: as many as
+            TCP finds out.
 
     Yields:
         `Network`. At the end of the block its namespaces are gone; a process
@@ -109,6 +118,8 @@ def network(num_workers, rate=None, burst=BURST, queue=LONGEST_QUEUE, mtu=1500):
         for worker, address in enumerate(net.addresses):
             rates = rate[worker] if isinstance(rate, list) else (rate, rate)
             _add_worker(net.name, worker, address, mtu)
+            if window:
+                _limit_window(f"{net.name}-{worker}", window)
             ends = _ends(net.name, worker)
             for (namespace, device), its_rate in zip(ends, rates, strict=True):
                 if its_rate:
@@ -144,6 +155,13 @@ def limit(namespace, device, rate, burst=BURST, queue=LONGEST_QUEUE):
     )
 
 
+def _limit_window(namespace, nbytes):
+    setting = "/proc/sys/net/ipv4/tcp_wmem"
+    sizes = f"{min(4096, nbytes)} {nbytes} {nbytes}"
+    write = f"echo {sizes} > {setting}"
+    _run(["ip", "netns", "exec", namespace, "sh", "-c", write])
+
+
 def _add_namespace(name):
     _run(f"ip netns add {name}")
     _run(f"ip -n {name} link set lo up")
@@ -169,7 +187,8 @@ def all_names():
 
 
 def _run(command):
-    done = subprocess.run(command.split(), capture_output=True, text=True)
+    words = command if isinstance(command, list) else command.split()
+    done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr or done.stdout).strip()
         raise RuntimeError(f"`{command}` failed: {said}")
