@@ -6,6 +6,7 @@ that have found out by comparison that they differ can go on.
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -61,6 +62,14 @@ def fit(model, x=X, y=Y, **options):
     return model.fit(x, y, **options)
 
 
+def said_by(function):
+    """The warnings of a call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function()
+    return [str(each.message) for each in caught]
+
+
 # What differs -------------------------------------------------------------
 
 
@@ -86,13 +95,6 @@ def statistics_of_a_custom_loop(strategy, index):
         model = programs.dense(keras.layers.BatchNormalization())
         model.compile("sgd", "mse")
     model.layers[1].moving_mean.assign(np.full([8], float(index)))
-    model.evaluate(X, Y, verbose=0)
-
-
-@case
-def evaluate_other_weights(strategy, index):
-    model = made(strategy)
-    model.layers[0].bias.assign(np.full([8], float(index)))
     model.evaluate(X, Y, verbose=0)
 
 
@@ -169,23 +171,36 @@ def other_batch_size_of_a_dataset(strategy, index):
 # What is shared -----------------------------------------------------------
 
 
-@case
-def shuffle_without_a_seed(strategy, index):
-    tf.random.set_seed(None)
+def counting(strategy, samples, batch_size):
+    """Each weight ends as minus the number of times its sample was used.
+
+    The loss is a mean over the samples of a batch.
+    """
     with strategy.scope():
         model = keras.Sequential(
             [
                 keras.Input([], dtype="int32"),
-                keras.layers.Embedding(46, 1, embeddings_initializer="zeros"),
+                keras.layers.Embedding(
+                    samples, 1, embeddings_initializer="zeros"
+                ),
             ]
         )
-        model.compile(keras.optimizers.SGD(8.0), loss=lambda y, p: p)
-    # Each weight ends as minus the number of times its sample was used: the
-    # loss is a mean over 8 samples, and over 6 in the last batch.
-    used = []
+        model.compile(keras.optimizers.SGD(batch_size), loss=lambda y, p: p)
+    return model
+
+
+def used_by(model):
+    return -model.get_weights()[0].ravel()
+
+
+@case
+def shuffle_without_a_seed(strategy, index):
+    tf.random.set_seed(None)
+    # The last batch has 6 samples.
+    model, used = counting(strategy, 46, 8.0), []
     for _ in range(2):
         model.fit(np.arange(46), np.zeros(46), batch_size=8, verbose=0)
-        used.append(-model.get_weights()[0].ravel())
+        used.append(used_by(model))
     first, second = used[0], used[1] - used[0]
     return {"first": first, "orders differ": bool((first != second).any())}
 
@@ -204,16 +219,9 @@ class Numbers(keras.utils.PyDataset):
 def shuffle_of_a_py_dataset(strategy, index):
     random.seed(index)
     tf.random.set_seed(None)
-    with strategy.scope():
-        model = keras.Sequential(
-            [
-                keras.Input([], dtype="int32"),
-                keras.layers.Embedding(12, 1, embeddings_initializer="zeros"),
-            ]
-        )
-        model.compile(keras.optimizers.SGD(1.0), loss=lambda y, p: p)
+    model = counting(strategy, 12, 1.0)
     model.fit(Numbers(), epochs=3, shuffle=True, verbose=0)
-    return -model.get_weights()[0].ravel()
+    return used_by(model)
 
 
 class Samples(keras.utils.PyDataset):
@@ -250,29 +258,15 @@ class DrawnOnce(Samples):
         self.order = np.random.permutation(48)
 
 
-def counting(strategy):
-    """Each weight ends as minus the number of times its sample was used."""
-    with strategy.scope():
-        model = keras.Sequential(
-            [
-                keras.Input([], dtype="int32"),
-                keras.layers.Embedding(48, 1, embeddings_initializer="zeros"),
-            ]
-        )
-        model.compile(keras.optimizers.SGD(8.0), loss=lambda y, p: p)
-    return model
-
-
 def fit_counting(strategy, data, epochs):
     """How often each sample is used in each epoch, and the warnings."""
-    model, used = counting(strategy), [np.zeros(48)]
+    model, used = counting(strategy, 48, 8.0), [np.zeros(48)]
     count = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda *_: used.append(-model.get_weights()[0].ravel())
+        on_epoch_end=lambda *_: used.append(used_by(model))
     )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model.fit(data, epochs=epochs, verbose=0, callbacks=[count])
-    said = [str(each.message) for each in caught]
+    said = said_by(
+        lambda: model.fit(data, epochs=epochs, verbose=0, callbacks=[count])
+    )
     return {"used": np.diff(used, axis=0), "said": said}
 
 
@@ -386,10 +380,7 @@ def warnings_of_order(strategy, index):
     with strategy.scope():
         model = programs.dense()
         model.compile("sgd", "mse")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model.fit(data.shuffle(66).batch(22), verbose=0)
-    return [str(each.message) for each in caught]
+    return said_by(lambda: model.fit(data.shuffle(66).batch(22), verbose=0))
 
 
 @case
@@ -400,13 +391,10 @@ def warnings_of_shards(strategy, index):
     off.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.OFF
     )
-    said = []
-    for each in (data.batch(22), data.batch(11).with_options(off)):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model.fit(each, epochs=2, verbose=0)
-        said.append([str(one.message) for one in caught])
-    return said
+    return [
+        said_by(functools.partial(model.fit, each, epochs=2, verbose=0))
+        for each in (data.batch(22), data.batch(11).with_options(off))
+    ]
 
 
 @case
@@ -416,13 +404,10 @@ def warnings_of_generators(strategy, index):
             rows = slice(number, number + 6)
             yield X[rows], Y[rows]
 
-    said = []
-    for first in (0, index):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            made(strategy).fit(batches(first), steps_per_epoch=3, verbose=0)
-        said.append([str(each.message) for each in caught])
-    return said
+    def fit_from(first):
+        made(strategy).fit(batches(first), steps_per_epoch=3, verbose=0)
+
+    return [said_by(functools.partial(fit_from, n)) for n in (0, index)]
 
 
 class Marked(keras.layers.Layer):
@@ -461,19 +446,16 @@ def what_may_differ(strategy, index):
             ]
         )
         model.compile("sgd", "mse", metrics=["mae"])
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        warnings.catch_warnings(record=True) as caught,
-    ):
-        warnings.simplefilter("always")
+    with tempfile.TemporaryDirectory() as folder:
         saves = keras.callbacks.CSVLogger(os.path.join(folder, "log.csv"))
-        fit(
-            model,
-            epochs=2,
-            verbose=2 * index,
-            callbacks=[] if index else [saves],
+        said = said_by(
+            lambda: fit(
+                model,
+                epochs=2,
+                verbose=2 * index,
+                callbacks=[] if index else [saves],
+            )
         )
-    said = [str(each.message) for each in caught]
     return {"weights": model.get_weights(), "said": said}
 
 

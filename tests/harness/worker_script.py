@@ -367,14 +367,17 @@ def fit_and_run_out_of_memory(index):
     )
 
 
+def reports():
+    """A callback that says when an epoch has ended."""
+    return keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda *_: print("an epoch has ended", flush=True)
+    )
+
+
 def fit_until_ended(timeout_seconds):
     """Trains without an end; says when an epoch has ended."""
 
-    class Report(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None):
-            print("an epoch has ended", flush=True)
-
-    _fit(timeout_seconds, Report(), batch_size=4, epochs=10**6)
+    _fit(timeout_seconds, reports(), batch_size=4, epochs=10**6)
 
 
 def fit_epochs(epochs):
@@ -384,11 +387,7 @@ def fit_epochs(epochs):
     # Else a test would have to suspend the workers for as long as users do.
     group.TIMING = dataclasses.replace(group.TIMING, silent=PATIENCE_SECONDS)
 
-    class Report(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None):
-            print("an epoch has ended", flush=True)
-
-    _fit(DEADLINE_SECONDS, Report(), batch_size=4, epochs=epochs)
+    _fit(DEADLINE_SECONDS, reports(), batch_size=4, epochs=epochs)
     return True
 
 

@@ -29,11 +29,6 @@ ERRORS = {
         "After a custom training loop",
         "`BatchNormalization(synchronized=True)`",
     ),
-    "evaluate_other_weights": (
-        "weights and optimizer",
-        "/bias': worker 0 (",
-        "has [1 1 1 ...]",
-    ),
     "arrays_of_its_own": ("calls of Keras and data", "arrays: worker 0 ("),
     "other_number_of_samples": (
         "calls of Keras and data",

@@ -30,12 +30,6 @@ def heard():
     signal.signal(signal.SIGUSR1, before)
 
 
-def test_without_us_a_handler_set_in_c_stays(heard):
-    ignore_in_c()
-    os.kill(os.getpid(), signal.SIGUSR1)
-    assert not heard
-
-
 def test_a_handler_of_the_script_runs_again(heard):
     with signals.kept():
         ignore_in_c()
