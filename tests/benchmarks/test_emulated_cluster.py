@@ -48,6 +48,14 @@ def test_bert_has_the_gradients_of_bert_base():
     assert list(bert.ready) == sorted(bert.ready, reverse=True)
 
 
+def test_all_others_may_send_to_one_worker_and_no_queue_overflows():
+    for workers in (2, 16):
+        setting = Setting("", "grpc", "even", "float32", workers)
+        window = emulated_cluster.links(setting, options())["window"]
+        assert window > 4 * emulated_cluster.FRAME
+        assert (workers - 1) * window <= emulated_cluster.QUEUE
+
+
 def test_links_are_slower_by_both_factors_and_one_by_four_more():
     setting = Setting("", "grpc", "slow", "float32", 3)
     found = emulated_cluster.links(setting, options())
