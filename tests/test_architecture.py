@@ -46,7 +46,6 @@ PURE = [
     "workers.cluster",
     "workers.probe",
     "workers.ranks",
-    "workers.rendezvous",
     "workers.reports",
     "workers.gather",
     "workers.signals",

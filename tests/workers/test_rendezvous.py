@@ -21,8 +21,8 @@ from keras_allreduce.workers.address_exchange import (
     exchange_addresses,
 )
 from keras_allreduce.workers.cluster import Cluster
+from keras_allreduce.workers.connect import meet
 from keras_allreduce.workers.ranks import Placement
-from keras_allreduce.workers.rendezvous import meet
 
 pytestmark = pytest.mark.slow
 
