@@ -41,7 +41,6 @@ PURE = [
     "fit_output.chrome_trace",
     "fit_output.recording",
     "fit_output.stats",
-    "workers.address_exchange",
     "workers.fingerprint",
     "workers.cluster",
     "workers.probe",

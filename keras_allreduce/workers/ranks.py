@@ -1,7 +1,7 @@
 """Rank and size that mpirun, srun or Kubernetes give a process. No TensorFlow.
 
 They say which process of how many this is, but not the addresses of the
-others, which `address_exchange.py` collects. For that, one address is enough:
+others, which `resolvers.py` collects. For that, one address is enough:
 
 | started by | variables | host of rank 0 |
 |---|---|---|

@@ -1,29 +1,37 @@
 """Cluster resolvers: from the environment to a `tf.train.ClusterSpec`.
 
 `mpirun`, `srun` and Kubernetes tell a process its rank; TF_CONFIG tells it all
-addresses. `resolver_for` finds out which of them there is.
+addresses. `resolver_for` finds out which of them there is. Processes that know
+their rank tell rank 0 where they listen, and learn the same of all. Only rank 0
+must be found; the host of the others is where they come from.
 """
 
+import contextlib
 import functools
+import ipaddress
 import os
+import socket
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import tensorflow as tf
 from absl import logging
 
+from keras_allreduce.addresses import Address
 from keras_allreduce.environment import JOB_TOKEN, TF_CONFIG
-from keras_allreduce.workers.address_exchange import (
-    NoExchange,
-    exchange_addresses,
-)
 from keras_allreduce.workers.cluster import read_tf_config
 from keras_allreduce.workers.connect import waits_for_start
 from keras_allreduce.workers.errors import WorkerStartError
+from keras_allreduce.workers.gather import Gathering, first_free
 from keras_allreduce.workers.mpi.start import GRPC, MPI, host_of_rank_0
 from keras_allreduce.workers.ranks import Placement, hint_of, placement_of
+from keras_allreduce.workers.reports import Report
 
 _ALONE = "TF_CONFIG='{}' trains on this process alone."
+
+_BYTES_PER_RANK = 300
+_MAX_BYTES = 2**16
 
 
 class LauncherClusterResolver(tf.distribute.cluster_resolver.ClusterResolver):
@@ -175,13 +183,152 @@ def _of_launcher(
 def _exchange(placement: Placement, timeout_seconds: float) -> tuple[str, ...]:
     token = os.environ.get(JOB_TOKEN) or placement.job
     this = f"rank {placement.rank} of {placement.size}"
-    try:
-        with waits_for_start(this, timeout_seconds):
-            return tuple(exchange_addresses(placement, timeout_seconds, token))
-    except NoExchange as error:
-        raise WorkerStartError(str(error)) from None
+    with waits_for_start(this, timeout_seconds):
+        return tuple(exchange_addresses(placement, timeout_seconds, token))
 
 
 def _num_accelerators() -> dict[str, int]:
     num_gpus = len(tf.config.list_logical_devices("GPU"))
     return {"GPU": num_gpus} if num_gpus else {}
+
+
+def exchange_addresses(
+    placement: Placement, timeout_seconds: float, token: str
+) -> list[str]:
+    """Returns `"host:port"` of all processes, by rank.
+
+    Each port was free on its host.
+
+    Args:
+        placement: Which process this is, and where rank 0 is.
+        timeout_seconds: How long to wait for the others.
+        token: Job token, the same on all.
+
+    Raises:
+        WorkerStartError: If a process does not come, or all are not of one job.
+    """
+    gathering = _gathering(placement, timeout_seconds, token)
+    # It stays bound, without listening, until all have another.
+    with contextlib.closing(_bound()) as own:
+        port = own.getsockname()[1]
+        if placement.rank:
+            chief = [Address(placement.leader, p) for p in placement.ports]
+            found = gathering.report(
+                chief,
+                {"rank": placement.rank, "size": placement.size, "port": port},
+            )
+            return _listed(placement, found)
+        return _collect(placement, gathering, port)
+
+
+def _gathering(
+    placement: Placement, timeout_seconds: float, token: str
+) -> Gathering:
+    return Gathering(
+        placement.size,
+        timeout_seconds,
+        token,
+        _MAX_BYTES + _BYTES_PER_RANK * placement.size,
+        lambda message: _check_report(placement, message),
+        lambda missing, found: _never_came(
+            placement, missing, timeout_seconds, found
+        ),
+        _came_twice,
+    )
+
+
+def _collect(
+    placement: Placement, gathering: Gathering, port: int
+) -> list[str]:
+    """The side of rank 0."""
+    server = first_free(placement.ports, placement.size)
+    if server is None:
+        raise WorkerStartError(
+            "Rank 0 must have a free port to exchange addresses. Received: "
+            f"{', '.join(map(str, placement.ports))}, in use. MASTER_PORT "
+            "gives another one, on all processes."
+        )
+    addresses = [str(Address(placement.leader, port))]
+
+    def answer(reports: Mapping[int, Report]) -> Mapping[str, Any]:
+        addresses[1:] = [
+            _address(placement, reports[r]) for r in sorted(reports)
+        ]
+        return {"addresses": addresses}
+
+    problem = gathering.collect(server, answer)
+    if problem is not None:
+        raise WorkerStartError(problem)
+    return addresses
+
+
+def _check_report(
+    placement: Placement, message: Mapping[str, Any]
+) -> int | str | None:
+    values = [message.get(key) for key in ("rank", "size", "port")]
+    numbers = [value for value in values if type(value) is int]
+    if len(numbers) < len(values):
+        return None
+    rank, size, port = numbers
+    if size != placement.size:
+        return (
+            "All processes must be of one job. Received: "
+            f"{placement.size} processes on rank 0, {size} on rank {rank}."
+        )
+    return rank if 0 < rank < size and 0 < port < 65536 else None
+
+
+def _listed(placement: Placement, answer: Mapping[str, Any]) -> list[str]:
+    if answer["problem"] is not None:
+        raise WorkerStartError(answer["problem"])
+    addresses = answer.get("addresses")
+    if not isinstance(addresses, list) or len(addresses) != placement.size:
+        raise WorkerStartError(
+            "Rank 0 must answer with the address of each rank. Received: "
+            f"{str(addresses)[:200]}. Run the same version of keras_allreduce "
+            "everywhere."
+        )
+    return [str(each) for each in addresses]
+
+
+def _address(placement: Placement, report: Report) -> str:
+    """Where the others find the worker that has sent a report."""
+    host = report.connection.getpeername()[0].partition("%")[0]
+    peer = ipaddress.ip_address(host)
+    peer = getattr(peer, "ipv4_mapped", None) or peer
+    # A rank on the host of rank 0 is found there.
+    host = placement.leader if peer.is_loopback else str(peer)
+    return str(Address(host, int(report.content["port"])))
+
+
+def _bound() -> socket.socket:
+    dual = socket.has_dualstack_ipv6()
+    own = socket.socket(socket.AF_INET6 if dual else socket.AF_INET)
+    if dual:
+        own.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    own.bind(("", 0))
+    return own
+
+
+def _came_twice(rank: int) -> str:
+    return (
+        "All processes must be of one job. Received: two that are rank "
+        f"{rank}. MASTER_PORT gives each job its own port."
+    )
+
+
+def _never_came(
+    placement: Placement,
+    missing: list[int],
+    timeout_seconds: float,
+    found: str,
+) -> str:
+    ranks = ", ".join(map(str, missing))
+    return (
+        f"All {placement.size} processes of {placement.source} must start "
+        f"within timeout_seconds={timeout_seconds:g} of each other. Never "
+        f"reached: rank {ranks}. All must make the strategy; rank 0 is looked "
+        f"for at {placement.leader!r} (MASTER_ADDR), port "
+        f"{', '.join(map(str, placement.ports))} (MASTER_PORT)."
+        f"{f' {found}.' if found else ''}"
+    )

@@ -16,13 +16,11 @@ from deadlines import wait_until
 
 from keras_allreduce.addresses import parse_address
 from keras_allreduce.workers import reports
-from keras_allreduce.workers.address_exchange import (
-    NoExchange,
-    exchange_addresses,
-)
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.connect import meet
+from keras_allreduce.workers.errors import WorkerStartError
 from keras_allreduce.workers.ranks import Placement
+from keras_allreduce.workers.resolvers import exchange_addresses
 
 pytestmark = pytest.mark.slow
 
@@ -254,7 +252,7 @@ def test_addresses_are_exchanged_whatever_a_stranger_sends(name, pool):
 def test_a_rank_that_never_comes_is_named(present):
     ports = workers.free_ports(1)
     with pytest.raises(
-        NoExchange, match=rf"Never reached: rank {1 - present}\."
+        WorkerStartError, match=rf"Never reached: rank {1 - present}\."
     ) as caught:
         exchange_addresses(placement(present, ports, 2), 0.5, "job")
     assert "timeout_seconds=0.5" in str(caught.value)
@@ -273,7 +271,7 @@ def test_ranks_of_jobs_of_other_sizes_are_told_at_once(pool):
         for rank, size in ((0, 3), (1, 2))
     ]
     for each in found:
-        with pytest.raises(NoExchange, match="must be of one job"):
+        with pytest.raises(WorkerStartError, match="must be of one job"):
             each.result()
 
 
