@@ -46,7 +46,6 @@ PURE = [
     "workers.probe",
     "workers.ranks",
     "workers.reports",
-    "workers.gather",
     "workers.signals",
     "workers.time_limit",
     "workers.timing",

@@ -3,7 +3,7 @@
 In: TF_CONFIG and the packs of this worker. Out: sums over all workers, or an
 error that names the failed worker.
 
-    start     cluster.py --> gather.py --> connect.py
+    start     cluster.py --> reports.py --> connect.py
     group     group.py: all of the below, of one strategy
     check     consistency_check.py --> store.py
               calls.py --> data_fingerprint.py, weight_fingerprint.py

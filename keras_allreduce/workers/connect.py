@@ -27,7 +27,7 @@ from keras_allreduce.workers.cluster import (
     read_tf_config,
 )
 from keras_allreduce.workers.errors import WorkerStartError
-from keras_allreduce.workers.gather import Gathering, listen
+from keras_allreduce.workers.reports import Gathering, listen
 from keras_allreduce.workers.time_limit import limited
 from keras_allreduce.workers.timing import TIMING
 

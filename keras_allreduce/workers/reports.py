@@ -1,8 +1,9 @@
-"""Reports from each worker to the chief, on a port that anyone can reach.
+"""Gathers reports of all workers at the chief, on a port that anyone can reach.
 
 Before TensorFlow starts, workers tell the chief in Python that they are there,
-and wait for its answer. Whatever else connects (a port scan, a browser, a
-worker of another job) is turned away and costs the chief no time:
+and wait for its answer. The chief answers all at once, when all have reported
+or one cannot. Whatever else connects (a port scan, a browser, a worker of
+another job) is turned away and costs the chief no time:
 
     worker                    chief                     somebody else
        |--- report ------------>|                             |
@@ -21,8 +22,8 @@ import json
 import selectors
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from keras_allreduce.addresses import Address
@@ -34,6 +35,9 @@ _NO_WORKER = "what listens there is no worker of this job"
 
 # Connections without a report yet; the oldest gives way to a new one.
 _MAX_UNKNOWN = 256
+
+Verdict = Callable[[Mapping[str, Any]], int | str | None]
+"""Rank of a message, the problem with it, or `None`: it is ignored."""
 
 
 @dataclass
@@ -61,12 +65,109 @@ class Report:
             return True
 
 
-@dataclass
-class _Unknown:
-    """A connection that has not reported yet."""
+@dataclass(frozen=True)
+class Gathering:
+    """Facts that all processes of one job agree on before they talk.
 
-    end: float
-    received: bytearray = field(default_factory=bytearray)
+    Attributes:
+        size: Number of processes.
+        timeout_seconds: How long to wait for the others.
+        token: Job token, the same on all.
+        limit_bytes: Largest message and answer.
+        check: Judges a message at rank 0.
+        never_came: Describes the ranks that were never reached, and what was
+            there instead.
+        came_twice: Describes a rank that two processes have.
+    """
+
+    size: int
+    timeout_seconds: float
+    token: str
+    limit_bytes: int
+    check: Verdict
+    never_came: Callable[[list[int], str], str]
+    came_twice: Callable[[int], str]
+
+    def collect(
+        self,
+        server: socket.socket,
+        answer: Callable[[Mapping[int, Report]], Mapping[str, Any]] = (
+            lambda reports: {}
+        ),
+    ) -> str | None:
+        """Gathers at rank 0. Returns the problem, if any, which all are told.
+
+        Args:
+            server: Listens; is closed.
+            answer: Makes the answer from the reports of the others, by rank.
+        """
+        end = time.monotonic() + self.timeout_seconds
+        here: dict[int, Report] = {}
+        with GatherServer(server, self.token, self.limit_bytes) as reception:
+            problem = None
+            while problem is None and len(here) < self.size - 1:
+                for report in reception.wait(TIMING.retry):
+                    problem = self._admit(report, here) or problem
+                here = {r: c for r, c in here.items() if not c.has_ended}
+                missing = [r for r in range(1, self.size) if r not in here]
+                if problem is None and missing and time.monotonic() > end:
+                    problem = self.never_came(missing, reception.turned_away)
+            for report in here.values():
+                report.answer({"problem": problem, **answer(here)})
+        return problem
+
+    def _admit(self, report: Report, here: dict[int, Report]) -> str | None:
+        verdict = self.check(report.content)
+        if isinstance(verdict, int):
+            if verdict not in here or here[verdict].has_ended:
+                here[verdict] = report
+                return None
+            verdict = self.came_twice(verdict)
+        if verdict is not None:
+            # The others are told when the gathering ends.
+            report.answer({"problem": verdict})
+        return verdict
+
+    def report(
+        self, leader: Sequence[Address], message: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Reports to rank 0 and returns its answer, with the problem if any."""
+        try:
+            answer = deliver(
+                leader,
+                message,
+                self.token,
+                self.timeout_seconds,
+                TIMING.late_chief,
+                self.limit_bytes,
+            )
+        except NoAnswer as reason:
+            return {"problem": self.never_came([0], str(reason))}
+        problem = answer.get("problem")
+        return {**answer, "problem": problem and str(problem)}
+
+
+def listen(port: int, backlog: int = 128) -> socket.socket:
+    """A socket that listens where TensorFlow's server on this port will.
+
+    Raises:
+        OSError: If the port is not free.
+    """
+    dual = socket.has_dualstack_ipv6()
+    return socket.create_server(
+        ("", port),
+        family=socket.AF_INET6 if dual else socket.AF_INET,
+        dualstack_ipv6=dual,
+        backlog=backlog,
+    )
+
+
+def first_free(ports: Sequence[int], backlog: int) -> socket.socket | None:
+    """A socket that listens on the first port that is free, if one is."""
+    for port in ports:
+        with contextlib.suppress(OSError):
+            return listen(port, max(128, backlog))
+    return None
 
 
 class GatherServer:
@@ -84,7 +185,8 @@ class GatherServer:
         self._server = server
         self._token = token
         self._limit_bytes = limit_bytes
-        self._unknown: dict[socket.socket, _Unknown] = {}
+        # Until when each has to report, and the bytes so far.
+        self._unknown: dict[socket.socket, tuple[float, bytearray]] = {}
         self._taken: list[socket.socket] = []
         self._selector = selectors.DefaultSelector()
         self.strangers = 0
@@ -118,7 +220,7 @@ class GatherServer:
             if report is not None:
                 yield report
         now = time.monotonic()
-        for late in [c for c, u in self._unknown.items() if u.end < now]:
+        for late in [c for c, (end, _) in self._unknown.items() if end < now]:
             self._turn_away(late)
 
     def _accept(self) -> None:
@@ -129,14 +231,14 @@ class GatherServer:
             time.sleep(TIMING.retry)
             return
         connection.setblocking(False)
-        self._unknown[connection] = _Unknown(time.monotonic() + TIMING.report)
+        end = time.monotonic() + TIMING.report
+        self._unknown[connection] = (end, bytearray())
         self._selector.register(connection, selectors.EVENT_READ)
         if len(self._unknown) > _MAX_UNKNOWN:
             self._turn_away(next(iter(self._unknown)))
 
     def _read(self, connection: socket.socket) -> Report | None:
-        received = self._unknown.get(connection)
-        if received is None:  # Turned away a moment ago.
+        if connection not in self._unknown:  # Turned away a moment ago.
             return None
         try:
             data = connection.recv(65536)
@@ -144,7 +246,7 @@ class GatherServer:
             return None
         except OSError:
             data = b""
-        so_far = received.received
+        _, so_far = self._unknown[connection]
         so_far += data
         begins_well = so_far[: len(_BEGIN)] == _BEGIN[: len(so_far)]
         too_long = len(so_far) > self._limit_bytes

@@ -23,10 +23,9 @@ from keras_allreduce.environment import JOB_TOKEN, TF_CONFIG
 from keras_allreduce.workers.cluster import read_tf_config
 from keras_allreduce.workers.connect import waits_for_start
 from keras_allreduce.workers.errors import WorkerStartError
-from keras_allreduce.workers.gather import Gathering, first_free
 from keras_allreduce.workers.mpi.start import GRPC, MPI, host_of_rank_0
 from keras_allreduce.workers.ranks import Placement, hint_of, placement_of
-from keras_allreduce.workers.reports import Report
+from keras_allreduce.workers.reports import Gathering, Report, first_free
 
 _ALONE = "TF_CONFIG='{}' trains on this process alone."
 
