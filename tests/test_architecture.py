@@ -43,7 +43,6 @@ PURE = [
     "fit_output.stats",
     "workers.fingerprint",
     "workers.cluster",
-    "workers.probe",
     "workers.ranks",
     "workers.reports",
     "workers.signals",

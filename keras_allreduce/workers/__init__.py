@@ -10,7 +10,7 @@ error that names the failed worker.
               model_fingerprint.py --> described.py
     step      between_workers.py --> wire.py --> collectives.py
               wire_formats.py: how a tensor crosses
-    failure   probe.py --> heartbeats.py --> health.py --> excepthook.py
+    failure   heartbeats.py --> health.py --> excepthook.py
     stall     in_flight.py --> progress.py --> stall.py --> health.py
     straggler in_flight.py
 """

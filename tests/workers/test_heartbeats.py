@@ -10,8 +10,13 @@ from deadlines import wait_until
 from keras_allreduce.workers import heartbeats as heartbeats_module
 from keras_allreduce.workers.cluster import Cluster
 from keras_allreduce.workers.errors import WorkerLostError
-from keras_allreduce.workers.heartbeats import REFUSALS, Heartbeats
-from keras_allreduce.workers.probe import Answer, HeartbeatProbe, resolve
+from keras_allreduce.workers.heartbeats import (
+    REFUSALS,
+    Answer,
+    HeartbeatProbe,
+    Heartbeats,
+    resolve,
+)
 from keras_allreduce.workers.timing import TIMING
 
 LIMIT_SECONDS = 20.0
