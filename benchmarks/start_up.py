@@ -47,7 +47,7 @@ def work(folder: str, limit: int) -> None:
         for _ in range(LAYERS):
             layers += [
                 keras.layers.Dense(8, use_bias=False),
-                keras.layers.BatchNormalization(synchronized=True),
+                keras.layers.BatchNormalization(),
             ]
         model = keras.Sequential([*layers, keras.layers.Dense(1)])
         model.compile("adam", "mse", jit_compile=False)
@@ -64,9 +64,7 @@ def work(folder: str, limit: int) -> None:
     model.fit(x, x[:, :1], batch_size=batch, verbose=0, callbacks=[Clock()])
 
 
-def seconds(
-    workers: int, package: str, together: bool, limit: int
-) -> tuple[float, float]:
+def seconds(workers: int, together: bool, limit: int) -> tuple[float, float]:
     """Seconds to the first step of all, and CPU seconds of one."""
     addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +78,6 @@ def seconds(
                     folder=folder,
                     environment={
                         **os.environ,
-                        **command_line.package_of(package),
                         **command_line.tf_config(*clusters),
                         "START_UP_RANK": str(rank),
                         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -113,21 +110,13 @@ def main() -> None:
     )
     parser.add_argument("--workers", nargs="+", type=int, default=[2, 8, 16])
     parser.add_argument("--limit", type=int, default=600, help="seconds")
-    command_line.add_against(parser)
     args = parser.parse_args()
-    cases = {
-        "alone": (command_line.HERE, False),
-        "together": (command_line.HERE, True),
-    }
-    if args.against:
-        cases["old"] = (args.against, True)
     print(f"{command_line.environment('tensorflow', 'keras')}\n")
-    print(f"| workers | {' | '.join(cases)} |")
-    print("|---|" + "---|" * len(cases))
+    print("| workers | alone | together |\n|---|---|---|")
     for workers in args.workers:
         cells = []
-        for package, together in cases.values():
-            wall, cpu = seconds(workers, package, together, args.limit)
+        for together in (False, True):
+            wall, cpu = seconds(workers, together, args.limit)
             cells.append(f"{wall:.1f} s ({cpu:.1f})")
         print(f"| {workers} | {' | '.join(cells)} |", flush=True)
 
