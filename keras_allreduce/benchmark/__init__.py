@@ -1,6 +1,7 @@
 """The command line that measures the all-reduce.
 
 command line --> options.py --> run.py --> timed_loop.py --> table.py
-                                  |
-                               model.py  (the gradients of a model)
+                                  |             |
+                              messages,    one timed call,
+                              in turns     and its check
 """

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Message(strategy, gradients)
     except ValueError as error:
         command_line.error(str(error))
-    is_chief = strategy.extended.num_workers == 1 or strategy.extended.is_chief
+    is_chief = strategy.extended.is_chief
     show = is_chief and not options.as_json
     if show:
         _print(*_header(about(strategies, options)), head())

@@ -3,28 +3,31 @@
 docs/benchmark.md explains the output.
 """
 
+import functools
+import importlib
+import inspect
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_allreduce.benchmark.model import gradients_of
 from keras_allreduce.benchmark.options import (
     BenchmarkOptions,
     divide,
     loops_for,
     workers_in,
 )
-from keras_allreduce.benchmark.plain_mpi import PlainMpi, can_sum
 from keras_allreduce.benchmark.table import REFERENCE, Row, Setting
 from keras_allreduce.benchmark.timed_loop import (
     Gradient,
     Message,
     TimedLoop,
     WrongSumError,
+    mpi_can_sum,
+    plain_mpi_seconds,
 )
 from keras_allreduce.compat.distribute import has_nccl
 from keras_allreduce.devices import host_devices, is_gpu
@@ -34,7 +37,11 @@ from keras_allreduce.reduce.batch_all_reduce import BatchAllReduce
 from keras_allreduce.strategy.multi_worker import MultiWorkerAllReduceStrategy
 from keras_allreduce.strategy.one_machine import AllReduceStrategy
 from keras_allreduce.version import __version__
+from keras_allreduce.workers.mpi import library
 from keras_allreduce.workers.mpi.start import GRPC, MPI, choose_transport
+
+Timed = Callable[[Any, tf.Tensor, int], float]
+"""Sums values of round `number`, `loops` times: the seconds of one."""
 
 
 def strategies_for(options: BenchmarkOptions) -> dict[str, Any]:
@@ -106,6 +113,57 @@ def messages_for(
         ]
 
 
+def gradients_of(name: str, dtype: str | None) -> list[Gradient]:
+    """Shapes and dtypes of the gradients of a model.
+
+    Args:
+        name: `"module:callable"`; the callable returns a built model. Its
+            argument `weights`, if it has one, is `None`.
+        dtype: Name of the dtype; `None`: that of each variable.
+
+    Raises:
+        ValueError: If it does not name one.
+    """
+    make = _callable_named(name)
+    arguments: dict[str, None] = {}
+    try:
+        signature = inspect.signature(make)
+        if "weights" in signature.parameters:
+            arguments["weights"] = None
+        signature.bind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--model {name} must be callable without arguments: {error}"
+        ) from error
+    model = make(**arguments)
+    if not isinstance(model, keras.Model) or not model.trainable_variables:
+        raise ValueError(
+            "--model must make a built keras.Model with trainable variables. "
+            f"Received from {name}: {model!r}"
+        )
+    return [
+        Gradient(tuple(variable.shape), tf.as_dtype(dtype or variable.dtype))
+        for variable in model.trainable_variables
+    ]
+
+
+def _callable_named(name: str) -> Any:
+    """Imports `"module:callable"`."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(
+            "--model must be module:callable, such as "
+            f"keras.applications:ResNet50. Received: {name!r}"
+        )
+    try:
+        make: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            make = getattr(make, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"There is no --model {name}: {error}") from error
+    return make
+
+
 def measure(
     strategies: dict[str, Any],
     gradients: Sequence[Gradient],
@@ -127,23 +185,28 @@ def measure(
     loops = options.loops or loops_for(
         nbytes, len(gradients), any_strategy.extended.num_workers
     )
-    timed: dict[Setting, TimedLoop | PlainMpi] = {
+    timed_loops = {
         Setting(algorithm, size): TimedLoop(message, strategy, size)
         for algorithm, strategy in strategies.items()
         for size in options.bytes_per_pack
     }
-    if len(strategies) > 1 and MPI in strategies and can_sum(message):
-        timed[Setting(REFERENCE, 0)] = PlainMpi(message)
+    timed: dict[Setting, Timed] = {
+        setting: loop.seconds for setting, loop in timed_loops.items()
+    }
+    if len(strategies) > 1 and MPI in strategies and mpi_can_sum(message):
+        timed[Setting(REFERENCE, 0)] = functools.partial(
+            plain_mpi_seconds, library.load().COMM_WORLD, message
+        )
     seconds = _take_turns(message, timed, options, loops)
     return [
-        _row(setting, timed[setting], nbytes, loops, any_strategy, times)
+        _row(setting, message, timed_loops.get(setting), nbytes, loops, times)
         for setting, times in seconds.items()
     ]
 
 
 def _take_turns(
     message: Message,
-    timed: dict[Setting, TimedLoop | PlainMpi],
+    timed: dict[Setting, Timed],
     options: BenchmarkOptions,
     loops: int,
 ) -> dict[Setting, list[float]]:
@@ -154,9 +217,9 @@ def _take_turns(
     for count in range(untimed + options.rounds):
         number = tf.constant(count)
         values = message.make(number)
-        for setting, loop in timed.items():
+        for setting, sums in timed.items():
             try:
-                spent = loop.seconds(values, number, loops)
+                spent = sums(values, number, loops)
             except WrongSumError as error:
                 raise WrongSumError(f"{setting}: {error}") from None
             if count >= untimed:
@@ -185,21 +248,21 @@ def about(strategies: dict[str, Any], options: BenchmarkOptions) -> dict:
 
 def _row(
     setting: Setting,
-    timed: TimedLoop | PlainMpi,
+    message: Message,
+    timed: TimedLoop | None,
     nbytes: int,
     loops: int,
-    strategy: Any,
     times: Sequence[float],
 ) -> Row:
     # Nothing is recorded where TensorFlow's own all-reduce takes over.
-    plan = timed.records[0].plan if timed.records else None
+    plan = timed.records[0].plan if timed and timed.records else None
     return Row(
         setting,
         nbytes,
-        gradients=len(timed.gradients),
+        gradients=len(message.gradients),
         num_packs=plan.num_packs if plan else None,
         plan=str(plan) if plan else "",
-        replicas=strategy.num_replicas_in_sync,
+        replicas=message.strategy.num_replicas_in_sync,
         loops=loops,
         seconds=tuple(times),
     )

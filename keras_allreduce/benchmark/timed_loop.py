@@ -12,6 +12,8 @@ Values are small integers, so that sums are exact in any order. In each loop
 the first element of each result is compared on each replica, which also keeps
 TensorFlow from leaving out sums that nobody reads; after the last loop, when
 the time is taken, every element is.
+
+`plain_mpi_seconds` is the rival of sums over MPI, without TensorFlow.
 """
 
 import time
@@ -19,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_allreduce.reduce.observe import BatchRecord, observe
@@ -148,7 +151,6 @@ class TimedLoop:
     """
 
     def __init__(self, message: Message, strategy: Any, bytes_per_pack: int):
-        self.gradients = message.gradients
         self._message = message
         self._strategy = strategy
         self._options = tf.distribute.experimental.CommunicationOptions(
@@ -208,6 +210,49 @@ class TimedLoop:
             self._options,
         )
         return self._strategy.run(_look_at, args=(sums, right, firsts))
+
+
+def plain_mpi_seconds(
+    comm: Any, message: Message, values: Any, number: tf.Tensor, loops: int
+) -> float:
+    """Returns the time of one sum of MPI_Allreduce: see `TimedLoop.seconds`.
+
+    What osu_allreduce measures, with the messages of this benchmark: one array
+    after the other, with blocking calls. Parts of several devices of a worker
+    are added before the clock starts.
+
+    Args:
+        comm: Communicator of mpi4py with all workers.
+        message: The message.
+        values: What `Message.make` gave.
+        number: For which round.
+        loops: How often to sum them.
+
+    Raises:
+        WrongSumError: If a sum is wrong.
+    """
+    local = message.strategy.experimental_local_results(values)
+    owns = [
+        np.ascontiguousarray(np.sum([part.numpy() for part in parts], 0))
+        for parts in zip(*local, strict=True)
+    ]
+    totals = [np.empty_like(own) for own in owns]
+    comm.Barrier()
+    start = time.perf_counter()
+    for _ in range(loops):
+        for own, total in zip(owns, totals, strict=True):
+            comm.Allreduce(own, total)
+    elapsed = time.perf_counter() - start
+    message.check([tf.constant(total) for total in totals], number)
+    return elapsed / loops
+
+
+def mpi_can_sum(message: Message) -> bool:
+    """Whether MPI has a type for every gradient: none for 16-bit floats."""
+    return all(
+        not gradient.dtype.is_floating or gradient.dtype.size >= 4
+        for gradient in message.gradients
+    )
 
 
 def _after(values: list[tf.Tensor], right: tf.Tensor) -> list[tf.Tensor]:

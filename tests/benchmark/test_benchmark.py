@@ -13,7 +13,6 @@ from five_devices import DEVICES
 import keras_allreduce
 from keras_allreduce.benchmark import __main__ as benchmark_main
 from keras_allreduce.benchmark import run as benchmark_run
-from keras_allreduce.benchmark.model import gradients_of
 from keras_allreduce.benchmark.options import (
     bytes_of,
     divide,
@@ -23,6 +22,7 @@ from keras_allreduce.benchmark.options import (
     sizes_between,
     workers_in,
 )
+from keras_allreduce.benchmark.run import gradients_of
 from keras_allreduce.benchmark.table import (
     Row,
     Setting,
