@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 
 from faults import FAULTS
 
@@ -176,6 +177,8 @@ def _run_pytest(arguments, output):
 
         # Ends the processes that tests keep, which os._exit does not.
         atexit._run_exitfuncs()
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()  # The last line is shown.
     finally:
         os._exit(code)
 
