@@ -144,9 +144,10 @@ class Collectives:
                 )
 
             tokens = [self._token_of(device) for device in devices]
-            with self._in_flight.watched(f"gpus {name}", tensors) as flight:
-                flight.results += on_each(devices, launch, tensors, tokens)
-            return flight.results
+            watched = self._in_flight.watched(f"gpus {name}", tensors)
+            with watched as (results, _):
+                results += on_each(devices, launch, tensors, tokens)
+            return results
 
     def all_gather(self, tensor: tf.Tensor, purpose: str) -> tf.Tensor:
         """Concatenates `tensor`, of one shape on all workers, along axis 0."""
@@ -186,15 +187,15 @@ class Collectives:
         with tf.device(self._group.device):
             name = self._names.name(tensor, purpose)
             place = self._place(name, tensor)
-            with self._in_flight.watched(name, [tensor]) as flight:
+            with self._in_flight.watched(name, [tensor]) as (results, tokens):
                 result = op(
                     input=tensor,
-                    ordering_token=flight.tokens,
+                    ordering_token=tokens,
                     communication_hint="ring",
                     **attributes,
                     **place,
                 )
-                flight.results.append(result)
+                results.append(result)
             return result
 
     def _place(self, name: str, tensor: tf.Tensor) -> dict[str, Any]:

@@ -31,16 +31,11 @@ from keras_allreduce.graph_order import (
     new_counter,
 )
 
+# Held by the thread that reads counters.
+_reading = threading.RLock()
 
-class _Reads:
-    """Whether counters may be read, by one thread at a time."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.connecting = 0
-
-
-_reads = _Reads()
+# A key for each block in which none may be read.
+_connecting: set[object] = set()
 
 
 @contextlib.contextmanager
@@ -50,13 +45,14 @@ def nothing_is_read() -> Iterator[None]:
     It makes its devices anew for another strategy of the process, and ends
     the process if a variable is read meanwhile.
     """
-    with _reads.lock:
-        _reads.connecting += 1
+    block = object()
+    with _reading:
+        _connecting.add(block)
     try:
         yield
     finally:
-        with _reads.lock:
-            _reads.connecting -= 1
+        with _reading:
+            _connecting.remove(block)
 
 
 class Counters:
@@ -127,21 +123,6 @@ class TimedCounters(Counters):
             return int(self.begun.numpy()) + 1
 
 
-class Flight:
-    """One collective, while it is traced or run.
-
-    Attributes:
-        results: Takes the results.
-        tokens: `ordering_token` of its ops, which keeps TensorFlow from
-            running it after the one traced before it: it chains stateful ops
-            unless they use different variables.
-    """
-
-    def __init__(self, tokens: Sequence[tf.Tensor]):
-        self.results: list[tf.Tensor] = []
-        self.tokens = list(tokens)
-
-
 @dataclass(frozen=True)
 class Reading:
     """The collectives of one strategy at one time.
@@ -190,35 +171,41 @@ class InFlight:
     @contextlib.contextmanager
     def watched(
         self, name: str, tensors: Sequence[tf.Tensor]
-    ) -> Iterator[Flight]:
+    ) -> Iterator[tuple[list[tf.Tensor], list[tf.Tensor]]]:
         """Counts the collective that is traced or run in the block.
 
-        It is in flight from when all of `tensors` are ready until all that
-        the block appends to `results` is.
+        It is in flight from when all of `tensors` are ready until all of its
+        results are.
 
         Args:
             name: Name of the collective, the same on all workers.
             tensors: The tensors that it sends.
+
+        Yields:
+            An empty list, to which the block appends the results, and the
+            `ordering_token` of its ops. That keeps TensorFlow from running it
+            after the one traced before it: it chains stateful ops unless they
+            use different variables.
         """
         if tf.executing_eagerly():
             self.count_eager()
             with self.during():
-                yield Flight(())
+                yield [], []
             return
         if not tf.compat.v1.executing_eagerly_outside_functions():
             # Only a session could read the counters of its graph.
-            yield Flight(())
+            yield [], []
             return
         with self._lock:
             if name not in self._counters:
                 self._counters[name] = self._new_counters()
             counters = self._counters[name]
         keep_with_graph(counters)
-        flight = Flight([counters.begun.handle])
+        results: list[tf.Tensor] = []
         began = counters.begin(tensors)
         with tf.control_dependencies(began[-1:]):
-            yield flight
-        counters.end(began, flight.results)
+            yield results, [counters.begun.handle]
+        counters.end(began, results)
 
     def count_eager(self) -> None:
         """Counts a collective outside of a graph, which is about to begin."""
@@ -255,8 +242,8 @@ class InFlight:
         Returns:
             The reading; where nothing may be read, the last one.
         """
-        with _reads.lock:
-            if not _reads.connecting:
+        with _reading:
+            if not _connecting:
                 self._last_reading = self._read_counters()
             return self._last_reading
 

@@ -105,7 +105,8 @@ class LauncherClusterResolver(tf.distribute.cluster_resolver.ClusterResolver):
         config_proto: Any = None,
     ) -> dict[str, int]:
         """GPUs of this process by kind: those that CUDA shows it."""
-        return _num_accelerators()
+        num_gpus = len(tf.config.list_logical_devices("GPU"))
+        return {"GPU": num_gpus} if num_gpus else {}
 
 
 class _Alone(tf.distribute.cluster_resolver.ClusterResolver):
@@ -121,9 +122,6 @@ class _Alone(tf.distribute.cluster_resolver.ClusterResolver):
 
     def master(self, *args: Any, **kwargs: Any) -> str:
         return ""
-
-    def num_accelerators(self, *args: Any, **kwargs: Any) -> dict[str, int]:
-        return _num_accelerators()
 
 
 def resolver_for(
@@ -184,11 +182,6 @@ def _exchange(placement: Placement, timeout_seconds: float) -> tuple[str, ...]:
     this = f"rank {placement.rank} of {placement.size}"
     with waits_for_start(this, timeout_seconds):
         return tuple(exchange_addresses(placement, timeout_seconds, token))
-
-
-def _num_accelerators() -> dict[str, int]:
-    num_gpus = len(tf.config.list_logical_devices("GPU"))
-    return {"GPU": num_gpus} if num_gpus else {}
 
 
 def exchange_addresses(

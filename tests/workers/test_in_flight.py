@@ -25,9 +25,9 @@ def test_waits_that_are_not_timed_are_not_told(found):
 def test_several_tensors_are_in_flight_until_all_are_there(found):
     @tf.function
     def run(tensors):
-        with found.watched("sum", tensors) as flight:
-            flight.results += [2 * tensor for tensor in tensors]
-        return flight.results
+        with found.watched("sum", tensors) as (results, _):
+            results += [2 * tensor for tensor in tensors]
+        return results
 
     one, other = run([tf.ones([2]), tf.ones([3])])
     assert one.numpy().tolist() == [2, 2]
@@ -45,9 +45,9 @@ def test_a_collective_that_has_not_come_back_is_in_flight(found):
 
     @tf.function
     def run(tensor):
-        with found.watched("sum", [tensor]) as flight:
-            flight.results.append(tf.py_function(look, [tensor], tf.float32))
-        return flight.results
+        with found.watched("sum", [tensor]) as (results, _):
+            results.append(tf.py_function(look, [tensor], tf.float32))
+        return results
 
     run(tf.ones([]))
     assert seen[0] > 0
@@ -62,9 +62,9 @@ def test_what_runs_eagerly_is_in_flight_until_its_block_ends(found):
 
 def test_what_a_session_runs_is_not_counted(found):
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        with found.watched("sum", [tf.ones([])]) as flight:
-            flight.results.append(2 * tf.ones([]))
-        assert session.run(flight.results) == [2.0]
+        with found.watched("sum", [tf.ones([])]) as (results, _):
+            results.append(2 * tf.ones([]))
+        assert session.run(results) == [2.0]
     assert found.read().begun == 0
 
 
@@ -74,9 +74,9 @@ def test_nothing_is_read_while_tensorflow_connects(counters):
 
     @tf.function
     def run(tensor):
-        with found.watched("sum", [tensor]) as flight:
-            flight.results.append(2 * tensor)
-        return flight.results
+        with found.watched("sum", [tensor]) as (results, _):
+            results.append(2 * tensor)
+        return results
 
     run(tf.ones([]))
     assert found.read().ended == 1

@@ -27,8 +27,8 @@ def step(monkeypatch):
     def run():
         for name in ("one", "other"):
             one = tf.ones([])
-            with found.watched(name, [one]) as flight:
-                flight.results.append(tf.identity(one))
+            with found.watched(name, [one]) as (results, _):
+                results.append(tf.identity(one))
 
     return run, found
 

@@ -169,8 +169,8 @@ def test_each_kind_of_collective_has_its_count():
     @tf.function
     def step(tensor):
         for name in ("one", "other"):
-            with in_flight.watched(name, [tensor]) as flight:
-                flight.results.append(2 * tensor)
+            with in_flight.watched(name, [tensor]) as (results, _):
+                results.append(2 * tensor)
 
     for _ in range(2):
         step(tf.ones([]))
@@ -188,8 +188,8 @@ def test_a_graph_that_is_traced_again_counts_on():
 
     @tf.function
     def step(tensor):
-        with in_flight.watched("pack", [tensor]) as flight:
-            flight.results.append(2 * tensor)
+        with in_flight.watched("pack", [tensor]) as (results, _):
+            results.append(2 * tensor)
 
     step(tf.ones([2]))
     step(tf.ones([3]))

@@ -199,9 +199,9 @@ class MpiCollectives:
                 self._engine, name, collective, tensor.dtype, self.device
             )
             keep_with_graph(site)
-            with self._in_flight.watched(name, [tensor]) as flight:
-                flight.results.append(site.trace(tensor))
-            return flight.results[0]
+            with self._in_flight.watched(name, [tensor]) as (results, _):
+                results.append(site.trace(tensor))
+            return results[0]
 
     def _run_now(self, collective: Collective, tensor: tf.Tensor) -> tf.Tensor:
         # One after the other, in one order on all workers: one name for all.
