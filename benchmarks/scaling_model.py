@@ -80,6 +80,22 @@ def crowding(processes: int, cores: int) -> float:
     return max(1.0, processes / cores)
 
 
+def crowded(link: Link, factor: float, *, by_cores: bool) -> Link:
+    """The link when `factor` times as many processes share the cores.
+
+    Args:
+        link: The link of two processes.
+        factor: What `crowding` gave.
+        by_cores: Whether cores move the bytes, as on loopback, or a wire of
+            its own rate does.
+    """
+    return Link(
+        alpha=link.alpha * factor,
+        bandwidth=link.bandwidth / factor if by_cores else link.bandwidth,
+        gamma=link.gamma * factor,
+    )
+
+
 def exposed_seconds(
     nbytes: int,
     compute: float,

@@ -61,7 +61,9 @@ class Models:
         link = self.links[setting.place]
         if shared:
             factor = scaling_model.crowding(setting.workers, self.cores)
-            link = link.crowded(factor, by_cores=setting.place == LOOPBACK)
+            link = scaling_model.crowded(
+                link, factor, by_cores=setting.place == LOOPBACK
+            )
         return scaling_model.hierarchical_seconds(
             nbytes, setting.workers, setting.devices, link, self.inside
         )

@@ -53,22 +53,6 @@ class Link:
     bandwidth: float
     gamma: float = 0.0
 
-    def crowded(self, factor: float, *, by_cores: bool) -> "Link":
-        """The link when `factor` times as many processes share the cores.
-
-        Args:
-            factor: What `crowding` gave.
-            by_cores: Whether cores move the bytes, as on loopback, or a wire
-                of its own rate does.
-        """
-        slower = self.bandwidth / factor if by_cores else self.bandwidth
-        return replace(
-            self,
-            alpha=self.alpha * factor,
-            bandwidth=slower,
-            gamma=self.gamma * factor,
-        )
-
     def busy(self) -> "Link":
         """The link as it costs a pack among others that cross at once."""
         return replace(self, alpha=self.alpha * BUSY_SHARE)

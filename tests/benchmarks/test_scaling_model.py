@@ -64,8 +64,9 @@ def test_processes_beyond_the_cores_share_them(processes, factor):
 
 
 def test_crowded_cores_slow_the_bytes_only_where_they_carry_them():
-    assert LINK.crowded(2.0, by_cores=True) == Link(2e-3, 5e7, 2e-9)
-    assert LINK.crowded(2.0, by_cores=False) == Link(2e-3, 1e8, 2e-9)
+    crowded = scaling_model.crowded
+    assert crowded(LINK, 2.0, by_cores=True) == Link(2e-3, 5e7, 2e-9)
+    assert crowded(LINK, 2.0, by_cores=False) == Link(2e-3, 1e8, 2e-9)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1e-9])
