@@ -81,7 +81,7 @@ def has_store() -> bool:
     return config is not None and bool(config.service_type)
 
 
-def publish(key: str, value: str) -> "Future[None]":
+def publish(key: str, value: str, *, overwrite: bool = False) -> "Future[None]":
     """Writes into the store that all workers can read.
 
     The store belongs to TensorFlow's coordination service. Writing has no time
@@ -89,27 +89,20 @@ def publish(key: str, value: str) -> "Future[None]":
     of its own, which does not keep the process.
 
     Args:
-        key: Under which nothing has been written, or all of it deleted.
+        key: Under which nothing has been written, without `overwrite`.
         value: Any text.
+        overwrite: Whether an older value may be there. Readers wait between
+            the two.
 
     Returns:
         Is done when the value is there; its exception is a `tf.errors.OpError`.
     """
-    return _aside(key, value, delete_first=False)
-
-
-def publish_again(key: str, value: str) -> "Future[None]":
-    """Overwrites a value. Readers wait in between."""
-    return _aside(key, value, delete_first=True)
-
-
-def _aside(key: str, value: str, *, delete_first: bool) -> "Future[None]":
     written: Future[None] = Future()
 
     def write() -> None:
         context = _context.context()
         try:
-            if delete_first:
+            if overwrite:
                 with contextlib.suppress(tf.errors.NotFoundError):
                     context.delete_config_key_value(key)
             context.set_config_key_value(key, value)

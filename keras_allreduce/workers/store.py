@@ -147,8 +147,8 @@ class KeyValueStore:
         last = self._replaced.get(name)
         if last is not None and futures.wait([last], seconds).not_done:
             return False
-        written = runtime.publish_again(
-            self._key(name, self._cluster.rank), text
+        written = runtime.publish(
+            self._key(name, self._cluster.rank), text, overwrite=True
         )
         self._replaced[name] = written
         futures.wait([written], max(0, end - time.monotonic()))

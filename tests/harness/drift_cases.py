@@ -547,8 +547,8 @@ def store_operations(strategy, index):
     }
 
     def counted(name):
-        def call(key, *arguments):
-            result = stock[name](key, *arguments)
+        def call(key, *arguments, **options):
+            result = stock[name](key, *arguments, **options)
             if "/progress/" not in key:  # Of another thread.
                 counts[name] += 1
             return result

@@ -30,14 +30,12 @@ class FakeRuntime:
         self.reads = Counter()
         self.is_reachable = True
 
-    def publish(self, key, value):
+    def publish(self, key, value, *, overwrite=False):
         written = futures.Future()
         if self.is_reachable:
             self.texts[key] = value
             written.set_result(None)
         return written
-
-    publish_again = publish
 
     def read_published(self, key, timeout_seconds):
         self.reads[key] += 1
