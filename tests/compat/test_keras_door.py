@@ -1,7 +1,9 @@
 """The door is made once, can be closed, and says where Keras does not fit."""
 
 import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_allreduce.compat import keras_calls, keras_door
 
@@ -132,3 +134,42 @@ def test_a_fit_that_shows_no_iterator_is_warned_about(
     model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
     with pytest.warns(UserWarning, match="expects an iterator over the epochs"):
         model.fit()
+
+
+class Almost(keras.initializers.Zeros):
+    """Not all zeros."""
+
+    def __call__(self, shape, dtype=None):
+        return super().__call__(shape, dtype) + len(shape)
+
+
+@pytest.mark.parametrize(
+    ("initializer", "expected"),
+    [
+        ("zeros", "zeros of float32 [2, 3]"),
+        (keras.initializers.Ones(), "ones of float32 [2, 3]"),
+        ("glorot_uniform", None),
+        (keras.initializers.Constant(0.0), None),
+        (Almost(), None),
+        (lambda shape, dtype: tf.zeros(shape, dtype), None),
+    ],
+    ids=["zeros", "ones", "random", "constant", "subclass", "function"],
+)
+def test_the_initial_value_of_a_variable_is_known_by_its_initializer(
+    initializer, expected
+):
+    found, others = [], []
+
+    def make(next_creator, **kwargs):
+        found.append(keras_calls.constant_of(kwargs["initial_value"]))
+        # Such as a creator of the user's may put in its place.
+        others.append(keras_calls.constant_of(lambda: tf.ones([2, 3])))
+        return next_creator(**kwargs)
+
+    keras_door.install()
+    with tf.variable_creator_scope(make):
+        keras.Variable(initializer, shape=[2, 3])
+        keras.Variable(np.zeros([2, 3]))
+        tf.Variable(tf.zeros([2, 3]))
+    assert found == [expected, None, None]
+    assert others == [None, None, None]

@@ -446,6 +446,6 @@ FAULTS = [
         "compat/keras_calls.py",
         "_CONSTANTS.get(type(_thread.initializer))",
         '"values"',
-        ("test_keras_calls.py -k initial_value",),
+        ("test_keras_door.py -k initial_value",),
     ),
 ]

@@ -279,6 +279,10 @@ def test_none_of_a_generator_is_trained_on_as_on_one_device():
         model.fit(batches(), verbose=0)
         return model.get_weights()
 
+    try:
+        expected = fitted(nullcontext())
+    except AttributeError:
+        pytest.skip(f"Keras {keras.__version__} takes no None of a generator")
     found = fitted(AllReduceStrategy(DEVICES[:2]).scope())
-    for one, other in zip(found, fitted(nullcontext()), strict=True):
+    for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
