@@ -28,7 +28,9 @@ from keras_allreduce.one_device.reduction import (
 EXACT = 1e-4
 TF32 = 2e-3
 HALF_PRECISION = 5e-2
-# A step adds a small part to a variable.
+# A step adds a small part to a variable: relative to that part, rounding of the
+# whole is larger, up to the second.
+LOST_IN_STATE = 1e-5
 OF_STATE = 2e-2
 
 # A difference counts if it is larger than so many of its standard deviations.

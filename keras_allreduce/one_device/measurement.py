@@ -204,7 +204,7 @@ def _reduction(
         end: The kind by the op that it ends in, if that is a reduction.
     """
     if key[0] in reduction.STATES:
-        return _of_state(key, states, max(tolerance, judge.OF_STATE))
+        return _of_state(key, states, tolerance)
     if end == reduction.COMPARES:
         return Reduction(doubt=end)
     found = [_in_state(key, each, tolerance) for each in states if key in each]
@@ -338,7 +338,11 @@ def _added(
         rounding = 1e-6 * np.abs(kept).max(initial=0.0)
         if all((np.abs(each) <= rounding).all() for each in added):
             continue
-        found.append(judged(added[0], added[1], added[2], tolerance))
+        # What is added has lost the digits of what is kept.
+        largest = max(float(np.abs(each).max(initial=0.0)) for each in added)
+        lost = judge.LOST_IN_STATE * np.abs(decay * kept).max() / largest
+        most = max(tolerance, min(float(lost), judge.OF_STATE))
+        found.append(judged(added[0], added[1], added[2], most))
     return _agreed(found) if any(found) else None
 
 
