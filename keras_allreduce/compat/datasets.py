@@ -132,11 +132,13 @@ def ends_in_batch(dataset: Any) -> bool:
     return name in _LEAVE_BATCHES and all(map(ends_in_batch, sources))
 
 
-_BATCHES = {"Batch", "PaddedBatch", "ParallelBatch"}
-_LEAVE_BATCHES = {
-    *("Cache", "Concatenate", "Filter", "Options", "Prefetch", "Repeat"),
-    *("Shard", "Shuffle", "Skip", "Take"),
-}
+_BATCHES = frozenset({"Batch", "PaddedBatch", "ParallelBatch"})
+_LEAVE_BATCHES = frozenset(
+    {
+        *("Cache", "Concatenate", "Filter", "Options", "Prefetch", "Repeat"),
+        *("Shard", "Shuffle", "Skip", "Take"),
+    }
+)
 
 
 def ends_in_one_step(dataset: Any, batches: int | None) -> bool:
@@ -165,11 +167,13 @@ def _name(dataset: Any) -> str:
 
 
 # Transformations without data sets of their own, and sources that are tensors.
-_READ_NO_FILES = {
-    *("Batch", "Cache", "Concatenate", "Filter", "Map", "Options"),
-    *("PaddedBatch", "ParallelBatch", "ParallelMap", "Prefetch", "Range"),
-    *("Repeat", "Shuffle", "Skip", "Take", "Tensor", "TensorSlice", "Zip"),
-}
+_READ_NO_FILES = frozenset(
+    {
+        *("Batch", "Cache", "Concatenate", "Filter", "Map", "Options"),
+        *("PaddedBatch", "ParallelBatch", "ParallelMap", "Prefetch", "Range"),
+        *("Repeat", "Shuffle", "Skip", "Take", "Tensor", "TensorSlice", "Zip"),
+    }
+)
 
 
 def example(element_spec: Any, batch_size: int) -> Any:

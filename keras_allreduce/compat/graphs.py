@@ -29,10 +29,21 @@ _INSIDE = (
 
 # Ops whose result is linear in one of their inputs, where the others do not
 # depend on the samples. So a division before them divides what follows.
-_LINEAR = {
-    *("AddN", "AddV2", "Cast", "Identity", "IdentityN", "Mean", "Mul", "Neg"),
-    *("Reshape", "Squeeze", "Sub", "Sum"),
-}
+_LINEAR = frozenset(
+    {
+        *(
+            "AddN",
+            "AddV2",
+            "Cast",
+            "Identity",
+            "IdentityN",
+            "Mean",
+            "Mul",
+            "Neg",
+        ),
+        *("Reshape", "Squeeze", "Sub", "Sum"),
+    }
+)
 # Ops that draw random numbers. Beginnings of their names.
 _RANDOM = (
     *("Multinomial", "ParameterizedTruncatedNormal", "Random", "Rng"),
@@ -44,9 +55,9 @@ _RANDOM = (
 )
 _READS_OF_DATA = ("IteratorGetNext", "OptionalGetValue", *_RANDOM)
 # Ops that leave a value as it is.
-_SAME = {"Cast", "Identity", "Reshape", "Squeeze"}
-_REDUCTIONS = {"Max", "Mean", "Min", "Sum"}
-_DIVISIONS = {"RealDiv", "DivNoNan", "Div"}
+_SAME = frozenset({"Cast", "Identity", "Reshape", "Squeeze"})
+_REDUCTIONS = frozenset({"Max", "Mean", "Min", "Sum"})
+_DIVISIONS = frozenset({"RealDiv", "DivNoNan", "Div"})
 _MOST_OPS = 10_000
 
 

@@ -335,13 +335,13 @@ def _added(
     found = []
     for kept, after in zip(before, parts, strict=True):
         added = [each - decay * kept for each in after]
-        rounding = 1e-6 * np.abs(kept).max(initial=0.0)
-        if all((np.abs(each) <= rounding).all() for each in added):
+        size = float(np.abs(kept).max(initial=0.0))
+        largest = float(np.abs(added).max(initial=0.0))
+        if largest <= 1e-6 * size:
             continue
         # What is added has lost the digits of what is kept.
-        largest = max(float(np.abs(each).max(initial=0.0)) for each in added)
-        lost = judge.LOST_IN_STATE * np.abs(decay * kept).max() / largest
-        most = max(tolerance, min(float(lost), judge.OF_STATE))
+        lost = judge.LOST_IN_STATE * abs(decay) * size / largest
+        most = max(tolerance, min(lost, judge.OF_STATE))
         found.append(judged(added[0], added[1], added[2], most))
     return _agreed(found) if any(found) else None
 

@@ -76,10 +76,10 @@ class ProcessGroup:
         """The dtype in which TensorFlow's may sum gradients of `dtype`."""
         return dtype
 
-    def knows_initial_value(self, initial_value: Any) -> bool:
-        """Whether all workers give a new variable the same value anyhow.
+    def note_constant(self, initial_value: Any) -> bool:
+        """Notes a new variable if its value is the same on all workers anyhow.
 
-        It is compared later then.
+        Returns whether it is. Then it is compared later.
 
         Args:
             initial_value: Value of the variable, or a function that makes it.

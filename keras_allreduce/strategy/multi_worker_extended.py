@@ -98,7 +98,7 @@ class MultiWorkerAllReduceExtended(
     ) -> Any:
         if replica_id == 0:
             initial_value = kwargs["initial_value"]
-            if self._workers.knows_initial_value(initial_value):
+            if self._workers.note_constant(initial_value):
                 return initial_value
             kwargs["initial_value"] = self._workers.compare_initial_value(
                 initial_value

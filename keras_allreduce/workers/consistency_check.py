@@ -208,16 +208,19 @@ class ConsistencyCheck:
         order = in_another_order("gradient", found)
         self.raise_differences(_STEPS, order, ORDER)
 
-    def knows_initial_value(self, initial_value: Any) -> bool:
-        """Whether a variable begins with zeros or ones, on all workers alike.
+    def note_constant(self, initial_value: Any) -> bool:
+        """Notes a new variable if it begins with zeros or ones.
 
-        So its value need not come from the chief, and the workers need not
-        wait for each other: the next comparison, of anything, includes it.
-        Most variables are so: biases, moving statistics, the state of
-        optimizers and metrics.
+        Its value need not come from the chief, and the workers need not wait
+        for each other: the next comparison, of anything, includes it. Most
+        variables are so: biases, moving statistics, the state of optimizers
+        and metrics.
 
         Args:
             initial_value: See `compare_initial_value`.
+
+        Returns:
+            Whether it does.
         """
         constant = keras_calls.constant_of(initial_value)
         if constant is None:

@@ -22,6 +22,12 @@ from typing import Any
 
 import tensorflow as tf
 
+RESTART = (
+    "start all workers again; keras.callbacks.BackupAndRestore goes on where "
+    "they were."
+)
+"""How to go on after one was lost: the end of a sentence."""
+
 _SHOWN_CHARACTERS = 200
 _TAG = "[keras_allreduce"
 _TAGGED = re.compile(r'\[keras_allreduce:(\w+)\] ([^\n\\"]*)')

@@ -24,6 +24,7 @@ import tensorflow as tf
 
 from keras_allreduce.compat import exit_code, keras_calls
 from keras_allreduce.workers.errors import (
+    RESTART,
     WorkerError,
     WorkerLostError,
     from_tagged,
@@ -153,8 +154,7 @@ def explain(error: BaseException | None) -> str | None:
 _DISCONNECTED = (
     "All workers must stay connected until training ends. Received: a "
     "connection broke, and no worker is gone or silent ({}). Look for a link "
-    "that was down, or a firewall that closes connections, then start all "
-    "workers again; keras.callbacks.BackupAndRestore goes on where they were."
+    f"that was down, or a firewall that closes connections, then {RESTART}"
 )
 
 _REMEDY = (

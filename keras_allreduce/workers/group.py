@@ -173,9 +173,9 @@ class WorkerGroup(ProcessGroup):
         calls = Calls(check, progress, weights)
         return cls(workers, check, calls, between, nccl, options)
 
-    def knows_initial_value(self, initial_value: Any) -> bool:
+    def note_constant(self, initial_value: Any) -> bool:
         """See `ConsistencyCheck`."""
-        return self._check.knows_initial_value(initial_value)
+        return self._check.note_constant(initial_value)
 
     def compare_initial_value(self, initial_value: Any) -> Any:
         """See `ConsistencyCheck`."""

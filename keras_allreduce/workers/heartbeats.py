@@ -29,17 +29,14 @@ import tensorflow as tf
 from keras_allreduce.addresses import parse_address
 from keras_allreduce.compat import runtime
 from keras_allreduce.workers.cluster import Cluster
-from keras_allreduce.workers.errors import WorkerError, WorkerLostError
+from keras_allreduce.workers.errors import RESTART, WorkerError, WorkerLostError
 from keras_allreduce.workers.stall import StallInspector
 from keras_allreduce.workers.timing import TIMING
 
 REFUSALS = 3
 """A closed port is asked so often, in case only one connection broke."""
 
-REMEDY = (
-    "Look at its log, then start all workers again; "
-    "keras.callbacks.BackupAndRestore goes on where they were."
-)
+REMEDY = f"Look at its log, then {RESTART}"
 
 _SETTINGS = 4
 _FRAME_BYTES = 9

@@ -436,8 +436,8 @@ FAULTS = [
         "zip_of_batches",
         "batches that are zipped are taken to have one length",
         "compat/datasets.py",
-        '"Skip", "Take"),\n}\n\n\ndef ends_in_one',
-        '"Skip", "Take", "Zip"),\n}\n\n\ndef ends_in_one',
+        '"Skip", "Take"),\n    }\n)\n\n\ndef ends_in_one',
+        '"Skip", "Take", "Zip"),\n    }\n)\n\n\ndef ends_in_one',
         ("test_input.py -k may_differ_in_length",),
     ),
     Fault(

@@ -141,11 +141,11 @@ def test_zeros_are_compared_with_whatever_comes_next(
     published = Published(options)
     # The other worker, whose store keeps what it publishes.
     other = ConsistencyCheck(CLUSTER, published, Progress(InFlight()))
-    assert not other.knows_initial_value(None)
-    assert all(map(other.knows_initial_value, of_other))
+    assert not other.note_constant(None)
+    assert all(map(other.note_constant, of_other))
     store = Published(other.state(options)[0])
     check = ConsistencyCheck(CLUSTER, store, Progress(InFlight()))
-    assert check.knows_initial_value("zeros")
+    assert check.note_constant("zeros")
     if said is None:
         check.compare("options", options)
         return
