@@ -108,6 +108,8 @@ def command_of(commands, network=None):
         line += [":"] if rank else []
         if network:
             line += ["--host", f"{network.addresses[rank]}:1"]
+            # All namespaces have the name of this machine.
+            command = ["env", f"MASTER_ADDR={network.addresses[0]}", *command]
         line += ["-n", "1", *command]
     return network.command(0, line) if network else line
 

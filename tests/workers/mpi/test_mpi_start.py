@@ -127,3 +127,20 @@ def test_a_process_bound_to_few_cores_is_warned(
     if warns:
         assert f"on {mine} of {cores} cores" in warnings[0]
         assert "--bind-to none" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks_here", "address"),
+    [(2, "127.0.0.1"), (1, "")],
+    ids=["one host", "two of one name"],
+)
+def test_rank_0_is_on_loopback_for_its_own_host_only(ranks_here, address):
+    here = SimpleNamespace(Get_size=lambda: ranks_here, Free=lambda: None)
+    comm = SimpleNamespace(
+        Get_size=lambda: 2,
+        Split_type=lambda kind: here,
+        allgather=lambda name: ["localhost", "localhost"],
+        bcast=lambda value, root: value,
+    )
+    mpi = SimpleNamespace(COMM_WORLD=comm, COMM_TYPE_SHARED="shared")
+    assert library.address_of_rank_0(mpi) == address
