@@ -11,7 +11,8 @@ For models that are not under a strategy of ours they stay the same.
     get_metrics_result                   the metrics are read together
     _maybe_symbolic_build                a model is built: see below
     make_train_function, and of test     the function that it makes says, while
-      and predict                          it runs, whose step it runs
+      and predict                          it runs, whose step it runs, and is
+                                           optimized for CPUs (`functions`)
     Variable._initialize and             a variable is made, by which
       _initialize_with_initializer         initializer
 
@@ -43,8 +44,8 @@ from typing import Any
 
 import keras
 
+from keras_allreduce.compat import functions, keras_calls
 from keras_allreduce.compat import keras as keras_compat
-from keras_allreduce.compat import keras_calls
 from keras_allreduce.environment import DOOR
 
 _CUSTOM_LOOP = (
@@ -318,10 +319,16 @@ def makes_functions() -> bool:
 
 
 def _saying(model: Any, step: str, function: Any) -> Any:
-    """`function`, which says whose step it runs."""
+    """`function`, which says whose step it runs, and is optimized for it."""
+    devices = model.distribute_strategy.extended.worker_devices
+    optimizing = (
+        functions.brief
+        if functions.is_brief_on(devices)
+        else contextlib.nullcontext
+    )
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with keras_calls.running_step(model, step):
+        with keras_calls.running_step(model, step), optimizing():
             return function(*args, **kwargs)
 
     return run

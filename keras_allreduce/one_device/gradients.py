@@ -10,7 +10,7 @@ accumulation and clipping of Keras see the sum.
                        [2] backprop
                        [3] the sum over all replicas
     optimizer.apply    [4] the sum of what no tape has taken
-                       [5] the update, on each replica alike, or once for all
+                       [5] the update, on each replica alike (`update.py`)
 
 A step of Keras whose optimizer accumulates leaves out [3]: each replica adds
 up its own gradients, and [4] sums them in the step that applies them.
@@ -26,6 +26,10 @@ from keras_allreduce.compat import graphs
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.one_device import reduction, replica
 from keras_allreduce.one_device.empty_replica import SynchronizedSums
+from keras_allreduce.one_device.gradient_sums import (
+    sum_over_replicas,
+    sum_when_applied,
+)
 from keras_allreduce.one_device.reduction import (
     RATIO,
     SUM,
@@ -34,14 +38,7 @@ from keras_allreduce.one_device.reduction import (
 )
 from keras_allreduce.one_device.replica import Replicas
 from keras_allreduce.one_device.shares import part_of_denominators
-from keras_allreduce.one_device.update import (
-    is_done_once,
-    number_on_worker,
-    sum_over_replicas,
-    sum_when_applied,
-    take_over,
-    update,
-)
+from keras_allreduce.one_device.update import Updates, update
 from keras_allreduce.reduce.observe import BatchRecord
 from keras_allreduce.reduce.packing import scale
 
@@ -76,6 +73,7 @@ class GradientsOfTheBatch:
         self._replicas = replicas
         self._reductions = reductions
         self._sums = sums
+        self._updates = Updates(replicas)
         self._shares_on_host = shares_on_host
         self._is_custom = is_custom
         self._accumulates = accumulates
@@ -199,10 +197,7 @@ class GradientsOfTheBatch:
         if keras_compat.inner_optimizer(optimizer) is not None:
             # Checks all replicas' gradients at once, in a merge_call.
             return apply(grads, variables)
-        replicas, number = self._replicas, number_on_worker(self._replicas)
-        if number and is_done_once(replicas, optimizer, grads, variables):
-            return take_over(replicas, number, optimizer, variables or ())
-        return update(apply, grads, variables)  # [5]
+        return self._updates.make(apply, optimizer, grads, variables)  # [5]
 
     def _reduced(
         self, optimizer: Any, grads: list[Any], variables: list[Any] | None

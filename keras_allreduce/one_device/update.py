@@ -1,10 +1,14 @@
-"""Sums gradients over the replicas, and updates each replica with the sums.
+"""Updates the variables of each replica with reduced gradients.
 
-With gradient accumulation nothing has to be sent between two updates: each
-replica adds up its own gradients in Keras's accumulators. When Keras is about
-to apply, the accumulated gradients of the replicas are reduced together with
-the last ones, and the accumulators start again from zero. Keras then adds its
-(zero) accumulators and goes on as on one device.
+All replicas of a worker come to the same, each with its own part of each
+variable. So the others
+
+    take over    what the first has come to, where variables are large (CPUs)
+    repeat       what the first has traced, with their own variables
+    update       as the first does: XLA, optimizers that are not Keras's,
+                   accumulated gradients, whatever reads anything else
+
+Half of the time of tracing a step with Adam is that of its updates.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +17,11 @@ from typing import Any
 import tensorflow as tf
 
 from keras_allreduce import xla_clusters
-from keras_allreduce.compat import distribute, keras_config
+from keras_allreduce.compat import functions, keras_config
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.devices import is_gpu
 from keras_allreduce.one_device import replica
 from keras_allreduce.one_device.replica import Replicas
-from keras_allreduce.one_device.shares import largest
-from keras_allreduce.reduce.observe import BatchRecord, observe
 from keras_allreduce.reduce.packing import nbytes_of
 
 LARGE_BYTES = 64 * 1024
@@ -30,144 +32,164 @@ times: see "Steps with Adam" in benchmarks/RESULTS.md.
 """
 
 
-def sum_when_applied(
-    replicas: Replicas,
-    optimizer: Any,
-    gradients: Sequence[Any],
-    variables: Sequence[Any] | None,
-    note: Callable[[Sequence[BatchRecord]], None],
-) -> list[Any]:
-    """Sums accumulated gradients if this step applies them.
+class Updates:
+    """The updates of a step, which the replicas of a worker make alike.
+
+    TensorFlow traces one replica after the other, the first one first.
 
     Args:
         replicas: The replicas of this worker.
-        optimizer: Optimizer with `gradient_accumulation_steps`.
-        gradients: Those of this replica; `None` stays `None`.
-        variables: Those that the gradients are of, if known.
-        note: Called with the records of accumulated gradients, inside the
-            branch that reduces them.
-
-    Returns:
-        On a step that applies, the sums of all that was accumulated on all
-        replicas; on others the gradients as they were.
     """
-    moving = _moving(gradients, variables)
-    accumulators = variables and keras_compat.gradient_accumulators(
-        optimizer, [variables[index] for index in moving]
-    )
-    if not accumulators:
-        return sum_over_replicas(replicas, gradients, (), variables)
-    gradients = largest_of_assigned(replicas, gradients, variables)
-    steps = optimizer.gradient_accumulation_steps
-    local_values = replicas.local_values
 
-    def merge(_strategy: Any, values: Sequence[Any]) -> list[Any]:
-        parts = [local_values(value) for value in values]
-        accumulated = [local_values(each.value) for each in accumulators]
+    def __init__(self, replicas: Replicas):
+        self._replicas = replicas
+        self._traced: dict[int, _TracedUpdate] = {}
 
-        def communicate() -> list[tuple[Any, ...]]:
-            totals = [
-                distribute.PerReplica(tuple(map(_take, *both)))
-                for both in zip(parts, accumulated, strict=True)
-            ]
-            with observe() as records:
-                sums = replicas.sum_gradients(totals)
-            note([record.every(steps) for record in records])
-            return [tuple(local_values(total)) for total in sums]
+    def make(
+        self,
+        apply: Callable[..., Any],
+        optimizer: Any,
+        gradients: Sequence[Any],
+        variables: Sequence[Any] | None,
+    ) -> Any:
+        """Updates the replica that this thread runs.
 
-        def keep() -> list[tuple[Any, ...]]:
-            return [tuple(each) for each in parts]
+        Args:
+            apply: Called with the gradients and, if known, the variables.
+            optimizer: The optimizer whose `apply` it is.
+            gradients: The reduced gradients: tensors, `IndexedSlices`, `None`s.
+            variables: Those that the gradients are of, if known.
 
-        count = keras_compat.iterations(optimizer) + 1
-        kept = tf.cond(tf.equal(count % steps, 0), communicate, keep)
-        return [distribute.PerReplica(tuple(each)) for each in kept]
+        Returns:
+            What `apply` returns.
+        """
+        replicas, number = self._replicas, _number_on_worker(self._replicas)
+        call = replica.current().next_call("update")
+        is_once = is_done_once(replicas, optimizer, gradients, variables)
+        if number and is_once:
+            return take_over(replicas, number, optimizer, variables or ())
+        if (
+            is_once
+            or not variables
+            or not _is_repeatable(replicas, optimizer, gradients)
+        ):
+            return update(apply, gradients, variables)
+        if number == 0:
+            self._traced[call] = _TracedUpdate(
+                apply, optimizer, gradients, variables
+            )
+        traced = self._traced.get(call)
+        if traced and traced.is_of(optimizer, gradients, variables):
+            captures = traced.captures(replicas, number)
+            if captures is not None:
+                return traced.call(gradients, captures)
+        return update(apply, gradients, variables)
 
-    dense = [tf.convert_to_tensor(gradients[index]) for index in moving]
-    return _exchanged(gradients, moving, replica.merged(merge, dense))
 
+def _is_repeatable(
+    replicas: Replicas, optimizer: Any, gradients: Sequence[Any]
+) -> bool:
+    """Whether the other replicas may repeat what the first one has traced.
 
-def sum_over_replicas(
-    replicas: Replicas,
-    gradients: Sequence[Any],
-    weights: Sequence[tf.Tensor],
-    variables: Sequence[Any] | None,
-) -> list[Any]:
-    """The sums over all replicas, in a replica's thread.
-
-    Args:
-        replicas: The replicas.
-        gradients: Those of this replica; `None` stays `None`.
-        weights: See `Replicas.sum_gradients`.
-        variables: Those that the gradients are of, if known. Of gradients
-            that Keras assigns as they are the largest is taken.
+    What an optimizer of the user does in Python may depend on the replica.
     """
-    reduced = largest_of_assigned(replicas, gradients, variables)
-    moving = _moving(reduced, variables)
-    if not moving:
-        return reduced
-
-    def merge(_strategy: Any, moved: Sequence[Any]) -> list[Any]:
-        return replicas.sum_gradients(moved, weights)
-
-    sums = replica.merged(merge, [reduced[index] for index in moving])
-    return _exchanged(reduced, moving, sums)
-
-
-def largest_of_assigned(
-    replicas: Replicas,
-    gradients: Sequence[Any],
-    variables: Sequence[Any] | None,
-) -> list[Any]:
-    """Gradients that Keras assigns, the largest of all replicas.
-
-    Those of float8 are scales and the largest values of the last batches; the
-    largest value of a batch is that of the largest of its parts.
-    """
-    moving = set(_moving(gradients, variables))
-    assigned = [
-        index
-        for index, gradient in enumerate(gradients)
-        if gradient is not None and index not in moving
-    ]
-    if not assigned:
-        return list(gradients)
-
-    def merge(_strategy: Any, values: Sequence[Any]) -> list[Any]:
-        return [largest(value, replicas) for value in values]
-
-    found = replica.merged(merge, [gradients[index] for index in assigned])
-    return _exchanged(gradients, assigned, found)
-
-
-def _exchanged(
-    values: Sequence[Any], indices: Sequence[int], others: Sequence[Any]
-) -> list[Any]:
-    """The values, with others at some indices."""
-    by_index = dict(zip(indices, others, strict=True))
-    return [by_index.get(at, value) for at, value in enumerate(values)]
-
-
-def _moving(
-    gradients: Sequence[Any], variables: Sequence[Any] | None
-) -> list[int]:
-    """Indices of the gradients that are summed."""
-    return [
-        index
-        for index, gradient in enumerate(gradients)
-        if gradient is not None
-        and not (
-            variables is not None
-            and keras_compat.takes_gradient_as_value(variables[index])
+    return (
+        len(replicas.devices) > 1
+        and not tf.executing_eagerly()
+        and not replica.is_measured()
+        and not xla_clusters.is_marking()
+        and keras_config.is_of_keras(optimizer)
+        and optimizer.built
+        and not keras_compat.accumulates(optimizer)
+        and all(
+            isinstance(each, tf.Tensor | tf.IndexedSlices)
+            for each in _given(gradients)
         )
-    ]
+    )
 
 
-def _take(gradient: tf.Tensor, accumulator: tf.Variable) -> tf.Tensor:
-    """The gradient and all that was accumulated, which starts again."""
-    with tf.device(accumulator.device):
-        total = gradient + accumulator
-        accumulator.assign(tf.zeros_like(accumulator))
-    return total
+class _TracedUpdate:
+    """The update of the first replica, as a function of its gradients."""
+
+    def __init__(
+        self,
+        apply: Callable[..., Any],
+        optimizer: Any,
+        gradients: Sequence[Any],
+        variables: Sequence[Any],
+    ):
+        self._call = _key(optimizer, gradients, variables)
+        self._variables = [*optimizer.variables, *variables]
+        self._result: Any = None
+
+        def update_first(*tensors: tf.Tensor) -> None:
+            given = iter(
+                tf.nest.pack_sequence_as(
+                    _given(gradients), tensors, expand_composites=True
+                )
+            )
+            self._result = update(
+                apply,
+                [each if each is None else next(given) for each in gradients],
+                variables,
+            )
+
+        self._traced = functions.traced_anywhere(
+            update_first, _tensors(gradients)
+        )
+
+    def is_of(
+        self,
+        optimizer: Any,
+        gradients: Sequence[Any],
+        variables: Sequence[Any],
+    ) -> bool:
+        """Whether another replica is to update the same, at the same place."""
+        return self._call == _key(optimizer, gradients, variables)
+
+    def captures(
+        self, replicas: Replicas, number: int
+    ) -> list[tf.Tensor] | None:
+        """The handles of a replica's variables, in place of the first's.
+
+        `None` for another replica than the first if the update reads anything
+        but variables.
+        """
+        own = {}
+        for variable in self._variables:
+            parts = replicas.local_values(variable.value) or [variable.value]
+            own[id(parts[0].handle)] = parts[number % len(parts)].handle
+        captures = self._traced.captured_inputs
+        if not all(id(each) in own for each in captures):
+            return list(captures) if number == 0 else None
+        return [own[id(each)] for each in captures]
+
+    def call(
+        self, gradients: Sequence[Any], captures: Sequence[tf.Tensor]
+    ) -> Any:
+        """Updates the variables whose handles `captures` are."""
+        functions.call(self._traced, _tensors(gradients), captures)
+        return self._result
+
+
+def _key(
+    optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]
+) -> tuple[Any, ...]:
+    return (
+        id(tf.compat.v1.get_default_graph()),
+        id(optimizer),
+        *map(id, variables),
+        *(each is None for each in gradients),
+        *((each.dtype, each.shape) for each in _tensors(gradients)),
+    )
+
+
+def _given(gradients: Sequence[Any]) -> list[Any]:
+    return [each for each in gradients if each is not None]
+
+
+def _tensors(gradients: Sequence[Any]) -> list[tf.Tensor]:
+    return list(tf.nest.flatten(_given(gradients), expand_composites=True))
 
 
 def is_done_once(
@@ -205,7 +227,7 @@ def is_done_once(
 
 def _are_dense_and_large(gradients: Sequence[Any]) -> bool:
     """Whether gradients are dense, with many bytes each on average."""
-    given = [each for each in gradients if each is not None]
+    given = _given(gradients)
     if any(isinstance(each, tf.IndexedSlices) for each in given):
         return False
     sizes = [nbytes_of(tf.convert_to_tensor(each)) or 0 for each in given]
@@ -237,7 +259,7 @@ def take_over(
             parts[number].assign(value, read_value=False)
 
 
-def number_on_worker(replicas: Replicas) -> int:
+def _number_on_worker(replicas: Replicas) -> int:
     """Which of the replicas of this worker this thread runs."""
     context = tf.distribute.get_replica_context()
     number = tf.get_static_value(context.replica_id_in_sync_group)
@@ -279,7 +301,7 @@ def _update_in_a_program(
         apply: Updates variables; to be called in a graph that is marked.
         gradients: Tensors or `None`s.
     """
-    given = [gradient for gradient in gradients if gradient is not None]
+    given = _given(gradients)
     if not given or not all(
         isinstance(each, tf.Tensor) and each.shape.is_fully_defined()
         for each in given

@@ -1,5 +1,7 @@
 """Gradients are reduced before Keras looks at them, and only when applied."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -87,35 +89,78 @@ class OfTheUser(keras.optimizers.Adam):
     pass
 
 
+ONCE, REPEATED, BY_EACH = (1, 0), (0, 3), (3, 0)
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "units", "times"),
+    ("optimizer", "units", "how"),
     [
-        (lambda: keras.optimizers.Adam(0.1), 10_000, 1),
-        (lambda: keras.optimizers.Adam(0.1, global_clipnorm=1.0), 10_000, 1),
+        (lambda: keras.optimizers.Adam(0.1), 10_000, ONCE),
+        (lambda: keras.optimizers.Adam(0.1, global_clipnorm=1.0), 10_000, ONCE),
         # Copies would cost as much as updates.
-        (lambda: keras.optimizers.Adam(0.1), 100, 3),
+        (lambda: keras.optimizers.Adam(0.1), 100, REPEATED),
+        (lambda: keras.optimizers.Adam(0.1, use_ema=True), 100, REPEATED),
         # Who knows what it keeps elsewhere?
-        (lambda: OfTheUser(0.1), 10_000, 3),
+        (lambda: OfTheUser(0.1), 10_000, BY_EACH),
+        (lambda: OfTheUser(0.1), 100, BY_EACH),
     ],
 )
-def test_the_first_replica_updates_for_all_on_cpus(optimizer, units, times):
+def test_replicas_update_alike_and_seldom_by_themselves(optimizer, units, how):
     strategy = keras_allreduce.AllReduceStrategy(DEVICES[:3])
     model = model_under(strategy, optimizer, units)
     model.fit(X, np.zeros([8, units]), batch_size=6, verbose=0)
+    assert_alike(model)
+    assert updates_of(model) == how
+
+
+def assert_alike(model):
     for variable in [*model.variables, *model.optimizer.variables]:
         first, *others = variable.value.values
         for other in others:
             np.testing.assert_array_equal(other, first, variable.path)
-    assert num_updates(model) == times
 
 
-def num_updates(model):
-    """How often the train step updates the kernel."""
+def updates_of(model):
+    """How often the train step updates the kernel, and calls a function to."""
+    graph = step_of(model)
+    calls = [
+        graph._get_function(op.get_attr("f").name).graph
+        for op in ops_of_type(graph, "StatefulPartitionedCall")
+    ]
+    return _roots(model, graph), sum(_roots(model, each) for each in calls)
+
+
+def _roots(model, graph):
     kernel = model.layers[0].kernel.shape
     return sum(
-        op.outputs[0].shape == kernel
-        for op in ops_of_type(step_of(model), "Sqrt")
+        op.outputs[0].shape == kernel for op in ops_of_type(graph, "Sqrt")
     )
+
+
+def test_an_update_that_reads_something_else_is_not_repeated():
+    def trained(scope):
+        with scope:
+            limit = tf.Variable([1.0], trainable=False)
+            dense = keras.layers.Dense(
+                1,
+                kernel_initializer="ones",
+                kernel_constraint=lambda kernel: kernel * limit,
+            )
+            model = keras.Sequential([keras.Input([3]), dense])
+            model.compile(keras.optimizers.Adam(0.1), "mse")
+        limit.assign([0.5])
+        model.fit(X, Y, batch_size=4, verbose=0)
+        return model
+
+    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:3])
+    model = trained(strategy.scope())
+    assert_alike(model)
+    np.testing.assert_allclose(
+        model.get_weights()[0],
+        trained(contextlib.nullcontext()).get_weights()[0],
+        rtol=1e-6,
+    )
+    assert updates_of(model) == (2, 1)
 
 
 def test_rows_of_a_table_are_updated_on_each_replica():

@@ -159,7 +159,7 @@ FAULTS = [
     Fault(
         "accumulate_when",
         "accumulated gradients are reduced one step off",
-        "one_device/update.py",
+        "one_device/gradient_sums.py",
         "count = keras_compat.iterations(optimizer) + 1",
         "count = keras_compat.iterations(optimizer)",
         ("test_update.py", "test_programs.py -k gradient_accumulation-3"),
@@ -167,7 +167,7 @@ FAULTS = [
     Fault(
         "accumulate_reset",
         "accumulators are not reset after the reduce",
-        "one_device/update.py",
+        "one_device/gradient_sums.py",
         "        accumulator.assign(tf.zeros_like(accumulator))\n",
         "        pass\n",
         ("test_programs.py -k gradient_accumulation-3",),
