@@ -71,13 +71,17 @@ def _brief(
 
 
 def traced_anywhere(
-    function: Callable[..., Any], tensors: Sequence[tf.Tensor]
+    function: Callable[..., Any],
+    tensors: Sequence[tf.Tensor],
+    *,
+    jit_compile: bool | None = None,
 ) -> Any:
     """Traces a function whose ops run on the device that calls it.
 
     Args:
         function: Called with symbolic tensors like `tensors`.
         tensors: The arguments of its first call.
+        jit_compile: As for `tf.function`.
 
     Returns:
         The traced function. Its `captured_inputs` are what it gets beside its
@@ -90,7 +94,7 @@ def traced_anywhere(
         with tf.compat.v1.device(_no_device):
             return function(*symbolic)
 
-    traced = tf.function(on_no_device, autograph=False)
+    traced = tf.function(on_no_device, autograph=False, jit_compile=jit_compile)
     return traced.get_concrete_function(*tensors)
 
 

@@ -345,15 +345,20 @@ def _node_of(name: str) -> str:
     return name.lstrip("^").split(":")[0]
 
 
+def is_recorded() -> bool:
+    """Whether a tape records what happens in this thread."""
+    return not _pywrap_tfe.TFE_Py_TapeSetIsEmpty()
+
+
 def is_recorded_by_another(tape: tf.GradientTape) -> bool:
     """Whether other tapes record what happens in this thread.
 
     They do where gradients are themselves differentiated.
     """
     if not tape._recording:
-        return not _pywrap_tfe.TFE_Py_TapeSetIsEmpty()
+        return is_recorded()
     with tape.stop_recording():
-        return not _pywrap_tfe.TFE_Py_TapeSetIsEmpty()
+        return is_recorded()
 
 
 def captured_variables(

@@ -5,19 +5,20 @@ variable. So the others
 
     take over    what the first has come to, where variables are large (CPUs)
     repeat       what the first has traced, with their own variables
-    update       as the first does: XLA, optimizers that are not Keras's,
-                   accumulated gradients, whatever reads anything else
+    update       as the first does, where what is updated is not known:
+                   optimizers of users, accumulators, anything else is read
 
 Half of the time of tracing a step with Adam is that of its updates.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from keras_allreduce import xla_clusters
-from keras_allreduce.compat import functions, keras_config
+from keras_allreduce.compat import functions, graphs, keras_config
 from keras_allreduce.compat import keras as keras_compat
 from keras_allreduce.devices import is_gpu
 from keras_allreduce.one_device import replica
@@ -43,7 +44,7 @@ class Updates:
 
     def __init__(self, replicas: Replicas):
         self._replicas = replicas
-        self._traced: dict[int, _TracedUpdate] = {}
+        self._traced: dict[int, tuple[Any, TracedUpdate | None]] = {}
 
     def make(
         self,
@@ -65,25 +66,28 @@ class Updates:
         """
         replicas, number = self._replicas, _number_on_worker(self._replicas)
         call = replica.current().next_call("update")
-        is_once = is_done_once(replicas, optimizer, gradients, variables)
-        if number and is_once:
-            return take_over(replicas, number, optimizer, variables or ())
-        if (
-            is_once
-            or not variables
-            or not _is_repeatable(replicas, optimizer, gradients)
-        ):
+        if is_done_once(replicas, optimizer, gradients, variables):
+            if number:
+                return take_over(replicas, number, optimizer, variables or ())
             return update(apply, gradients, variables)
+        if not variables or not _is_repeatable(replicas, optimizer, gradients):
+            return update(apply, gradients, variables)
+        place = _place(optimizer, gradients, variables)
         if number == 0:
-            self._traced[call] = _TracedUpdate(
-                apply, optimizer, gradients, variables
+            self._traced[call] = (
+                place,
+                traced_update(apply, gradients, variables),
             )
-        traced = self._traced.get(call)
-        if traced and traced.is_of(optimizer, gradients, variables):
-            captures = traced.captures(replicas, number)
-            if captures is not None:
-                return traced.call(gradients, captures)
-        return update(apply, gradients, variables)
+        first, traced = self._traced.get(call, (None, None))
+        if first != place:
+            return update(apply, gradients, variables)
+        if traced is None:
+            return _update_here(apply, gradients, variables)
+        written = [*optimizer.variables, *variables]
+        captures = traced.captures(replicas, number, written)
+        if captures is None:
+            return update(apply, gradients, variables)
+        return traced.call(gradients, captures)
 
 
 def _is_repeatable(
@@ -91,13 +95,14 @@ def _is_repeatable(
 ) -> bool:
     """Whether the other replicas may repeat what the first one has traced.
 
-    What an optimizer of the user does in Python may depend on the replica.
+    An optimizer of the user may do anything in Python, and a tape would record
+    the variables of the first.
     """
     return (
         len(replicas.devices) > 1
         and not tf.executing_eagerly()
+        and not graphs.is_recorded()
         and not replica.is_measured()
-        and not xla_clusters.is_marking()
         and keras_config.is_of_keras(optimizer)
         and optimizer.built
         and not keras_compat.accumulates(optimizer)
@@ -108,80 +113,95 @@ def _is_repeatable(
     )
 
 
-class _TracedUpdate:
-    """The update of the first replica, as a function of its gradients."""
-
-    def __init__(
-        self,
-        apply: Callable[..., Any],
-        optimizer: Any,
-        gradients: Sequence[Any],
-        variables: Sequence[Any],
-    ):
-        self._call = _key(optimizer, gradients, variables)
-        self._variables = [*optimizer.variables, *variables]
-        self._result: Any = None
-
-        def update_first(*tensors: tf.Tensor) -> None:
-            given = iter(
-                tf.nest.pack_sequence_as(
-                    _given(gradients), tensors, expand_composites=True
-                )
-            )
-            self._result = update(
-                apply,
-                [each if each is None else next(given) for each in gradients],
-                variables,
-            )
-
-        self._traced = functions.traced_anywhere(
-            update_first, _tensors(gradients)
-        )
-
-    def is_of(
-        self,
-        optimizer: Any,
-        gradients: Sequence[Any],
-        variables: Sequence[Any],
-    ) -> bool:
-        """Whether another replica is to update the same, at the same place."""
-        return self._call == _key(optimizer, gradients, variables)
-
-    def captures(
-        self, replicas: Replicas, number: int
-    ) -> list[tf.Tensor] | None:
-        """The handles of a replica's variables, in place of the first's.
-
-        `None` for another replica than the first if the update reads anything
-        but variables.
-        """
-        own = {}
-        for variable in self._variables:
-            parts = replicas.local_values(variable.value) or [variable.value]
-            own[id(parts[0].handle)] = parts[number % len(parts)].handle
-        captures = self._traced.captured_inputs
-        if not all(id(each) in own for each in captures):
-            return list(captures) if number == 0 else None
-        return [own[id(each)] for each in captures]
-
-    def call(
-        self, gradients: Sequence[Any], captures: Sequence[tf.Tensor]
-    ) -> Any:
-        """Updates the variables whose handles `captures` are."""
-        functions.call(self._traced, _tensors(gradients), captures)
-        return self._result
-
-
-def _key(
+def _place(
     optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]
 ) -> tuple[Any, ...]:
+    """What is the same where replicas update alike."""
     return (
-        id(tf.compat.v1.get_default_graph()),
+        tf.compat.v1.get_default_graph(),
         id(optimizer),
         *map(id, variables),
         *(each is None for each in gradients),
         *((each.dtype, each.shape) for each in _tensors(gradients)),
     )
+
+
+class TracedUpdate:
+    """The update of a replica, as a function of its gradients.
+
+    Args:
+        apply: Called with gradients; updates variables.
+        gradients: Those of the replica.
+        is_program: Whether the function is one program of XLA.
+    """
+
+    def __init__(
+        self,
+        apply: Callable[[list[Any]], Any],
+        gradients: Sequence[Any],
+        *,
+        is_program: bool,
+    ):
+        self._is_program = is_program
+        self._result: Any = None
+
+        def update_all(*tensors: tf.Tensor) -> Any:
+            given = iter(
+                tf.nest.pack_sequence_as(
+                    _given(gradients), tensors, expand_composites=True
+                )
+            )
+            self._result = apply(
+                [g if g is None else next(given) for g in gradients]
+            )
+            # Keras's optimizers return nothing, or a variable.
+            return self._result if tf.is_tensor(self._result) else None
+
+        self._function = functions.traced_anywhere(
+            update_all, _tensors(gradients), jit_compile=is_program
+        )
+
+    @property
+    def graph(self) -> tf.Graph:
+        """The graph of the function."""
+        return self._function.graph
+
+    def captures(
+        self, replicas: Replicas, number: int, variables: Sequence[Any]
+    ) -> list[tf.Tensor] | None:
+        """The handles of a replica's variables, in place of the first's.
+
+        `None` for another replica than the first if the update reads anything
+        but `variables`.
+        """
+        captures = self._function.captured_inputs
+        if number == 0:
+            return list(captures)
+        own = {}
+        for variable in variables:
+            parts = replicas.local_values(variable.value) or [variable.value]
+            own[id(parts[0].handle)] = parts[number % len(parts)].handle
+        found = [own.get(id(each)) for each in captures]
+        return None if any(each is None for each in found) else found
+
+    def call(
+        self,
+        gradients: Sequence[Any],
+        captures: Sequence[tf.Tensor] | None = None,
+    ) -> Any:
+        """Updates the variables whose handles `captures` are, or its own."""
+        if captures is None:
+            captures = self._function.captured_inputs
+        marks = (
+            xla_clusters.left_out()
+            if self._is_program
+            else contextlib.nullcontext()
+        )
+        with marks:
+            tensor = functions.call(
+                self._function, _tensors(gradients), captures
+            )
+        return self._result if tensor is None else tensor
 
 
 def _given(gradients: Sequence[Any]) -> list[Any]:
@@ -272,22 +292,28 @@ def update(
     trainable_variables: Any = None,
 ) -> Any:
     """Updates variables where each replica is, from reduced gradients."""
-    more = () if trainable_variables is None else (trainable_variables,)
+    if xla_clusters.is_marking():
+        traced = traced_update(keras_apply, grads, trainable_variables)
+        if traced:
+            return traced.call(grads)
+    return _update_here(keras_apply, grads, trainable_variables)
+
+
+def _update_here(
+    keras_apply: Callable[..., Any], grads: Any, variables: Any
+) -> Any:
+    more = () if variables is None else (variables,)
     with replica.local_update():
-        if xla_clusters.is_marking():
-            return _update_in_a_program(
-                lambda each: keras_apply(each, *more), grads
-            )
         return keras_apply(grads, *more)  # A custom one may take no more.
 
 
-def _update_in_a_program(
-    apply: Callable[[list[Any]], Any], gradients: Sequence[Any]
-) -> Any:
-    """Calls `apply` with the gradients, as one XLA program if it can be one.
+def traced_update(
+    keras_apply: Callable[..., Any], grads: Any, trainable_variables: Any
+) -> TracedUpdate | None:
+    """An update as a function, for XLA as one program if it can be one.
 
     The gradients come from outside of XLA, and the update (clip, optimizer,
-    constraints) is the end of a step, so it can be a function of its own. Its
+    constraints) is the end of a step, so it can be a program of its own. Its
     variables are then written in place, which XLA does not do for ops that are
     marked one by one.
 
@@ -297,31 +323,24 @@ def _update_in_a_program(
     less than to pass the variable to a program. Then its ops are marked one by
     one, as all ops of a replica.
 
-    Args:
-        apply: Updates variables; to be called in a graph that is marked.
-        gradients: Tensors or `None`s.
+    Returns:
+        The function; `None` if XLA is to compile its ops one by one.
     """
-    given = _given(gradients)
-    if not given or not all(
-        isinstance(each, tf.Tensor) and each.shape.is_fully_defined()
-        for each in given
+    is_program = xla_clusters.is_marking()
+    given = _given(grads)
+    if is_program and not (given and all(map(_has_fixed_shape, given))):
+        return None
+    traced = TracedUpdate(
+        lambda each: _update_here(keras_apply, each, trainable_variables),
+        grads,
+        is_program=is_program,
+    )
+    if is_program and not xla_clusters.is_worth_a_program(
+        traced.graph, given[0].device, parts=len(given)
     ):
-        return apply(list(gradients))
-    results: list[Any] = []
+        return None
+    return traced
 
-    @tf.function(jit_compile=True, autograph=False)
-    def update(*tensors: tf.Tensor) -> Any:
-        left = iter(tensors)
-        result = apply([g if g is None else next(left) for g in gradients])
-        # Keras's optimizers return nothing, or a variable.
-        results[:] = [result]
-        return result if tf.is_tensor(result) else None
 
-    compiled = update.get_concrete_function(*given)
-    if not xla_clusters.is_worth_a_program(
-        compiled.graph, given[0].device, parts=len(given)
-    ):
-        return apply(list(gradients))
-    with xla_clusters.left_out():
-        tensor = compiled(*given)
-    return results[0] if tensor is None else tensor
+def _has_fixed_shape(gradient: Any) -> bool:
+    return isinstance(gradient, tf.Tensor) and gradient.shape.is_fully_defined()

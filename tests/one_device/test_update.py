@@ -15,10 +15,10 @@ X = np.ones([8, 3], "float32")
 Y = np.zeros([8, 1], "float32")
 
 
-def model_under(strategy, optimizer, units=1):
+def model_under(strategy, optimizer, units=1, **options):
     with strategy.scope():
         model = keras.Sequential([keras.Input([3]), keras.layers.Dense(units)])
-        model.compile(optimizer(), "mse")
+        model.compile(optimizer(), "mse", **options)
     return model
 
 
@@ -123,11 +123,16 @@ def assert_alike(model):
 def updates_of(model):
     """How often the train step updates the kernel, and calls a function to."""
     graph = step_of(model)
-    calls = [
-        graph._get_function(op.get_attr("f").name).graph
-        for op in ops_of_type(graph, "StatefulPartitionedCall")
+    called = [
+        graph._get_function(name).graph for name in functions_called(graph)
     ]
-    return _roots(model, graph), sum(_roots(model, each) for each in calls)
+    return _roots(model, graph), sum(_roots(model, each) for each in called)
+
+
+def functions_called(graph):
+    """Names, one for each call."""
+    calls = ops_of_type(graph, "StatefulPartitionedCall")
+    return [op.get_attr("f").name for op in calls]
 
 
 def _roots(model, graph):
@@ -135,6 +140,22 @@ def _roots(model, graph):
     return sum(
         op.outputs[0].shape == kernel for op in ops_of_type(graph, "Sqrt")
     )
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_an_update_is_traced_once(jit_compile):
+    strategy = keras_allreduce.AllReduceStrategy(DEVICES[:3])
+    model = model_under(
+        strategy,
+        lambda: keras.optimizers.Adam(0.1),
+        units=100,
+        jit_compile=jit_compile,
+    )
+    model.fit(X, np.zeros([8, 100]), batch_size=6, verbose=0)
+    assert_alike(model)
+    names = functions_called(step_of(model))
+    assert len(names) == 3
+    assert len(set(names)) == 1
 
 
 def test_an_update_that_reads_something_else_is_not_repeated():

@@ -173,6 +173,22 @@ FAULTS = [
         ("test_programs.py -k gradient_accumulation-3",),
     ),
     Fault(
+        "repeated_variables",
+        "a repeated update writes the variables of the first replica",
+        "one_device/update.py",
+        "parts[number % len(parts)].handle",
+        "parts[0].handle",
+        ("test_update.py",),
+    ),
+    Fault(
+        "repeated_reads",
+        "an update is repeated though it reads what is not of the optimizer",
+        "one_device/update.py",
+        "        found = [own.get(id(each)) for each in captures]\n",
+        "        found = [own.get(id(each), each) for each in captures]\n",
+        ("test_update.py",),
+    ),
+    Fault(
         "hook_restore",
         "a hook on a subclass is not removed after the step",
         "one_device/hooks.py",
