@@ -88,6 +88,7 @@ def traced_anywhere(
         arguments, the handles of variables among them.
     """
 
+    @functools.wraps(function)
     def on_no_device(*symbolic: tf.Tensor) -> Any:
         # Ops that name a device would stay there. A function of an op's
         # device has the last word, and only the older `device` takes one.

@@ -130,9 +130,10 @@ def updates_of(model):
 
 
 def functions_called(graph):
-    """Names, one for each call."""
+    """Names of functions that update, one for each call."""
     calls = ops_of_type(graph, "StatefulPartitionedCall")
-    return [op.get_attr("f").name for op in calls]
+    names = [op.get_attr("f").name for op in calls]
+    return [name for name in names if "_update_all_" in name]
 
 
 def _roots(model, graph):
