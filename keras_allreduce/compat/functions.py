@@ -9,7 +9,7 @@ step and change next to nothing:
     the second round   removes up to 3 ops in 1000 (benchmarks/models.py)
 
 Public functions set other options of Grappler, for the whole process, and none
-sets these for some functions. What the user has set stays.
+sets these for some functions. Options of the user stay.
 
 A traced function always reads and writes the variables that it was traced with.
 It gets their handles as arguments, though, so it can be called with others.
