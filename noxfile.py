@@ -40,6 +40,7 @@ TESTS = [
     "tests/one_device/test_randomness.py",
     "tests/reduce/test_sparse.py",
     "tests/one_device/test_update.py",
+    "tests/compat/test_functions.py",
     "tests/compat/test_versions.py",
     "tests/compat/test_keras_assumptions.py",
     "tests/compat/test_overrides.py",

@@ -16,6 +16,7 @@ It gets their handles as arguments, though, so it can be called with others.
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -37,13 +38,17 @@ def brief() -> Iterator[None]:
     """Leaves those passes out for functions that this thread calls first."""
     context = _context.context()
     options = context.function_call_options
-    context.function_call_options = _brief(
-        options.executor_type, options.config_proto_serialized
-    )
+    config = options.config_proto_serialized
+    # A copy, as TensorFlow's `function_executor_type` changes what it finds.
+    changed = copy.copy(_brief(options.executor_type, config))
+    context.function_call_options = changed
     try:
         yield
     finally:
-        context.function_call_options = options
+        # Options that were set in the block stay.
+        now = context.function_call_options.config_proto_serialized
+        if now == changed.config_proto_serialized:
+            context.function_call_options = options
 
 
 @functools.lru_cache(maxsize=8)

@@ -81,6 +81,10 @@ def test_options_are_put_back_and_those_of_the_user_stay():
         assert brief.layout_optimizer == own.ON
         assert brief.meta_optimizer_iterations == own.ONE
         assert own.meta_optimizer_iterations == own.DEFAULT_NUM_ITERS
+        with functions.brief():
+            tf.config.optimizer.set_experimental_options({"remapping": False})
+        assert options().remapping == own.OFF
+        assert options().meta_optimizer_iterations == own.DEFAULT_NUM_ITERS
     finally:
         tf.config.optimizer.set_experimental_options(before)
 
