@@ -159,18 +159,26 @@ def test_an_update_is_traced_once(jit_compile):
     assert len(set(names)) == 1
 
 
+class Scaled(keras.constraints.Constraint):
+    """Reads a variable that is neither the optimizer's nor the model's."""
+
+    def __init__(self):
+        self.scale = tf.Variable([1.0], trainable=False)
+
+    def __call__(self, kernel):
+        return kernel * self.scale
+
+
 def test_an_update_that_reads_something_else_is_not_repeated():
     def trained(scope):
         with scope:
-            limit = tf.Variable([1.0], trainable=False)
+            constraint = Scaled()
             dense = keras.layers.Dense(
-                1,
-                kernel_initializer="ones",
-                kernel_constraint=lambda kernel: kernel * limit,
+                1, kernel_initializer="ones", kernel_constraint=constraint
             )
             model = keras.Sequential([keras.Input([3]), dense])
             model.compile(keras.optimizers.Adam(0.1), "mse")
-        limit.assign([0.5])
+        constraint.scale.assign([0.5])
         model.fit(X, Y, batch_size=4, verbose=0)
         return model
 
