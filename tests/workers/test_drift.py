@@ -277,12 +277,18 @@ def test_a_worker_that_stops_in_an_epoch_ends_both_at_once(index):
             assert worker.wait() == 1, worker.output
             last = worker.output.strip().splitlines()[-1]
             assert "All workers must take part in each step and sum" in last
-            assert "waits in a step (fit, epoch 1 of 5)" in last
-            # Seen just before it waits, or while it does.
-            other = (
-                r"(waits for a sum outside of steps|is at work) \(fit, epoch"
+            where = dict(
+                re.findall(
+                    r"worker (\d) \(\S+\) ([a-z ]+) \(fit, epoch 1 of 5\)",
+                    last,
+                )
             )
-            assert re.search(other, last), last
+            # Each is seen while it waits; one also just before it waits.
+            assert sorted(where) == ["0", "1"], last
+            assert set(where.values()) != {"is at work"}, last
+            stopped, goes_on = where[str(index)], where[str(1 - index)]
+            assert stopped in ("is at work", "waits for a sum outside of steps")
+            assert goes_on in ("is at work", "waits in a step")
 
 
 @pytest.mark.parametrize(("index", "seconds"), [(0, 0), (1, 3)])
