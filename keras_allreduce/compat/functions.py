@@ -39,7 +39,7 @@ def brief() -> Iterator[None]:
     context = _context.context()
     options = context.function_call_options
     config = options.config_proto_serialized
-    # A copy, as TensorFlow's `function_executor_type` changes what it finds.
+    # A copy, as TensorFlow's `function_executor_type` changes the object.
     changed = copy.copy(_brief(options.executor_type, config))
     context.function_call_options = changed
     try:
@@ -89,8 +89,8 @@ def traced_anywhere(
         jit_compile: As for `tf.function`.
 
     Returns:
-        The traced function. Its `captured_inputs` are what it gets beside its
-        arguments, the handles of variables among them.
+        The traced function. Its `captured_inputs` are further arguments, such
+        as the handles of variables.
     """
 
     @functools.wraps(function)

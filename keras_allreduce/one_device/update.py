@@ -3,10 +3,10 @@
 All replicas of a worker come to the same, each with its own part of each
 variable. So the others
 
-    take over    what the first has come to, where variables are large (CPUs)
-    repeat       what the first has traced, with their own variables
-    update       as the first does, where what is updated is not known:
-                   optimizers of users, accumulators, anything else is read
+    take over    the values of the first, where variables are large (CPUs)
+    repeat       the ops that the first has traced, with their own variables
+    update       as the first does, if its effects are not known: optimizers
+                   of users, accumulators, reads of anything but variables
 
 Half of the time of tracing a step with Adam is that of its updates.
 """
@@ -62,7 +62,7 @@ class Updates:
             variables: Those that the gradients are of, if known.
 
         Returns:
-            What `apply` returns.
+            The result of `apply`.
         """
         replicas, number = self._replicas, _number_on_worker(self._replicas)
         call = replica.current().next_call("update")
@@ -93,7 +93,7 @@ class Updates:
 def _is_repeatable(
     replicas: Replicas, optimizer: Any, gradients: Sequence[Any]
 ) -> bool:
-    """Whether the other replicas may repeat what the first one has traced.
+    """Whether the others may repeat the ops that the first replica has traced.
 
     An optimizer of the user may do anything in Python, and a tape would record
     the variables of the first.
@@ -116,7 +116,7 @@ def _is_repeatable(
 def _place(
     optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]
 ) -> tuple[Any, ...]:
-    """What is the same where replicas update alike."""
+    """The same for replicas that update alike."""
     return (
         tf.compat.v1.get_default_graph(),
         id(optimizer),
