@@ -14,7 +14,7 @@ from test_multi_worker import agree
 
 pytestmark = pytest.mark.nightly
 
-CASES = ["even_batches", "uneven_last_batch", "predict"]
+CASES = ["even_batches", "uneven_last_batch", "evaluate_and_predict"]
 
 
 @pytest.fixture(scope="module", autouse=True)
