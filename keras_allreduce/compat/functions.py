@@ -6,7 +6,8 @@ step and change next to nothing:
 
     layout             changes the layout of images on GPUs only
     memory_optimizer   swaps to the host, for GPUs only
-    the second round   removes up to 3 ops in 1000 (benchmarks/models.py)
+    the second round   removes up to 3 ops in 1000 (benchmarks/models.py);
+                         until TensorFlow 2.21, as later ones round otherwise
 
 Public functions set other options of Grappler, for the whole process, and none
 sets these for some functions. Options of the user stay.
@@ -25,6 +26,8 @@ import tensorflow as tf
 
 # The options with which a thread calls functions, and their class.
 from tensorflow.python.eager import context as _context
+
+from keras_allreduce.compat import versions
 
 
 def is_brief_on(devices: Sequence[str]) -> bool:
@@ -57,19 +60,18 @@ def _brief(
 ) -> _context.FunctionCallOptions:
     proto = tf.compat.v1.ConfigProto.FromString(config)
     options = proto.graph_options.rewrite_options
-    for name, default, changed in (
+    changes = [
         ("layout_optimizer", options.DEFAULT, options.OFF),
         (
             "memory_optimization",
             options.DEFAULT_MEM_OPT,
             options.NO_MEM_OPT,
         ),
-        (
-            "meta_optimizer_iterations",
-            options.DEFAULT_NUM_ITERS,
-            options.ONE,
-        ),
-    ):
+    ]
+    if versions.optimizes_twice_for_nothing(tf.__version__):
+        rounds = (options.DEFAULT_NUM_ITERS, options.ONE)
+        changes.append(("meta_optimizer_iterations", *rounds))
+    for name, default, changed in changes:
         if getattr(options, name) == default:
             setattr(options, name, changed)
     return _context.FunctionCallOptions(executor_type, proto)

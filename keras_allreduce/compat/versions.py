@@ -47,6 +47,17 @@ def bar_prints_texts(keras: str) -> bool:
     return _release(keras) >= (3, 12)
 
 
+def optimizes_twice_for_nothing(tensorflow: str) -> bool:
+    """Whether TensorFlow's second round over a graph leaves its results alone.
+
+    From 2.22 on it changes the last bits of convolutions.
+
+    Args:
+        tensorflow: `tf.__version__`.
+    """
+    return _release(tensorflow) < (2, 22)
+
+
 def tested(name: str) -> str:
     """Which versions of `"TensorFlow"` or `"Keras"` the tests have run with."""
     oldest, newest = _dotted(OLDEST[name]), _dotted(NEWEST_TESTED[name])

@@ -222,3 +222,12 @@ def test_an_old_tensorflow_that_lacks_a_name_is_called_old(monkeypatch):
     error = ImportError("no name", name="tensorflow.python.distribute")
     with pytest.raises(RuntimeError, match=r"Received: TensorFlow 2\.10\.0"):
         versions.explain_import_error(error)
+
+
+@pytest.mark.parametrize(
+    ("tensorflow", "leaves_alone"),
+    [("2.16.2", True), ("2.21.0", True), ("2.22.0-dev20260905", False)],
+)
+def test_newer_tensorflow_is_known_to_round_otherwise(tensorflow, leaves_alone):
+    found = versions.optimizes_twice_for_nothing(tensorflow)
+    assert found == leaves_alone
