@@ -28,12 +28,12 @@ import tensorflow as tf
 from tensorflow.python.eager import context as _context
 
 from keras_allreduce.compat import versions
+from keras_allreduce.devices import is_gpu
 
 
 def is_brief_on(devices: Sequence[str]) -> bool:
     """Whether the passes above change nothing on devices: they are CPUs."""
-    types = {tf.DeviceSpec.from_string(name).device_type for name in devices}
-    return types == {"CPU"}
+    return not any(map(is_gpu, devices))
 
 
 @contextlib.contextmanager

@@ -66,11 +66,13 @@ class Updates:
         """
         replicas, number = self._replicas, _number_on_worker(self._replicas)
         call = replica.current().next_call("update")
-        if is_done_once(replicas, optimizer, gradients, variables):
-            if number:
-                return take_over(replicas, number, optimizer, variables or ())
+        if not variables or not _is_known(optimizer):
             return update(apply, gradients, variables)
-        if not variables or not _is_repeatable(replicas, optimizer, gradients):
+        if is_done_once(replicas, optimizer, gradients):
+            if number:
+                return take_over(replicas, number, optimizer, variables)
+            return update(apply, gradients, variables)
+        if not _is_repeatable(replicas, optimizer, gradients):
             return update(apply, gradients, variables)
         place = _place(optimizer, gradients, variables)
         if number == 0:
@@ -90,22 +92,32 @@ class Updates:
         return traced.call(gradients, captures)
 
 
+def _is_known(optimizer: Any) -> bool:
+    """Whether it is known what an update does, the same for each replica.
+
+    It writes the variables of an optimizer of Keras's, and those that it is
+    given. An optimizer of the user may do anything, and accumulators hold what
+    belongs to a replica.
+    """
+    return (
+        not replica.is_measured()
+        and keras_config.is_of_keras(optimizer)
+        and not keras_compat.accumulates(optimizer)
+    )
+
+
 def _is_repeatable(
     replicas: Replicas, optimizer: Any, gradients: Sequence[Any]
 ) -> bool:
     """Whether the others may repeat the ops that the first replica has traced.
 
-    An optimizer of the user may do anything in Python, and a tape would record
-    the variables of the first.
+    A tape would record the variables of the first.
     """
     return (
         len(replicas.devices) > 1
         and not tf.executing_eagerly()
         and not graphs.is_recorded()
-        and not replica.is_measured()
-        and keras_config.is_of_keras(optimizer)
         and optimizer.built
-        and not keras_compat.accumulates(optimizer)
         and all(
             isinstance(each, tf.Tensor | tf.IndexedSlices)
             for each in _given(gradients)
@@ -213,34 +225,24 @@ def _tensors(gradients: Sequence[Any]) -> list[tf.Tensor]:
 
 
 def is_done_once(
-    replicas: Replicas,
-    optimizer: Any,
-    gradients: Sequence[Any],
-    variables: Sequence[Any] | None,
+    replicas: Replicas, optimizer: Any, gradients: Sequence[Any]
 ) -> bool:
     """Whether the first replica of a worker updates for all of them.
 
     All come to the same, so on CPUs one update and a copy that shares memory
     take less time than an update of each, if the variables are large. On GPUs
-    a copy takes more. It has to be known what an update writes: the variables
-    of an optimizer of Keras's, and those that it is given. A variable that is
-    written row by row is copied whole when it is read, and an optimizer without
-    slots writes as much as is copied, so these update each replica; as do
-    accumulators, which hold what belongs to a replica.
+    a copy takes more. A variable that is written row by row is copied whole
+    when it is read, and an optimizer without slots writes as much as is
+    copied, so these update each replica.
 
     Args:
         replicas: The replicas of this worker.
-        optimizer: Keras's, or the user's.
+        optimizer: One of Keras's.
         gradients: The reduced gradients.
-        variables: Those that the gradients are of, if known.
     """
     return (
-        bool(variables)
-        and not replica.is_measured()
-        and not any(map(is_gpu, replicas.devices))
-        and keras_config.is_of_keras(optimizer)
+        not any(map(is_gpu, replicas.devices))
         and keras_compat.has_slots(optimizer)
-        and not keras_compat.accumulates(optimizer)
         and _are_dense_and_large(gradients)
     )
 
